@@ -1,0 +1,277 @@
+"""A model as the Hub stores it: config.json, tensor names, safetensors. Read here, and nowhere else.
+
+moe_model.py holds what is computed with them. Sizes have the letters that are defined there.
+"""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from run import read_json
+
+CHECKPOINT = "a folder with config.json and model.safetensors (or shards and their index), as on the Hub"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Everything in which the supported backbones differ. There is no other switch on the model's name."""
+
+    family: str  # the Hub's model_type: decides the checkpoint's tensor names, and nothing else
+    vocab_size: int  # V
+    dim: int  # D
+    n_layers: int
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    n_experts: int  # E
+    top_k: int  # K
+    expert_dim: int  # F
+    norm_topk: bool  # rescale the K routing weights of a token so that they sum to 1
+    qk_norm: bool  # RMSNorm on the whole query and key vectors, before they are split into heads
+    max_len: int
+    rope_theta: float
+    norm_eps: float
+    linear_router: bool = True  # False: the Hub's router is a bare parameter, which adapters leave alone
+    n_shared: int = 0  # experts that every token visits, kept as one MLP of width n_shared * F
+    n_dense: int = 0  # leading layers with one MLP of width dense_dim in place of the experts
+    dense_dim: int = 0
+
+    def __post_init__(self):
+        for name, kind in ((field.name, field.type) for field in fields(self)):
+            value, may_be_0 = getattr(self, name), name in ("n_shared", "n_dense", "dense_dim")
+            good = isinstance(value, (int, float) if kind is float else kind)
+            if kind in (int, float) and good:
+                good = not isinstance(value, bool) and (0 < value < 1e9 or (may_be_0 and value == 0))
+            if not good:
+                raise ValueError(f"config.json: {name} is {value!r}, want a sensible {kind.__name__}")
+        for whole, part in ((self.dim, 2 * self.n_heads), (self.n_heads, self.n_kv_heads)):
+            if whole % part:  # rotary embedding turns pairs of channels, hence the 2
+                raise ValueError(f"config.json: {whole} is no multiple of {part}, the heads need that")
+        if self.top_k > self.n_experts:
+            raise ValueError(
+                f"config.json: {self.top_k} experts per token, but only {self.n_experts} experts"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """C"""
+        return self.dim // self.n_heads
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with experts."""
+        return range(self.n_dense, self.n_layers)
+
+
+# Our field -> (key of config.json, the family's class default when the key is absent); key "": it is fixed.
+# Sources: transformers' OlmoeConfig and MixtralConfig, configuration_deepseek.py of deepseek-moe-16b-base.
+FAMILIES = {
+    "olmoe": {
+        "vocab_size": ("vocab_size", 50304), "dim": ("hidden_size", 2048),
+        "n_layers": ("num_hidden_layers", 16), "n_heads": ("num_attention_heads", 16),
+        "n_kv_heads": ("num_key_value_heads", None), "n_experts": ("num_experts", 64),
+        "top_k": ("num_experts_per_tok", 8), "expert_dim": ("intermediate_size", 2048),
+        "norm_topk": ("norm_topk_prob", False), "qk_norm": ("", True),
+        "max_len": ("max_position_embeddings", 4096), "rope_theta": ("rope_theta", 1e4),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    "mixtral": {
+        "vocab_size": ("vocab_size", 32000), "dim": ("hidden_size", 4096),
+        "n_layers": ("num_hidden_layers", 32), "n_heads": ("num_attention_heads", 32),
+        "n_kv_heads": ("num_key_value_heads", 8), "n_experts": ("num_local_experts", 8),
+        "top_k": ("num_experts_per_tok", 2), "expert_dim": ("intermediate_size", 14336),
+        "norm_topk": ("", True), "qk_norm": ("", False),
+        "max_len": ("max_position_embeddings", 131072), "rope_theta": ("rope_theta", 1e6),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    "deepseek": {
+        "vocab_size": ("vocab_size", 102400), "dim": ("hidden_size", 4096),
+        "n_layers": ("num_hidden_layers", 30), "n_heads": ("num_attention_heads", 32),
+        "n_kv_heads": ("num_key_value_heads", None), "n_experts": ("n_routed_experts", None),
+        "top_k": ("num_experts_per_tok", None), "expert_dim": ("moe_intermediate_size", 1407),
+        "norm_topk": ("norm_topk_prob", False), "qk_norm": ("", False), "linear_router": ("", False),
+        "max_len": ("max_position_embeddings", 2048), "rope_theta": ("rope_theta", 1e4),
+        "norm_eps": ("rms_norm_eps", 1e-6), "n_shared": ("n_shared_experts", 0),
+        "n_dense": ("first_k_dense_replace", 0), "dense_dim": ("intermediate_size", 11008),
+    },
+}  # fmt: skip
+
+# Keys of config.json that would change the computation, which we do not follow -> values that change nothing
+# (besides null, false and 0)
+UNSUPPORTED = {
+    "attention_bias": (), "clip_qkv": (), "hidden_act": ("silu",), "mlp_bias": (), "moe_layer_freq": (1,),
+    "partial_rotary_factor": (1,), "pretraining_tp": (1,), "quantization_config": (),
+    "router_jitter_noise": (), "routed_scaling_factor": (1,), "scoring_func": ("softmax",),
+    "sliding_window": (), "tie_word_embeddings": (), "topk_method": ("greedy",),
+}  # fmt: skip
+
+
+def parse_config(hub: dict) -> MoEConfig:
+    """The Hub's config.json -> MoEConfig.
+
+    Raises ValueError for an architecture we do not know, and for settings that we would silently get wrong.
+    """
+    family = hub.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"config.json: model_type is {family!r}, want one of {', '.join(FAMILIES)}")
+    rope = {}
+    for part in (hub.get("rope_scaling"), hub.get("rope_parameters")):  # transformers 4; 5
+        if part and not isinstance(part, dict):
+            raise ValueError(f"config.json: rope settings are {part!r}, want an object or null")
+        if part and (part.get("rope_type") or part.get("type") or "default") != "default":
+            raise ValueError(f"config.json: rope scaling {part!r} is not implemented, want 'default' or none")
+        rope |= part or {}
+    found = {key: value for key, value in (hub | rope).items() if value is not None}
+    for key, harmless in UNSUPPORTED.items():
+        if (value := found.get(key)) and value not in harmless:
+            raise ValueError(f"config.json: {key} is {value!r}, which moe_model.py does not implement")
+
+    fields = {ours: found.get(key, default) for ours, (key, default) in FAMILIES[family].items()}
+    if fields["n_kv_heads"] is None:
+        fields["n_kv_heads"] = fields["n_heads"]
+    cfg = MoEConfig(family=family, **fields)
+    if (head_dim := found.get("head_dim", cfg.head_dim)) != cfg.head_dim:
+        raise ValueError(f"config.json: head_dim is {head_dim}, want hidden size / heads = {cfg.head_dim}")
+    return cfg
+
+
+class Backbone(NamedTuple):
+    """A model of the paper: where its weights are, and how its config.json differs from the class default."""
+
+    repo: str
+    hub: dict
+
+    @property
+    def cfg(self) -> MoEConfig:
+        """Its sizes, without any download."""
+        return parse_config(self.hub)
+
+
+BACKBONES = {
+    "olmoe-1b-7b": Backbone("allenai/OLMoE-1B-7B-0924", {"model_type": "olmoe", "intermediate_size": 1024}),
+    "mixtral-8x7b": Backbone(
+        "mistralai/Mixtral-8x7B-v0.1", {"model_type": "mixtral", "max_position_embeddings": 32768}
+    ),
+    "deepseekmoe-16b": Backbone(
+        "deepseek-ai/deepseek-moe-16b-base",
+        {
+            "model_type": "deepseek", "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64,
+            "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+            "max_position_embeddings": 4096,
+        },
+    ),
+}  # fmt: skip
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model: "tiny", a BACKBONES name, a folder, or a Hub id (downloaded once, then cached).
+
+    Raises FileNotFoundError if there is no such model, or no network to fetch it through.
+    """
+    if model == "tiny":
+        return Path(__file__).parent / "tiny"
+    if Path(model).is_dir():
+        return Path(model)
+    repo = BACKBONES[model].repo if model in BACKBONES else str(model)
+    wanted = (
+        f"want tiny, {', '.join(BACKBONES)}, a folder, or a Hub id such as {BACKBONES['olmoe-1b-7b'].repo}"
+    )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise FileNotFoundError(f"there is no model {repo!r}: {wanted}")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+    except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
+        raise FileNotFoundError(
+            f"there is no folder {repo}, and the Hub did not give it ({type(error).__name__}): {wanted}; "
+            "without a network, give the folder of a checkpoint that is here"
+        ) from error
+
+
+def read_config(folder: str | Path) -> MoEConfig:
+    """The MoEConfig of folder/config.json."""
+    return parse_config(read_json(Path(folder) / "config.json", CHECKPOINT))
+
+
+# Our parameter name -> the checkpoint's. The first match wins; {e} stands for each expert in turn.
+NAMES = [
+    (r"embed\.weight", r"model.embed_tokens.weight"),
+    (r"norm\.weight", r"model.norm.weight"),
+    (r"head\.weight", r"lm_head.weight"),
+    (r"layers\.(\d+)\.attn_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
+    (r"layers\.(\d+)\.mlp_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+    (r"layers\.(\d+)\.attn\.([qkvo])\.weight", r"model.layers.\1.self_attn.\2_proj.weight"),
+    (r"layers\.(\d+)\.attn\.([qk])_norm\.weight", r"model.layers.\1.self_attn.\2_norm.weight"),
+    (r"layers\.(\d+)\.moe\.router\.weight", r"model.layers.\1.mlp.gate.weight"),
+    (r"layers\.(\d+)\.moe\.experts\.(\w+)\.weight", r"model.layers.\1.mlp.experts.{e}.\2_proj.weight"),
+    (r"layers\.(\d+)\.moe\.shared\.(\w+)\.weight", r"model.layers.\1.mlp.shared_experts.\2_proj.weight"),
+    (r"layers\.(\d+)\.dense\.(\w+)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
+]
+MIXTRAL_NAMES = [
+    (r"layers\.(\d+)\.moe\.router\.weight", r"model.layers.\1.block_sparse_moe.gate.weight"),
+    (r"layers\.(\d+)\.moe\.experts\.gate\.weight", r"model.layers.\1.block_sparse_moe.experts.{e}.w1.weight"),
+    (r"layers\.(\d+)\.moe\.experts\.up\.weight", r"model.layers.\1.block_sparse_moe.experts.{e}.w3.weight"),
+    (r"layers\.(\d+)\.moe\.experts\.down\.weight", r"model.layers.\1.block_sparse_moe.experts.{e}.w2.weight"),
+    *NAMES,
+]
+
+
+def hub_names(name: str, cfg: MoEConfig) -> list[str]:
+    """The checkpoint's tensors behind our parameter `name`: one, or one for each expert of a stack."""
+    for ours, theirs in MIXTRAL_NAMES if cfg.family == "mixtral" else NAMES:
+        if match := re.fullmatch(ours, name):
+            pattern = match.expand(theirs)
+            n = cfg.n_experts if "{e}" in pattern else 1
+            return [pattern.replace("{e}", str(e)) for e in range(n)]
+    raise KeyError(f"parameter {name!r} has no entry in NAMES")
+
+
+class Checkpoint:
+    """A folder of safetensors, single or sharded, mapped into memory and read tensor by tensor."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = {}  # tensor name -> the open file that holds it
+        for path in shard_paths(folder):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: want the weights as safetensors, all shards")
+            try:
+                file = safe_open(path, framework="pt")
+                self.files.update(dict.fromkeys(file.keys(), file))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes."""
+        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}  # old: a constant
+        for names, what in ((wanted.keys() - found, "lacks"), (found - wanted.keys(), "has unexpected")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(
+                    f"{self.folder} {what} tensor {min(names)}{more}: "
+                    "want the config.json and the weights of one model that moe_model.py knows"
+                )
+        for name, shape in wanted.items():
+            if (got := tuple(self.files[name].get_slice(name).get_shape())) != shape:
+                raise ValueError(f"{self.folder}: tensor {name} is {got}, but config.json makes it {shape}")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, as it is stored."""
+        return self.files[name].get_tensor(name)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index, CHECKPOINT).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        re.fullmatch(r"[\w.-]+", str(f)) for f in weight_map.values()
+    ):
+        raise ValueError(f"{index} has no weight_map from tensors to file names: download it again")
+    return [folder / shard for shard in sorted(set(weight_map.values()))]

@@ -1,0 +1,261 @@
+"""Tasks as (prompt, answer) pairs, and the batch of step n as a pure function of n.
+
+Letters: B sequences    T tokens per sequence
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_model import IGNORE
+from run import sha256, write_atomically
+from tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+
+
+class Source(NamedTuple):
+    """Where the rows of a split are: a file of this repository, or a download whose checksum is known."""
+
+    place: str
+    sha256: str = ""
+    licence: str = ""
+
+    def cached(self) -> Path:
+        """Its path on this machine, whether it is there yet or not."""
+        if "://" not in self.place:
+            return HERE / self.place
+        cache = Path(os.environ.get("HELLORA_CACHE", Path.home() / ".cache" / "hellora"))
+        return cache / f"{self.sha256[:16]}-{self.place.rpartition('/')[2]}"
+
+    def fetch(self) -> Path:
+        """Its path, downloaded if need be. Raises OSError without a network, ValueError if it changed."""
+        path = self.cached()
+        if "://" not in self.place or (path.exists() and sha256(path) == self.sha256):
+            return path
+        print(f"downloading {self.place} ({self.licence}) to {path}")
+        try:
+            with urllib.request.urlopen(self.place, timeout=60) as reply:
+                body = reply.read()
+        except (OSError, HTTPException) as error:
+            raise OSError(
+                f"{self.place} cannot be reached ({error}): give the rows as a file with --data FILE"
+            ) from error
+        if (got := hashlib.sha256(body).hexdigest()) != self.sha256:
+            raise ValueError(f"{self.place} has changed: sha256 {got}, want {self.sha256}; use --data FILE")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda draft: draft.write_bytes(body))
+        return path
+
+
+class Example(NamedTuple):
+    """One row of a task as the model sees it."""
+
+    prompt: str
+    answer: str
+    row: dict  # the row as it was read: what scoring needs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, the form it is shown in, and how long an answer may be."""
+
+    kind: str  # what its rows hold (FIELDS) and how answers are scored: math, code or safety
+    train: Source
+    test: Source
+    template: str  # the TEMPLATES entry used unless --template names another
+    max_new: int = 512  # tokens generated when it is scored
+
+
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_TRAIN = Source(
+    GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", "MIT"
+)
+GSM8K_TEST = Source(
+    GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "MIT"
+)
+TASKS = {
+    "gsm8k": Task("math", GSM8K_TRAIN, GSM8K_TEST, "plain"),
+    "tiny-math": Task("math", Source("tiny/math-train.jsonl"), Source("tiny/math-test.jsonl"), "plain", 64),
+    "tiny-math-dev": Task(
+        "math", Source("tiny/math-train.jsonl"), Source("tiny/math-dev.jsonl"), "plain", 64
+    ),
+    "tiny-math-reworded": Task(
+        "math", Source("tiny/math-train.jsonl"), Source("tiny/math-reworded-test.jsonl"), "plain", 64
+    ),
+    "tiny-code": Task("code", Source("tiny/code-train.jsonl"), Source("tiny/code-test.jsonl"), "bare", 96),
+    "tiny-safety": Task(
+        "safety", Source("tiny/safety-train.jsonl"), Source("tiny/safety-test.jsonl"), "bare", 64
+    ),
+}  # fmt: skip
+FIELDS = {
+    "math": ("question", "answer"),
+    "code": ("instruction", "input", "output"),
+    "safety": ("instruction", "input", "output"),
+}
+
+
+def default_task(model: str) -> str:
+    """The task of a command that names none."""
+    return "tiny-math" if model == "tiny" else "gsm8k"
+
+
+def plain_math(row: dict) -> tuple[str, str]:
+    """lm-evaluation-harness' GSM8K prompt; the calculator notes <<...>> are taken out of the answer."""
+    answer = "".join(part.rpartition(">>")[2] for part in row["answer"].split("<<"))
+    return f"Question: {row['question']}\nAnswer:", f" {answer}"
+
+
+def lori_math(row: dict) -> tuple[str, str]:
+    """What LoRI trains on, and so most likely the paper. Source: LoRI's get_datasets.py, get_gsm8k."""
+    ask = "Answer the above question. First think step by step and then answer the final number."
+    return f"{row['question']}\n{ask}\n", row["answer"].replace("####", "The final answer is: ")
+
+
+def alpaca(row: dict) -> tuple[str, str]:
+    """The Alpaca template, with or without an input. Source: CodeAlpaca's README."""
+    given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+    context = ", paired with an input that provides further context" if row["input"] else ""
+    return (
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately "
+        f"completes the request.\n\n### Instruction:\n{row['instruction']}\n\n{given}### Response:\n",
+        row["output"],
+    )
+
+
+def bare_instruction(row: dict) -> tuple[str, str]:
+    """The same in few words, for the tiny model."""
+    return f"Instruction: {row['instruction']}\nResponse:\n", row["output"]
+
+
+TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {  # (kind, --template) -> its function
+    ("math", "plain"): plain_math,
+    ("math", "lori"): lori_math,
+    ("code", "alpaca"): alpaca,
+    ("code", "bare"): bare_instruction,
+    ("safety", "alpaca"): alpaca,
+    ("safety", "bare"): bare_instruction,
+}
+
+
+def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of a .json list, or of JSON lines, either also as .gz; each with text in all `fields`.
+
+    Raises FileNotFoundError, or ValueError with the line (of a list: the element) that is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines")
+    try:
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as text ({error}): want JSON lines or a JSON list"
+        ) from error
+    if text.lstrip().startswith("["):
+        rows = enumerate(_parse(text, f"{path}"), 1)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = ((n, _parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+    n = 0
+    for n, row in rows:
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"{path}, row {n} has no text in {field!r}: want {', '.join(fields)} in each row"
+                )
+        yield row
+    if n == 0:
+        raise ValueError(f"{path} holds no rows: want JSON lines or a JSON list with {', '.join(fields)}")
+
+
+def _parse(text: str, place: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error})") from error
+
+
+def load_examples(task: str, path: Path, template: str | None = None) -> list[Example]:
+    """The rows of a file of `task` as prompts and answers. Raises ValueError for an unknown template."""
+    kind, template = TASKS[task].kind, template or TASKS[task].template
+    if (kind, template) not in TEMPLATES:
+        known = ", ".join(name for of, name in TEMPLATES if of == kind)
+        raise ValueError(f"unknown template {template!r} for task {task}: want one of {known}")
+    show = TEMPLATES[kind, template]
+    return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
+
+
+class Encoded(NamedTuple):
+    """An example as token ids: prompt, answer, eos."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> list[Encoded]:
+    """Token ids of all examples. Raises ValueError for one that is longer than the model's context."""
+    encoded = []
+    for n, example in enumerate(examples, 1):
+        prompt = tokenizer.encode(example.prompt)
+        ids = [*prompt, *tokenizer.encode(example.answer), tokenizer.eos]
+        if len(ids) > max_len:
+            raise ValueError(
+                f"row {n} of the data has {len(ids)} tokens, but the model's context is {max_len}: "
+                "shorten or drop that row"
+            )
+        encoded.append(Encoded(ids, len(prompt)))
+    return encoded
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right to one length T."""
+
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T] the next token where it belongs to the answer, else IGNORE
+    real: Tensor  # [B, T] False on padding
+
+
+def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batch:
+    """Pad a few examples to one length. The last token of each is only a target, never an input."""
+    width = max(len(e.ids) for e in examples) - 1
+    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    targets = torch.full_like(tokens, IGNORE)
+    real = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, e in enumerate(examples):
+        n = len(e.ids) - 1
+        tokens[i, :n] = torch.tensor(e.ids[:-1])
+        targets[i, e.n_prompt - 1 : n] = torch.tensor(e.ids[e.n_prompt :])
+        real[i, :n] = True
+    return Batch(*(t.to(device) for t in (tokens, targets, real)))
+
+
+def steps_per_epoch(n_examples: int, batch_size: int) -> int:
+    """The last step of an epoch takes what is left, so that every example is seen once."""
+    return -(-n_examples // batch_size)
+
+
+def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int) -> list[Encoded]:
+    """The examples of optimizer step `step` (from 0): a function of the step alone.
+
+    So the step number is all a resumed run must know. Each epoch has its own seeded order.
+    """
+    epoch, at = divmod(step, steps_per_epoch(len(data), batch_size))
+    draw = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(len(data), generator=draw)
+    return [data[i] for i in order[at * batch_size : (at + 1) * batch_size].tolist()]
+
+
+def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
+    """Cut a step's examples into groups of `size` of like length, so that there is little padding."""
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -1,0 +1,108 @@
+"""Tokens to the experts they chose and back: rows sorted by expert, and what multiplies them.
+
+Letters:
+    M tokens    K experts per token    N rows = M*K: one copy of a token for each expert it visits
+    E experts    k adapted experts    n rows that visit those    D model width
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def looped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [N, in] in E segments that end at `ends` [E], weight [E, in, out] -> [N, out]."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(x.split(sizes), weight.unbind(0), strict=True)
+    return torch.cat([part @ w for part, w in parts if len(part)] or [x @ weight[0]])
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """What looped_mm computes, in one call. A frozen weight gets no gradient, and x is not saved for one.
+
+    The kernel wants rows of a multiple of 16 bytes; narrower ones (rank 2, say) go through the loop.
+    """
+    if any(size * x.element_size() % 16 for size in weight.shape[1:]):
+        return looped_mm(x, weight, ends)
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+MATMULS = {"grouped": grouped_mm, "loop": looped_mm}  # the choices of --experts
+
+
+class Rows(NamedTuple):
+    """N token copies sorted by the expert they visit, so that each expert owns one contiguous segment.
+
+    Two tokens, K = 2, three experts, choices [[2, 0], [2, 1]]: order [1, 3, 0, 2] for the experts
+    0, 1, 2, 2; token [0, 1, 0, 1]; place [[2, 0], [3, 1]]; ends [1, 2, 4].
+    """
+
+    order: Tensor  # [N] row n serves slot order[n]; the slots are all (token, choice) pairs, token by token
+    token: Tensor  # [N] the token that row n is a copy of
+    place: Tensor  # [M, K] the row that serves each (token, choice): the inverse of `order`
+    ends: Tensor  # [E] int32, one past the last row of each expert
+    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # one of MATMULS
+    adapted: Tensor | None = (
+        None  # [n] rows that visit an adapted expert, ascending. None: all, no need to look
+    )
+    adapted_ends: Tensor | None = None  # [k] int32, ends of the adapted experts' segments among those rows
+    adapted_expert: Tensor | None = None  # [n] which of the k adapted experts such a row visits
+
+
+def sort_by_expert(expert_ids: Tensor, n_experts: int, adapted: Tensor, matmul: Callable) -> Rows:
+    """Choices [M, K] and the adapted experts [k], ascending -> Rows."""
+    slots = expert_ids.flatten()
+    order = slots.argsort(stable=True)
+    expert = slots[order]  # [N] ascending
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = torch.searchsorted(expert, torch.arange(n_experts, device=expert.device), right=True).int()
+    rows = Rows(order, order // expert_ids.shape[1], place.view_as(expert_ids), ends, matmul)
+    if len(adapted) in (0, n_experts):
+        return rows._replace(adapted_ends=ends, adapted_expert=expert)
+    index = torch.isin(expert, adapted).nonzero().squeeze(1)  # the host waits here: how many rows are there?
+    adapted_ends = torch.searchsorted(expert[index], adapted, right=True).int()
+    which = torch.searchsorted(adapted, expert[index])
+    return rows._replace(adapted=index, adapted_ends=adapted_ends, adapted_expert=which)
+
+
+def sum_of_rows(y: Tensor, place: Tensor) -> Tensor:
+    """Rows [N, D] -> for each token the sum of those at its `place` [M, K], [M, D]."""
+    return y.index_select(0, place.flatten()).unflatten(0, place.shape).sum(1)
+
+
+class Dispatch(torch.autograd.Function):
+    """Tokens [M, D] -> their row copies [N, D]; the transpose of Combine.
+
+    Both directions of both are gathers: plain indexing would scatter with atomics in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        """[M, D] -> [N, D]"""
+        ctx.save_for_backward(place)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
+        """[N, D] -> [M, D]"""
+        (place,) = ctx.saved_tensors
+        return sum_of_rows(grad, place), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Rows [N, D] -> for each token the sum of its K rows [M, D]; the transpose of Dispatch."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        """[N, D] -> [M, D]"""
+        ctx.save_for_backward(token)
+        return sum_of_rows(y, place)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
+        """[M, D] -> [N, D]"""
+        (token,) = ctx.saved_tensors
+        return grad.index_select(0, token), None, None

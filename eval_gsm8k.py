@@ -1,0 +1,190 @@
+"""Exact-match accuracy on grade-school-math problems, of a run of train.py or of a model as it is.
+
+    python eval_gsm8k.py --run runs/tiny-tiny-math-hellora-k8-s0
+    python eval_gsm8k.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 5
+
+Greedy decoding; only generated text is scored. accuracy: the number after the first "####"; flexible: the
+last number of any kind; both as in lm-evaluation-harness (tasks/gsm8k/gsm8k.yaml at 4e7e0d4).
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+from checkpoint import locate
+from data import TASKS, Example, default_task, load_examples
+from generate import generate
+from hellora import load_run
+from moe_model import MoEModel
+from run import (
+    Parser,
+    above_0,
+    add_compute_flags,
+    command,
+    compute,
+    read_run,
+    update_results,
+    write_atomically,
+)
+from tokenizer import Tokenizer, load_tokenizer
+
+STRICT = {  # template -> where its answers put the number; the first match counts
+    "plain": re.compile(r"#### (\-?[0-9\.\,]+)"),
+    "lori": re.compile(r"The final answer is: +(\-?[0-9\.\,]+)"),
+}
+FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # the last match counts
+NEXT_QUESTION = "Question:"  # a model that goes on with a new question has ended its answer
+
+
+def normalise(number: str) -> str:
+    """ "$1,000." -> "1000": what lm-evaluation-harness ignores when it compares."""
+    return re.sub(r"[,$]|\.$", "", number)
+
+
+def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]:
+    """The strict and the flexible answer of a generated text; None where there is none."""
+    text = text.split(NEXT_QUESTION)[0]
+    strict = STRICT[template].search(text)
+    numbers = FLEXIBLE.findall(text)
+    return (normalise(strict[1]) if strict else None), (normalise(numbers[-1]) if numbers else None)
+
+
+def gold(row: dict) -> str:
+    """The right number of a row. Raises ValueError if its answer does not end in "#### N"."""
+    _, mark, number = row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError(f"the answer of a problem has no '#### N': {row['answer'][-40:]!r}")
+    return normalise(number.strip())
+
+
+def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> None:
+    """Raise ValueError for a problem without a right answer, or one that does not fit the context."""
+    for n, example in enumerate(examples, 1):
+        try:
+            gold(example.row)
+        except ValueError as error:
+            raise ValueError(f"row {n} to score: {error}") from error
+        if (length := len(tokenizer.encode(example.prompt))) >= max_len:
+            raise ValueError(
+                f"row {n} to score has {length} tokens before its answer; the context is {max_len}"
+            )
+
+
+def evaluate(
+    model: MoEModel,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    template: str,
+    max_new: int,
+    batch_size: int,
+    label: str = "score",
+) -> tuple[dict, list[dict]]:
+    """results.json's entry for `examples`, and a record of each problem."""
+    began = time.perf_counter()
+    prompts = [tokenizer.encode(e.prompt) for e in examples]
+    answers = generate(model, prompts, max_new, tokenizer.stops, batch_size, label)
+    records = []
+    for example, ids in zip(examples, answers, strict=True):
+        output, right = tokenizer.decode(ids), gold(example.row)
+        strict, flexible = extract(output, template)
+        records.append(
+            {
+                "prompt": example.prompt,
+                "gold": right,
+                "output": output,
+                "strict": strict,
+                "flexible": flexible,
+            }
+            | {"correct": strict == right}
+        )
+    correct = sum(r["correct"] for r in records)
+    flexible = sum(r["flexible"] == r["gold"] for r in records)
+    return {
+        "accuracy": correct / len(records),
+        "accuracy_flexible": flexible / len(records),
+        "correct": correct,
+        "total": len(records),
+        "seconds": round(time.perf_counter() - began, 2),
+    }, records
+
+
+def write_answers(folder: Path, task: str, records: list[dict]) -> None:
+    """answers-TASK.jsonl: what was generated for each problem."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def few_shot(examples: list[Example], shots: list[Example]) -> list[Example]:
+    """Put solved problems before each prompt, with empty lines between, as lm-evaluation-harness does."""
+    shown = "".join(f"{e.prompt}{e.answer}\n\n" for e in shots)
+    return [e._replace(prompt=shown + e.prompt) for e in examples]
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what.add_argument("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
+    p.add_argument("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
+    p.add_argument(
+        "--data", type=Path, help="score the problems of this file in place of the task's test split"
+    )
+    p.add_argument("--limit", type=above_0(int), help="score the first N problems only")
+    p.add_argument(
+        "--shots", type=int, default=0, help="put N solved training problems before each (default 0)"
+    )
+    p.add_argument("--template", help="prompt and answer form (default: the run's, or the task's)")
+    p.add_argument(
+        "--batch-size", type=above_0(int), default=100, help="problems decoded together (default 100)"
+    )
+    p.add_argument(
+        "--max-new", type=above_0(int), help="tokens generated at most (default: the task's; 512 for gsm8k)"
+    )
+    p.add_argument("--factored", action="store_true", help="keep the adapters apart in place of merging them")
+    add_compute_flags(p.add_argument)
+    return p.parse_args()
+
+
+def problems(task: str, template: str, path: Path, limit: int | None, shots: int) -> list[Example]:
+    """The examples to score, each after `shots` solved ones of the training split."""
+    examples = load_examples(task, path, template)[:limit]
+    solved = load_examples(task, TASKS[task].train.fetch(), template)[: int(shots)] if shots else []
+    return few_shot(examples, solved)
+
+
+def main() -> None:
+    """Score each run, or the model, and print one line for each."""
+    args = parse_args()
+    asked = (args.data, args.limit, args.shots, args.max_new, args.template)
+    for folder in args.run or [None]:
+        device, dtype = compute(args.device, args.dtype or (read_run(folder)["dtype"] if folder else None))
+        if folder:
+            model, tokenizer, run = load_run(folder, not args.factored, dtype, device)
+        else:
+            model = MoEModel.from_pretrained(args.model, dtype, device)
+            tokenizer, run = load_tokenizer(locate(args.model)), {"task": default_task(args.model)}
+        task = args.task or run["task"]
+        if task not in TASKS or TASKS[task].kind != "math":
+            known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
+            raise ValueError(f"task {task!r} has no '#### N' answers to score here: want one of {known}")
+        own = run if task == run["task"] else {}  # what was asked for at training holds for that task only
+        template = args.template or own.get("template") or TASKS[task].template
+        path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
+        examples = problems(task, template, Path(path), args.limit, args.shots)
+        check_scorable(examples, tokenizer, model.cfg.max_len)
+        max_new = args.max_new or TASKS[task].max_new
+        result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
+        print(
+            f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} (flexible "
+            f"{result['accuracy_flexible']:.1%}) on {result['total']} problems in {result['seconds']} s"
+        )
+        if folder and not any(asked):  # else it is not what results.json means
+            update_results(folder, task, result)
+            write_answers(folder, task, records)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,176 @@
+"""The command line of train.py, made into a job in which everything a user can get wrong has been checked."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import hellora
+from catcher import HotList, check_k, default_k
+from checkpoint import BACKBONES, Checkpoint, MoEConfig, locate, read_config
+from data import TASKS, Encoded, Example, default_task, encode, load_examples
+from eval_gsm8k import check_scorable
+from hellora import METHODS, SUFFIXES, Method, parse_method
+from moe_model import MATMULS, MoEModel, check_weights, empty_model, load_weights
+from run import DTYPES, Parser, above_0, add_compute_flags, at_least_0, compute, seed
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained unless flags say otherwise."""
+
+    lr: float
+    epochs: int
+    batch_size: int = 128
+    rank: int = 32
+    alpha: float = 64
+    decay: bool = False  # the lr falls linearly to 0; else it is constant, as in LoRI's scripts
+
+
+# (task, full fine-tuning?) -> Table 1 of the paper; the tiny tasks' were chosen on their dev splits
+RECIPES = {
+    ("gsm8k", False): Recipe(lr=4e-4, epochs=3),
+    ("gsm8k", True): Recipe(lr=4e-5, epochs=3, batch_size=256),
+    ("tiny", False): Recipe(lr=1e-2, epochs=3, batch_size=32, rank=8, alpha=16, decay=True),
+    ("tiny", True): Recipe(lr=3e-3, epochs=3, batch_size=32, decay=True),
+}
+SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compared before a run is gone on with
+    "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "rank", "alpha", "catcher",
+    "score", "hot_experts", "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
+)  # fmt: skip
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """The command line. Every flag is listed once, here. description: the text above the flags."""
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what, method = p.add_argument_group("what").add_argument, p.add_argument_group("method").add_argument
+    train, run = p.add_argument_group("training").add_argument, p.add_argument_group("run").add_argument
+    # fmt: off
+    what("--model", default="tiny", help=f"tiny (default), {', '.join(BACKBONES)}, a folder, or a Hub id")
+    what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
+    what("--data", type=Path, metavar="FILE", help="rows to train on in place of the task's training split")
+    what("--eval-data", type=Path, metavar="FILE", help="rows to score in place of the task's test split")
+    what("--eval-limit", type=above_0(int), default=500, metavar="N", help="rows to score (default 500)")
+    what("--no-eval", action="store_true", help="score nothing")
+    what("--template", metavar="NAME", help="form of prompts and answers: for math tasks plain or lori")
+    method("--method", default="hellora", help=f"{', '.join(METHODS)}, with suffixes _{', _'.join(SUFFIXES)}")
+    method("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
+    method("--rank", type=above_0(int), help="rank of the updates (default: the recipe's)")
+    method("--alpha", type=above_0(float), help="updates are scaled by alpha / rank (default: the recipe's)")
+    method("--catcher", choices=["warmup", "forward"], default="warmup", help="count in a LoRA warm-up?")
+    method("--score", choices=["count", "gate"], default="count", help="hot by visits or mean weight")
+    method("--hot-experts", type=Path, metavar="FILE", help="a hot_experts.json to use; nothing is counted")
+    train("--epochs", type=above_0(int), help="passes over the data (default: the recipe's)")
+    train("--steps", type=above_0(int), help="optimizer steps, in place of --epochs")
+    train("--batch-size", type=above_0(int), help="examples in an optimizer step (default: the recipe's)")
+    train("--micro-batch", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
+    train("--lr", type=above_0(float), help="learning rate (default: the recipe's)")
+    train("--balance", type=at_least_0, default=0.0, metavar="C", help="coefficient of Eq. 1 (default 0)")
+    train("--seed", type=seed, default=0, help="order of the data, start of A, catcher's sample (default 0)")
+    run("--out", type=Path, metavar="DIR", help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
+    run("--resume", action="store_true", help="go on with an unfinished run, or fail if there is none")
+    run("--override", action="store_true", help="go on with the unfinished run in --out under other settings")
+    run("--save-every", type=above_0(int), default=50, metavar="N", help="steps between saves (default 50)")
+    run("--experts", choices=MATMULS, default="grouped", help="in one call, or one by one")
+    run("--recompute", action="store_true", help="run layers again in the backward pass: less memory, slower")
+    # fmt: on
+    add_compute_flags(run)
+    return p.parse_args()
+
+
+def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
+    """Everything that decides a run's numbers, with the recipe's values where a flag was not given."""
+    task = args.task or default_task(args.model)
+    recipe = RECIPES["tiny" if task.startswith("tiny") else task, parse_method(args.method).train_base]
+    own = {  # without a flag: from the recipe, or from the model
+        **vars(recipe), "task": task, "template": TASKS[task].template,
+        "k": default_k(cfg),
+        "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
+    }  # fmt: skip
+    flags = {name: getattr(args, name) for name in SETTINGS}
+    if args.steps:
+        own["epochs"] = flags["epochs"] = None
+    if args.model != "tiny" and Path(args.model).is_dir():
+        flags["model"] = Path(args.model)
+    flags |= {name: str(path.resolve()) for name, path in flags.items() if isinstance(path, Path)}
+    settings = flags | {name: value for name, value in own.items() if flags.get(name) is None}
+    check_k(settings["k"], cfg.n_experts)
+    return settings
+
+
+def scored_examples(settings: dict) -> list[Example]:
+    """What is scored before and after training: --eval-data, or else the task's test split.
+
+    Nothing, and a line that says so, if that would have to be downloaded although --data was given.
+    """
+    task = TASKS[settings["task"]]
+    if task.kind != "math":
+        print(f"nothing is scored: {settings['task']} has an evaluation of its own")
+        return []
+    if settings["data"] and not settings["eval_data"] and not task.test.cached().exists():
+        print("nothing is scored: give --eval-data FILE to score before and after")
+        return []
+    path = Path(settings["eval_data"]) if settings["eval_data"] else task.test.fetch()
+    return load_examples(settings["task"], path, settings["template"])[: settings["eval_limit"]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, checked and ready: nothing has been written for it yet."""
+
+    settings: dict  # what decides its numbers (resolve)
+    method: Method
+    cfg: MoEConfig
+    source: Path  # the model's folder
+    device: torch.device
+    tokenizer: Tokenizer
+    data: list[Encoded]
+    tests: list[Example]  # empty: nothing is scored
+    micro_batch: int
+    matmul: str  # "grouped" or "loop" (MATMULS)
+    recompute: bool
+    save_every: int
+
+    def build(self, method: Method | None = None, experts: dict[int, list[int]] | None = None) -> MoEModel:
+        """The model with `method`'s adapters (None: the base): shapes, then adapters, only then values."""
+        dtype = DTYPES[self.settings["dtype"]]
+        stored = torch.float32 if method and method.train_base else dtype  # full fine-tuning: fp32 masters
+        model = empty_model(self.cfg, dtype, self.matmul).to(stored).requires_grad_(False)
+        model.recompute = self.recompute
+        if method:
+            hellora.attach(model, method, experts, self.settings["rank"], self.settings["alpha"])
+        load_weights(model, Checkpoint(self.source), self.device)
+        hellora.init_adapters(model, self.settings["seed"])
+        return model
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Check everything that a user can get wrong, before anything is written, and read the data."""
+    device, dtype = compute(args.device, args.dtype)
+    method, source = parse_method(args.method), locate(args.model)
+    cfg, tokenizer = read_config(source), load_tokenizer(source)
+    check_weights(cfg, Checkpoint(source))
+    settings = resolve(args, cfg, dtype)
+    if args.hot_experts:
+        check_hot_list(HotList.read(args.hot_experts, cfg), method, settings)
+    path = args.data or TASKS[settings["task"]].train.fetch()
+    data = encode(load_examples(settings["task"], path, settings["template"]), tokenizer, cfg.max_len)
+    tests = [] if args.no_eval else scored_examples(settings)
+    check_scorable(tests, tokenizer, cfg.max_len)
+    return Job(
+        settings, method, cfg, source, device, tokenizer, data, tests,
+        args.micro_batch, args.experts, args.recompute, args.save_every,
+    )  # fmt: skip
+
+
+def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
+    """Raise ValueError if a given list says other things than the flags."""
+    sizes = {len(ids) for ids in hot.experts.values()}
+    if method.rule != hot.rule:
+        raise ValueError(
+            f"--hot-experts lists {hot.rule} experts, but method {settings['method']} wants {method.rule}"
+        )
+    if sizes != {settings["k"]}:
+        raise ValueError(f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}")

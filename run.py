@@ -1,0 +1,276 @@
+"""A run's folder: who may use it, what differs, and files that are either whole or absent.
+
+Also how a command ends: exit code 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted
+by the user, 1 and a traceback a fault of ours.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process with the exit code that its outcome deserves."""
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
+        sys.exit(_fail(error))
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(error: Exception) -> int:
+    """Print the error as one line; the exit code 2."""
+    if os.environ.get("HELLORA_TRACEBACK"):  # for whoever suspects a fault of ours behind the message
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes end like all others: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise ValueError(f"{message} (--help lists all flags)")
+
+
+def above_0(kind: type) -> Callable[[str], float]:
+    """An argparse type: an int or float above 0."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < kind(text) < float("inf"):
+                return kind(text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, want {'a number' if kind is float else 'an integer'} above 0"
+        )
+
+    return parse
+
+
+def at_least_0(text: str) -> float:
+    """An argparse type: a number that may be 0."""
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}, want a number from 0 on")
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch takes as a seed on every device."""
+    if text.isdecimal() and int(text) < 2**31:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}, want an integer from 0 to {2**31 - 1}")
+
+
+def add_compute_flags(add: Callable) -> None:
+    """The flags that `compute` takes. add: an add_argument."""
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--dtype", choices=DTYPES, help="of the computation; default: bf16 on cuda, fp32 on cpu")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file, bring it to disk, and only then give it the name `path`.
+
+    Raises OSError, whatever error of its own the writing library has for a full disk.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        write(draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.chmod(0o644)  # safetensors makes its files private
+        draft.replace(path)
+    except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' for a failed write
+        raise OSError(f"{path} could not be written ({error}): is the disk full?") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, want: str) -> dict:
+    """A JSON object. Raises FileNotFoundError or ValueError that name the path and say what is wanted."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: want {want}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): want {want}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: want {want}")
+    return value
+
+
+def read_run(folder: Path) -> dict:
+    """The run.json of a run's folder. Raises FileNotFoundError or ValueError that say what to do."""
+    run = read_json(folder / "run.json", "the folder of a run of train.py")
+    if not {"model", "task", "method", "dtype", "finished"} <= run.keys():
+        raise ValueError(f"{folder / 'run.json'} is not of a run of train.py: want the folder of one")
+    return run
+
+
+def differences(saved: dict, settings: dict) -> list[str]:
+    """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
+    return [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v]
+
+
+OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "balance"}  # what a run may go on with otherwise
+
+
+def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool) -> Path:
+    """The folder to run in: `out`, or the first default one that is free or holds this run unfinished.
+
+    Raises ValueError if `out` holds a finished or another run, or if --resume finds nothing to go on with.
+    """
+    if out is not None:
+        return check_folder(settings, out, resume, override)
+    if override:
+        raise ValueError("--override needs --out DIR: the unfinished run to go on with")
+    model = Path(settings["model"]).name
+    first = f"{model}-{settings['task']}-{settings['method']}-k{settings['k']}-s{settings['seed']}"
+    folder, n = Path("runs") / first, 1
+    while True:
+        saved = read_run(folder) if (folder / "run.json").exists() else None
+        if saved is None and resume:
+            raise ValueError(
+                f"there is no unfinished run with these settings in runs/{first}*: omit --resume"
+            )
+        if saved is None or not (saved["finished"] or differences(saved, settings)):
+            return folder
+        n += 1
+        folder = Path("runs") / f"{first}-{n}"
+
+
+def check_folder(settings: dict, out: Path, resume: bool, override: bool) -> Path:
+    """`out` itself. Raises ValueError if it holds anything but this run, unfinished."""
+    if not (out / "run.json").exists():
+        if resume:
+            raise ValueError(f"{out} holds no run to resume: omit --resume")
+        if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
+            raise ValueError(f"{out} holds other files: want a new or empty folder for --out")
+        return out
+    saved = read_run(out)
+    differ = differences(saved, settings)
+    if saved["finished"]:
+        raise ValueError(f"{out} holds a finished run{_list(differ)}: choose another --out")
+    fixed = [d for d in differ if d.partition(":")[0] not in OVERRIDABLE]
+    if fixed or (differ and not override):
+        way_out = "choose another --out" + ("" if fixed else ", or --override")
+        raise ValueError(f"{out} holds a run with other settings{_list(fixed or differ)}: {way_out}")
+    return out
+
+
+def _list(differ: list[str]) -> str:
+    return f" ({'; '.join(differ)})" if differ else ""
+
+
+def lock(folder: Path) -> IO:
+    """Claim `folder` until the returned file is closed. Raises ValueError if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(
+            f"another process is running in {folder}: wait for it, or choose another --out"
+        ) from error
+    return file
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """Write state.pt: everything a resume needs, in one file."""
+    write_atomically(folder / "state.pt", lambda draft: torch.save(state, draft))
+
+
+def load_state(folder: Path) -> dict | None:
+    """What save_state wrote last; None if nothing was. Raises ValueError if the file is damaged."""
+    path = folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no one class for a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start over") from error
+
+
+class Metrics:
+    """metrics.jsonl: one line per training step, in full precision."""
+
+    def __init__(self, folder: Path, step: int):
+        """Go on after `step` steps: later lines, of work that a stop has lost, are dropped."""
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(ValueError):  # the last line may be torn
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
+        self.file = path.open("a", buffering=1)
+
+    def add(self, **values: float) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(values) + "\n")
+
+
+def update_results(folder: Path, task: str, values: dict) -> None:
+    """Set the keys `values` of results.json's entry for `task`, leaving all others."""
+    results = read_results(folder)
+    results[task] = results.get(task, {}) | values
+    write_json(folder / "results.json", results)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json, {task: {"accuracy": ..., ...}}; empty if nothing has been scored."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a result may depend on besides the settings."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device} ({name})"}
+
+
+def sha256(*paths: Path) -> str:
+    """One checksum over the contents of files, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in what numbers to compute: the asked, or cuda if there is one; bf16 there, fp32 on cpu.
+
+    Raises ValueError for cuda on a machine without it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no GPU here: want --device cpu, or a CUDA build of torch"
+        )
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]

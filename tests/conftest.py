@@ -1,0 +1,94 @@
+"""Small random checkpoints in the Hub's layout, one per family, and the embedded tiny model."""
+
+import json
+import os
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import run
+from checkpoint import parse_config
+from moe_model import base_parameters
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+torch.set_num_threads(1)  # small matrices: threads only get in each other's way
+
+HUB = {
+    "olmoe": {
+        "model_type": "olmoe", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 64,
+    },
+    "mixtral": {
+        "model_type": "mixtral", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "max_position_embeddings": 64,
+    },
+    "deepseek": {
+        "model_type": "deepseek", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40,
+        "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "n_routed_experts": 8,
+        "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+        "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+def write_checkpoint(folder, hub, seed=0, dtype=torch.float32):
+    """A random checkpoint of config `hub`. Weights are large enough that every part of a layer matters."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for shape, names in base_parameters(parse_config(hub)).values():
+        for name in names:
+            value = torch.randn(shape[-2:], generator=draw)
+            tensors[name] = (1 + 0.2 * value if len(shape) == 1 else value * 1.5 / shape[-1] ** 0.5).to(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hub))
+    return folder
+
+
+@pytest.fixture(params=list(HUB))
+def checkpoint(request, tmp_path):
+    """A checkpoint of each family in turn."""
+    return write_checkpoint(tmp_path / request.param, HUB[request.param])
+
+
+@pytest.fixture
+def olmoe(tmp_path):
+    return write_checkpoint(tmp_path / "olmoe", HUB["olmoe"])
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A random checkpoint that speaks the tiny model's language: everything train.py needs, and quick."""
+    hub = HUB["olmoe"] | {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023}
+    folder = write_checkpoint(tmp_path / "toy", hub)
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """cli("train.py", "--k", 8) -> (exit code, stdout, stderr), in this process."""
+
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        main = import_module(script.removesuffix(".py")).main
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run.command(main)
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

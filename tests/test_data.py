@@ -1,0 +1,145 @@
+"""Rows, prompts, targets, and the batch of a step."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+
+from data import (
+    FIELDS,
+    TASKS,
+    Encoded,
+    Example,
+    Source,
+    collate,
+    encode,
+    examples_of_step,
+    load_examples,
+    micro_batches,
+    read_rows,
+    steps_per_epoch,
+)
+from moe_model import IGNORE
+from tokenizer import load_tokenizer
+
+ROWS = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
+
+
+def test_the_prompts_are_those_of_the_papers_and_harnesses(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    plain, lori = (load_examples("gsm8k", path, name)[0] for name in ("plain", "lori"))
+    assert plain[:2] == ("Question: 1+1?\nAnswer:", " 1+1=2\n#### 2")
+    ask = "Answer the above question. First think step by step and then answer the final number."
+    assert lori[:2] == (f"1+1?\n{ask}\n", "1+1=<<1+1=2>>2\nThe final answer is:  2")  # LoRI: two spaces
+    with pytest.raises(ValueError, match="want one of plain, lori"):
+        load_examples("gsm8k", path, "alpaca")
+
+
+def test_rows_are_read_from_lines_lists_and_gz_alike(tmp_path):
+    lines = write_rows(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.json").write_text(json.dumps(ROWS))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    assert all(list(read_rows(p, FIELDS["math"])) == ROWS for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ("[]", "holds no rows"),
+        ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "line 2 is not valid JSON"),
+        ('{"question": "a", "answer": "b"}\n\n{"question": "a"}\n', "row 3 has no text in 'answer'"),
+        ('{"question": "a", "answer": 3}', "row 1 has no text in 'answer'"),
+        ('[{"question": "a", "answer": "b"}, 7]', "row 2 has no text in 'question'"),
+        ("[1, 2", "is not valid JSON"),
+        ("question,answer\n1,2\n", "line 1 is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path, text, says):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        list(read_rows(tmp_path / "rows.jsonl", FIELDS["math"]))
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "rows.gz").write_bytes(b"no gzip")
+    for name in ("rows.jsonl", "rows.gz"):
+        with pytest.raises(ValueError, match="cannot be read as text"):
+            list(read_rows(tmp_path / name, FIELDS["math"]))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        list(read_rows(tmp_path / "absent", FIELDS["math"]))
+
+
+def test_targets_are_the_answer_and_its_end_and_nothing_else():
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    examples = [Example("Question: a\nAnswer:", " 12", {}), Example("Question: abc\nAnswer:", " 3", {})]
+    batch = collate(encode(examples, tokenizer, 512))
+    for row, example in enumerate(examples):
+        prompt, answer = tokenizer.encode(example.prompt), [*tokenizer.encode(example.answer), tokenizer.eos]
+        n = len(prompt) + len(answer) - 1
+        assert batch.tokens[row, :n].tolist() == [*prompt, *answer][:-1]
+        assert batch.real[row].sum() == n
+        assert [t for t in batch.targets[row].tolist() if t != IGNORE] == answer
+        assert (
+            batch.targets[row, : len(prompt) - 1].eq(IGNORE).all()
+        )  # the last prompt token predicts the answer
+
+
+def test_an_example_beyond_the_context_is_refused_by_its_row():
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    with pytest.raises(ValueError, match="row 2 of the data has"):
+        encode([Example("a", "b", {}), Example("c" * 40, "d", {})], tokenizer, 20)
+
+
+def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():
+    data = [Encoded([i], 0) for i in range(10)]
+    per_epoch = steps_per_epoch(len(data), 4)
+    assert per_epoch == 3
+    epochs = [
+        [e.ids[0] for step in range(3 * n, 3 * n + 3) for e in examples_of_step(data, step, 4, seed=0)]
+        for n in range(2)
+    ]
+    assert all(Counter(seen) == Counter(range(10)) for seen in epochs)
+    assert epochs[0] != epochs[1]
+    assert len(examples_of_step(data, 2, 4, seed=0)) == 2  # the last step takes what is left
+    assert examples_of_step(data, 4, 4, seed=0) == examples_of_step(data, 4, 4, seed=0)
+    assert examples_of_step(data, 4, 4, seed=0) != examples_of_step(data, 4, 4, seed=1)
+
+
+def test_micro_batches_keep_every_example_and_group_like_lengths():
+    lengths = torch.randint(5, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [Encoded(list(range(n)), 1) for n in lengths]
+    groups = micro_batches(data, 8)
+    assert sorted(len(e.ids) for g in groups for e in g) == sorted(lengths)
+    assert all(len(g) == 8 for g in groups)
+    unsorted = [data[i : i + 8] for i in range(0, 40, 8)]
+    waste, before = (
+        sum(8 * max(len(e.ids) for e in g) for g in gs) - sum(lengths) for gs in (groups, unsorted)
+    )
+    assert waste < before / 3
+
+
+# ---- the built-in tasks --------------------------------------------------------------------------------
+
+
+def test_downloads_name_their_checksum_and_licence():
+    for task in TASKS.values():
+        for source in (task.train, task.test):
+            assert "://" not in source.place or (len(source.sha256) == 64 and source.licence)
+
+
+def test_a_download_that_cannot_be_had_says_what_to_do_instead(tmp_path, monkeypatch):
+    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path))
+    gone = Source("file:///nowhere/x.jsonl", "0" * 64, "MIT")
+    with pytest.raises(OSError, match="--data FILE"):
+        gone.fetch()
+    (tmp_path / "x.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="has changed"):
+        Source(f"file://{tmp_path}/x.jsonl", "0" * 64, "MIT").fetch()
+    assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]  # nothing half-written

@@ -1,0 +1,87 @@
+"""Extraction against a hand-made table and against the rules of lm-evaluation-harness."""
+
+import json
+
+import pytest
+from conftest import write_rows
+
+from data import Example
+from eval_gsm8k import extract, few_shot, gold
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (" 1+1=2\n#### 2", "2", "2"),
+        ("#### 1,234", "1234", "1234"),
+        ("#### -7", "-7", "-7"),
+        ("#### 3.50", "3.50", "3.50"),
+        ("#### 12.", "12", "12"),
+        ("#### $12", None, "12"),  # strict wants a digit after the mark, as the harness does
+        ("####12", None, "12"),
+        ("#### 4\n#### 5", "4", "5"),  # strict: the first; flexible: the last
+        ("so it is $1,000.", None, "1000"),
+        ("the answer is 7", None, "7"),
+        ("no number", None, None),
+        ("", None, None),
+        ("#### 5\nQuestion: 9 apples\nAnswer: #### 8", "5", "5"),  # a next question is not part of the answer
+        ("9-4=5", None, "5"),
+        ("3 - -2", None, "-2"),
+    ],
+)
+def test_extraction_table(text, strict, flexible):
+    assert extract(text) == (strict, flexible)
+
+
+def test_lori_answers_are_found_by_their_own_words():
+    assert extract("so. The final answer is:  1,234", "lori") == ("1234", "1234")
+    assert extract("#### 5", "lori") == (None, "5")
+
+
+def test_gold_answers_are_normalised_the_same_way():
+    assert gold({"answer": "x <<1>> 1\n#### 1,080"}) == "1080"
+    with pytest.raises(ValueError, match="has no '#### N'"):
+        gold({"answer": "12"})
+
+
+def test_few_shot_prompts_show_solved_problems_first():
+    shot, asked = Example("Question: a\nAnswer:", " 1\n#### 1", {}), Example("Question: b\nAnswer:", " 2", {})
+    assert few_shot([asked], [shot])[0].prompt == "Question: a\nAnswer: 1\n#### 1\n\nQuestion: b\nAnswer:"
+    assert few_shot([asked], []) == [asked]
+
+
+def test_a_model_without_adapters_can_be_scored(cli, toy, tmp_path):
+    rows = write_rows(
+        tmp_path / "t.jsonl", [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(5)]
+    )
+    code, out, err = cli(
+        "eval_gsm8k.py", "--model", toy, "--task", "tiny-math", "--data", rows, "--max-new", 4
+    )
+    assert code == 0, err
+    assert "accuracy" in out
+    assert "5 problems" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "required"),
+        (["--run", "nowhere"], "run.json"),
+        (["--model", "nowhere"], "there is no model"),
+        (["--model", "tiny", "--task", "tiny-code"], "want one of gsm8k"),
+        (["--model", "tiny", "--limit", "0"], "above 0"),
+        (["--model", "tiny", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_end_in_one_line(cli, args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("eval_gsm8k.py", *args)
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_file_that_is_damaged_is_refused(cli, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"task": 1})[:-3])
+    assert cli("eval_gsm8k.py", "--run", tmp_path)[0] == 2

@@ -1,0 +1,241 @@
+"""Adapters: what they compute, what they leave alone, where they sit, and what is left after a merge."""
+
+import pytest
+import torch
+from conftest import HUB, write_checkpoint
+
+from checkpoint import BACKBONES
+from hellora import (
+    METHODS,
+    LoRAGroupedLinear,
+    adapters,
+    attach,
+    count_params,
+    detach,
+    fill,
+    init_adapters,
+    merge,
+    parse_method,
+    read_adapter,
+    save_adapter,
+)
+from moe_model import MoEModel, empty_model
+
+NAMES = ["lora", "hellora", "hellora_m", "hellora_c", "hellora_pure", "hellora_gate", "hellora_pure_c"]
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(0, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def experts_for(model, method, k=3):
+    cfg = model.cfg
+    n = cfg.n_experts if method.rule == "all" else k
+    return {i: sorted((e * 5 + i) % cfg.n_experts for e in range(n)) for i in cfg.moe_layers}
+
+
+def adapted(folder, name, rank=4, seed=0, noise=0.05):
+    """A model with adapters whose B has left zero, so that they do something."""
+    model, method = MoEModel.from_pretrained(folder), parse_method(name)
+    attach(model, method, experts_for(model, method), rank, 2 * rank)
+    for m in adapters(model).values():
+        m.lora.A.data.fill_(float("nan"))  # so that a start which leaves something out is seen
+        m.lora.B.data.fill_(float("nan"))
+    init_adapters(model, seed)
+    if not noise:
+        return model
+    draw = torch.Generator().manual_seed(seed)
+    for m in adapters(model).values():
+        m.lora.B.data = noise * torch.randn(m.lora.B.shape, generator=draw)
+    return model
+
+
+def logits(model, seed=1):
+    with torch.no_grad():
+        return model(tokens(3, 10, seed=seed))[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attached_model_starts_as_the_base(checkpoint, name):
+    base = logits(MoEModel.from_pretrained(checkpoint))
+    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=1e-6)  # fp32
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("experts", ["grouped", "loop"])
+def test_an_update_is_scale_b_a_and_merging_keeps_the_function(checkpoint, name, experts):
+    model = adapted(checkpoint, name)
+    for layer in model.layers:
+        if layer.moe is not None:
+            layer.moe.matmul = MoEModel(model.cfg, experts=experts).layers[-1].moe.matmul
+    before, live = logits(MoEModel.from_pretrained(checkpoint)), logits(model)
+    raw = {n: p.clone() for n, p in model.named_parameters()}
+    sites = {n: m.experts if isinstance(m, LoRAGroupedLinear) else None for n, m in adapters(model).items()}
+    merge(model)
+    assert not adapters(model)
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)  # fp32: other order of products
+    assert (live - before).abs().max() > 0.05  # a no-op adapter would pass everything above
+    for n, p in model.named_parameters():  # the merged weight by the definition, computed here on its own
+        want = raw[n]
+        site = n.removesuffix(".weight")
+        if site in sites:
+            a, b = raw[f"{site}.lora.A"], raw[f"{site}.lora.B"]
+            at = slice(None) if sites[site] is None else sites[site]
+            want[at] += 2.0 * torch.einsum("...or,...ri->...oi", b, a)
+        torch.testing.assert_close(p, want, rtol=0, atol=1e-6)  # fp32
+
+
+def test_only_tokens_that_visit_a_hot_expert_are_changed(olmoe):
+    """One layer deep, hellora_pure moves exactly the tokens whose choice includes an adapted expert."""
+    base, model = MoEModel.from_pretrained(olmoe), adapted(olmoe, "hellora_pure")
+    x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        want, routing = base.layers[0].moe(x)
+        got, _ = model.layers[0].moe(x)
+    hot = torch.tensor(model.layers[0].moe.experts.gate.experts)
+    visits_hot = torch.isin(routing.expert_ids, hot).any(-1)
+    assert 0 < visits_hot.sum() < visits_hot.numel()
+    changed = (got != want).any(-1)
+    assert torch.equal(changed, visits_hot)
+
+
+def test_all_experts_by_the_short_way_equal_all_experts_by_the_gather(olmoe):
+    """With every expert adapted the rows are not gathered; two halves' updates must add up to it."""
+    whole = adapted(olmoe, "lora")
+    x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(3))
+    parts = []
+    for half in (range(4), range(4, 8)):
+        model, method = MoEModel.from_pretrained(olmoe), parse_method("hellora_pure")
+        attach(model, method, {0: list(half), 1: list(half)}, 4, 8)
+        init_adapters(model, 0)
+        for leaf in ("gate", "up", "down"):
+            part, of = getattr(model.layers[0].moe.experts, leaf), getattr(whole.layers[0].moe.experts, leaf)
+            part.lora.A.data, part.lora.B.data = of.lora.A[list(half)], of.lora.B[list(half)]
+        parts.append(model.layers[0].moe)
+    detached = MoEModel.from_pretrained(olmoe).layers[0].moe
+    moe = whole.layers[0].moe
+    moe.router = detached.router
+    with torch.no_grad():
+        updates = sum(part(x)[0] - detached(x)[0] for part in parts)
+        got = moe(x)[0] - detached(x)[0]
+        torch.testing.assert_close(got, updates, rtol=0, atol=5e-6)  # fp32 differences
+
+
+@pytest.mark.parametrize("name", [*NAMES, "fft"])
+def test_training_changes_exactly_what_the_method_names(checkpoint, name):
+    model, method = MoEModel.from_pretrained(checkpoint), parse_method(name)
+    attach(model, method, experts_for(model, method), 4, 8)
+    init_adapters(model, 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    for step in range(3):
+        loss, _ = model(tokens(4, 16, seed=step), targets=tokens(4, 16, seed=9 + step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if name == "fft" or ".lora." in n}
+    frozen = {n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad}
+    assert not frozen
+
+
+def test_detaching_gives_the_base_back_bit_for_bit(checkpoint):
+    model = adapted(checkpoint, "hellora")
+    detach(model)
+    assert torch.equal(logits(model), logits(MoEModel.from_pretrained(checkpoint)))
+
+
+def test_the_start_of_a_depends_on_seed_and_place_only(olmoe):
+    def start(name, seed):
+        return {n: m.lora.A for n, m in adapters(adapted(olmoe, name, seed=seed, noise=0)).items()}
+
+    full, bare, other = start("hellora", 0), start("hellora_gate", 0), start("hellora", 1)
+    assert all(torch.equal(a, full[n]) for n, a in bare.items())
+    assert not any(torch.equal(a, full[n]) for n, a in other.items())
+    bound = 32**-0.5  # kaiming_uniform(a=sqrt 5): U(-1/sqrt(in), 1/sqrt(in))
+    a = full["layers.0.attn.q"]
+    assert 0.9 * bound < a.abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", ["hellora", "lora", "hellora_pure_c"])
+def test_an_adapter_file_gives_the_same_model_back(olmoe, tmp_path, name):
+    model = adapted(olmoe, name)
+    save_adapter(tmp_path, model)
+    fresh = adapted(olmoe, name, seed=5)
+    fill(fresh, read_adapter(tmp_path))
+    assert torch.equal(logits(fresh), logits(model))
+    with pytest.raises(ValueError, match="does not fit"):
+        fill(adapted(olmoe, "hellora_gate"), read_adapter(tmp_path))
+
+
+def test_a_damaged_adapter_file_is_refused(olmoe, tmp_path):
+    save_adapter(tmp_path, adapted(olmoe, "hellora"))
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        read_adapter(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_adapter(tmp_path)
+
+
+def test_deepseek_s_router_is_left_alone_and_what_every_token_visits_is_adapted(tmp_path):
+    model = adapted(write_checkpoint(tmp_path / "d", HUB["deepseek"]), "hellora")
+    sites = {name.split(".", 2)[2] for name in adapters(model)}
+    mlp = {f"{of}.{leaf}" for of in ("moe.shared", "dense", "moe.experts") for leaf in ("gate", "up", "down")}
+    assert sites == {f"attn.{leaf}" for leaf in "qkvo"} | mlp
+
+
+# ---- names and numbers of the paper --------------------------------------------------------------------
+
+
+def counted(backbone, name, k):
+    cfg, method = BACKBONES[backbone].cfg, parse_method(name)
+    model = empty_model(cfg, torch.float32)
+    n = cfg.n_experts if method.rule == "all" else k
+    attach(model, method, {i: list(range(n)) for i in cfg.moe_layers}, 32, 64)
+    return count_params(model, method)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name", "k", "trained", "percent"),
+    [  # Tables 2, 3, 5 and 7 of the paper; integers from method.md, section 4
+        ("olmoe-1b-7b", "lora", 0, 173_015_040 + 138_444_800, 4.3075),
+        ("olmoe-1b-7b", "hellora", 2, 10_485_760 + 8_421_376, 0.2725),
+        ("olmoe-1b-7b", "hellora", 4, 15_728_640 + 12_615_680, 0.4080),
+        ("olmoe-1b-7b", "hellora", 8, 26_214_400 + 21_004_288, 0.6778),
+        ("olmoe-1b-7b", "hellora_c", 8, 26_214_400 + 21_004_288, 0.6778),
+        ("olmoe-1b-7b", "hellora", 16, 47_185_920 + 37_781_504, 1.2131),
+        ("olmoe-1b-7b", "hellora_pure", 8, 20_971_520 + 16_777_216, 0.5426),
+        ("olmoe-1b-7b", "hellora_gate", 8, 22_020_096 + 16_809_984, 0.5581),
+        ("mixtral-8x7b", "lora", 0, 205_520_896 + 278_929_408, 1.0267),
+        ("mixtral-8x7b", "hellora", 2, 67_108_864 + 77_602_816, 0.3089),
+        ("deepseekmoe-16b", "lora", 0, 318_142_464 + 283_701_248, 3.5449),
+        ("deepseekmoe-16b", "hellora", 12, 70_858_752 + 65_171_456, 0.8238),
+    ],
+)
+def test_trained_parameters_are_the_paper_s(backbone, name, k, trained, percent):
+    got, stored = counted(backbone, name, k)
+    assert got == trained
+    assert round(100 * got / stored, 4) == percent
+
+
+def test_the_paper_s_15_74_percent_is_a_ratio_of_percents():
+    (lora, of), (hellora, of_hot) = counted("olmoe-1b-7b", "lora", 0), counted("olmoe-1b-7b", "hellora", 8)
+    assert round(100 * (hellora / of_hot) / (lora / of), 2) == 15.74
+    assert round(100 * hellora / lora, 2) == 15.16
+
+
+def test_suffixes_stack_and_each_says_one_thing():
+    assert parse_method("hellora_pure_c") == parse_method("hellora_c_pure")
+    assert parse_method("hellora_c").rule == "cold"
+    assert parse_method("hellora_m").rule == "global-hot"
+    assert parse_method("hellora_gate").sites == ("moe.router",)
+
+
+@pytest.mark.parametrize(
+    "name", ["helora", "", "hellora_x", "hellora_m_c", "hellora_c_c", "fft_c", "_c", "hellora_"]
+)
+def test_an_unknown_method_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=", ".join(METHODS)):
+        parse_method(name)

@@ -1,0 +1,80 @@
+"""The house: which file may import which, how long they may be, and whether README's flags exist."""
+
+import ast
+import re
+import shlex
+import sys
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+
+ORDER = [  # a file may import only files before it
+    "run", "checkpoint", "tokenizer", "dispatch", "moe_model", "data", "catcher", "hellora", "generate",
+    "eval_gsm8k", "job", "train",
+]  # fmt: skip
+CORE = ["moe_model", "catcher", "hellora", "train"]
+
+
+def sources():
+    return {p.relative_to(ROOT): p for d in (".", "tiny", "paper") for p in (ROOT / d).glob("*.py")}
+
+
+def imported(path):
+    tree = ast.parse(path.read_text())
+    names = [n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names]
+    return names + [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+
+
+def test_every_file_imports_only_what_stands_below_it():
+    assert {p.stem for p in ROOT.glob("*.py")} == set(ORDER)
+    for i, name in enumerate(ORDER):
+        assert not {m.partition(".")[0] for m in imported(ROOT / f"{name}.py")} & {
+            *ORDER[i:],
+            "tiny",
+            "paper",
+        }
+
+
+def test_no_framework_stands_between_the_reader_and_a_step():
+    allowed = {"torch", "safetensors", "huggingface_hub", "tiktoken", "numpy", "tqdm", "tiny", *ORDER}
+    for path in sources().values():
+        outside = {m.partition(".")[0] for m in imported(path)} - set(sys.stdlib_module_names) - allowed
+        assert not outside, path
+
+
+def test_files_stay_short_enough_to_read():
+    lines = {name: len(path.read_text().splitlines()) for name, path in sources().items()}
+    assert max(lines.values()) <= 460, lines
+    assert sum(len((ROOT / f"{n}.py").read_text().splitlines()) for n in CORE) <= 1250
+
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [p for p in parts if re.match(r"python \w+\.py", p)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_flag_in_the_readme_exists(command, cli, monkeypatch):
+    words = shlex.split(command, comments=True)[1:]
+    module = import_module(words[0].removesuffix(".py"))
+    seen = {}
+    stop = SystemExit(0)
+
+    def parsed(self, *args, **kwargs):
+        seen["args"] = original(self, *args, **kwargs)
+        raise stop
+
+    original = import_module("run").Parser.parse_args
+    monkeypatch.setattr("run.Parser.parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert seen
+
+
+def test_nothing_private_is_committed():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("tests/*.py"), *ROOT.glob("tiny/*.py")]:
+        assert not re.search(r"(?<![\w.])/(work|root|home)/", path.read_text()), path

@@ -1,0 +1,271 @@
+"""train.py from its command line: what it writes, what it repeats, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+from safetensors.torch import load_file
+
+from hellora import load_run
+from run import load_state
+
+ROWS = [
+    {"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(8) for b in range(5)
+]
+
+
+@pytest.fixture
+def quick(toy, tmp_path, monkeypatch):
+    """Arguments of a run of a few seconds, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    return [
+        "--model",
+        toy,
+        "--task",
+        "tiny-math",
+        "--data",
+        rows,
+        "--eval-data",
+        few,
+        "--rank",
+        "4",
+        "--k",
+        "2",
+    ]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["hellora", "hellora_pure_c", "hellora_m", "lora", "fft"])
+def test_a_run_leaves_the_folder_that_other_tools_rely_on(cli, quick, tmp_path, method):
+    code, out, err = cli("train.py", *quick, "--method", method, "--steps", 3, "--out", "r")
+    assert code == 0, err
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["finished"] is True
+    assert {"method", "k", "rank", "alpha", "lr", "seed", "versions", "hashes", "adapted"} <= record.keys()
+    assert [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").open()] == [1, 2, 3]
+    results = json.loads((tmp_path / "r" / "results.json").read_text())["tiny-math"]
+    assert results["total"] == 4
+    assert {"accuracy", "accuracy_flexible", "base_accuracy", "correct", "seconds"} <= results.keys()
+    assert len((tmp_path / "r" / "answers-tiny-math.jsonl").read_text().splitlines()) == 4
+    chosen = tmp_path / "r" / "hot_experts.json"
+    assert chosen.exists() == (method not in ("lora", "fft"))
+    if chosen.exists():
+        hot = json.loads(chosen.read_text())
+        assert hot["experts"] == record["adapted"]
+        n_inputs = hot["n_tokens"]
+        assert all(sum(c) == 2 * n_inputs for c in hot["counts"].values())  # 2 experts per token
+        assert f"{n_inputs:,} tokens" in out
+    assert "parameters are trained" in out
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_last_bit(cli, quick, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", out, "--seed", seed)[0] == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_the_loss_depends_neither_on_micro_batches_nor_on_recomputation_nor_on_the_loop(cli, quick, tmp_path):
+    for out, flags in {
+        "a": ["--micro-batch", 32],
+        "b": ["--micro-batch", 5],
+        "c": ["--recompute"],
+        "d": ["--experts", "loop"],
+    }.items():
+        assert cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", out, *flags)[0] == 0
+    for other in "bcd":
+        # fp32: other orders of sums, carried through 4 updates
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "a"), abs=1e-4)
+
+
+def test_a_finished_default_run_is_no_obstacle(cli, quick, tmp_path):
+    for n in ("", "-2"):
+        assert cli("train.py", *quick, "--steps", 2, "--no-eval")[0] == 0
+        assert (tmp_path / "runs" / f"toy-tiny-math-hellora-k2-s0{n}" / "adapter.safetensors").exists()
+
+
+def test_a_loaded_run_is_the_trained_model_merged_or_live(cli, quick, tmp_path):
+    assert cli("train.py", *quick, "--steps", 3, "--no-eval", "--out", "r")[0] == 0
+    tokens = torch.randint(0, 1024, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged, live = (load_run(tmp_path / "r", merged=m)[0](tokens)[0] for m in (True, False))
+    torch.testing.assert_close(merged, live, rtol=0, atol=1e-5)  # fp32
+    saved = load_file(tmp_path / "r" / "adapter.safetensors")
+    assert all(torch.equal(saved[n], v) for n, v in load_state(tmp_path / "r")["weights"].items())
+    assert cli("eval_gsm8k.py", "--run", "r", "--factored")[0] == 0
+    assert cli("catcher.py", "--run", "r")[0] == 0
+
+
+def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
+    (tmp_path / "hot.json").write_text(json.dumps({"experts": {"0": [7, 1], "1": [3, 4]}}))
+    code, _, err = cli(
+        "train.py", *quick, "--steps", 1, "--no-eval", "--hot-experts", "hot.json", "--out", "r"
+    )
+    assert code == 0, err
+    saved = load_file(tmp_path / "r" / "adapter.safetensors")
+    assert saved["layers.0.moe.experts.gate.lora.A"].shape[0] == 2
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["adapted"] == {"0": [1, 7], "1": [3, 4]}
+    for flags, says in ((["--k", 3], "--k is 3"), (["--method", "hellora_c"], "wants cold")):
+        code, _, err = cli("train.py", *quick, *flags, "--hot-experts", "hot.json")
+        assert code == 2
+        assert says in err
+
+
+def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quick, tmp_path):
+    assert cli("train.py", *quick, "--steps", 60, "--no-eval", "--out", "whole")[0] == 0
+    command = [sys.executable, ROOT / "train.py", *quick, "--steps", "60", "--no-eval", "--out", "parts"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [str(c) for c in command], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        metrics = tmp_path / "parts" / "metrics.jsonl"
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+            assert child.poll() is None, child.stderr.read().decode()
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"goes on from there" in err
+    assert not (tmp_path / "parts" / "adapter.safetensors").exists()
+    code, out, _ = cli("train.py", *quick, "--steps", 60, "--no-eval", "--out", "parts")
+    assert code == 0
+    assert "going on after step" in out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[n], v) for n, v in whole.items())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(cli, quick, tmp_path):
+    code, _, err = cli("train.py", *quick, "--steps", 60, "--no-eval", "--lr", "1e30", "--out", "r")
+    assert code == 2
+    assert "lower --lr" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--k", 0], "k is 0, but a layer has 8 experts"),
+        (["--k", 9], "k is 9, but a layer has 8 experts"),
+        (["--k", "x"], "--k"),
+        (["--method", "helora"], "unknown method 'helora'"),
+        (["--task", "chess"], "--task"),
+        (["--model", "olmoe-9b"], "there is no model 'olmoe-9b'"),
+        (["--model", "no/such"], "no/such"),
+        (["--model", "."], "config.json"),
+        (["--data", "absent.jsonl"], "absent.jsonl"),
+        (["--template", "alpaca"], "unknown template"),
+        (["--hot-experts", "absent.json"], "absent.json"),
+        (["--hot-experts", "."], "is missing"),
+        (["--override"], "--override needs --out"),
+        (["--seed", 10**14], "--seed"),
+        (["--balance", "nan"], "--balance"),
+        (["--lr", -1], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--epochs", 0], "--epochs"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--rank", 0], "--rank"),
+        (["--resume"], "omit --resume"),
+        (["--speed", "fast"], "--speed"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(cli, quick, tmp_path, args, says):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = cli("train.py", *quick, "--steps", 1, "--no-eval", *args)
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_eval_data_that_is_not_there_is_refused_before_any_training(cli, quick, tmp_path):
+    code, _, err = cli("train.py", *quick, "--eval-data", "absent.jsonl", "--out", "r")
+    assert code == 2
+    assert "absent.jsonl" in err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal shows only where there is no GPU")
+def test_cuda_without_a_gpu_is_refused(cli, quick):
+    code, _, err = cli("train.py", *quick, "--device", "cuda")
+    assert code == 2
+    assert "no GPU" in err
+
+
+def test_an_out_folder_with_another_run_is_refused_with_the_difference(cli, quick, tmp_path):
+    assert cli("train.py", *quick, "--steps", 1, "--no-eval", "--out", "r")[0] == 0
+    code, _, err = cli("train.py", *quick, "--steps", 2, "--no-eval", "--out", "r")
+    assert code == 2
+    assert "steps: 1 -> 2" in err
+
+
+def test_a_bad_checkpoint_leaves_no_run_folder(cli, quick, toy, tmp_path):
+    path = toy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = cli("train.py", *quick, "--out", "r")
+    assert code == 2
+    assert "truncated or corrupt" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_bf16_trains_and_its_loss_is_near_that_of_fp32(cli, quick, tmp_path):
+    for dtype in ("fp32", "bf16"):
+        assert (
+            cli("train.py", *quick, "--rank", 8, "--steps", 3, "--no-eval", "--dtype", dtype, "--out", dtype)[
+                0
+            ]
+            == 0
+        )
+    assert losses(tmp_path / "bf16") == pytest.approx(
+        losses(tmp_path / "fp32"), rel=0.02
+    )  # 8 bits of mantissa
+
+
+def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tmp_path):
+    assert cli("train.py", *quick, "--steps", 2, "--no-eval", "--out", "r")[0] == 0
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    write_rows(tmp_path / "rows.jsonl", ROWS[1:])
+    code, _, err = cli("train.py", *quick, "--steps", 2, "--no-eval", "--out", "r")
+    assert code == 2
+    assert "data changed" in err
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert cli("train.py", *quick, "--steps", 2, "--k", 1, "--no-eval", "--out", "r", "--override")[0] == 2
+    code, out, _ = cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", "r", "--override")
+    assert code == 0
+    assert "going on after step 2" in out
+    assert len(losses(tmp_path / "r")) == 4
+
+
+def test_the_balancing_loss_changes_training_when_asked_for(cli, quick, tmp_path):
+    for out, flags in (("a", []), ("b", ["--balance", 0.5])):
+        assert cli("train.py", *quick, "--steps", 3, "--no-eval", "--out", out, *flags)[0] == 0
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_problems_that_cannot_be_scored_are_refused_before_training(cli, quick, tmp_path):
+    write_rows(tmp_path / "few.jsonl", [{"question": "1?", "answer": "one"}])
+    code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
+    assert code == 2
+    assert "row 1 to score" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_is_a_mistake_that_is_named(cli, quick, tmp_path, monkeypatch):
+    """A file-size limit stands in for the full disk: writes beyond it fail as they would there."""
+    command = [sys.executable, ROOT / "train.py", *quick, "--steps", "3", "--no-eval", "--out", "r"]
+    limited = f"ulimit -f 8; exec {' '.join(map(str, command))}"  # 8 blocks of 1,024 bytes
+    ended = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "could not be written" in ended.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / "r").glob("*.draft"))
+    assert not (tmp_path / "r" / "adapter.safetensors").exists()

@@ -1,0 +1,1 @@
+"""The embedded tiny OLMoE: its tasks, its corpus, and how it is pretrained."""

@@ -1,0 +1,271 @@
+"""Fine-tune a Mixture-of-Experts model: LoRA on each layer's hot experts (HELLoRA), or any METHODS row.
+
+    python train.py --k 8 --method hellora                      the embedded tiny model, minutes on a laptop
+    python train.py --model olmoe-1b-7b --task gsm8k --k 8      the paper's run, on a GPU
+
+The base model is scored; the catcher counts, in a short LoRA warm-up, which experts the task visits; adapters
+are put on the hot ones, on attention and on the router; they are trained; the result is scored.
+"""
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import hellora
+import run
+from catcher import Catcher, HotList, count_visits, sample, visited_share
+from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
+from eval_gsm8k import evaluate, write_answers
+from job import Job, parse_args, prepare
+from moe_model import MoEModel, load_balancing_loss
+
+CATCHER_SHARE = 0.1  # of the training data; Table 1
+MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts
+MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient, after which a run gives up
+EVAL_BATCH = 100  # problems decoded together
+
+
+def train_step(
+    model: MoEModel,
+    optimizer: torch.optim.Optimizer,
+    groups: list[list[Encoded]],
+    balance: float,
+    catcher: Catcher,
+) -> tuple[float, float]:
+    """One optimizer step over all micro-batches -> loss per target token before the update, gradient norm.
+
+    The loss is the mean over all target tokens of the step, so it does not depend on how the step is cut into
+    micro-batches (the balancing term does: it is a product of means over a micro-batch). A step whose loss or
+    gradient is not finite changes nothing; the caller sees it by that.
+    """
+    n_targets = sum(len(e.ids) - e.n_prompt for group in groups for e in group)
+    loss = torch.zeros((), device=model.device)
+    for group in groups:
+        batch = collate(group, model.device)
+        summed, routing = model(batch.tokens, targets=batch.targets)
+        part = summed / n_targets
+        loss += part.detach()
+        if balance:
+            part = part + balance * load_balancing_loss(routing, batch.real) / len(groups)
+        part.backward()
+        catcher.add(routing, batch.real)
+    norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), MAX_NORM)
+    loss, norm = torch.stack([loss, norm]).tolist()
+    if math.isfinite(loss + norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay over what is trained; frozen tensors have no optimizer state."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.0, fused=True
+    )
+
+
+def catch(job: Job, folder: Path) -> dict[int, list[int]]:
+    """Each layer's experts that the method adapts; counted once a run, and kept in its hot_experts.json."""
+    everywhere = {layer: list(range(job.cfg.n_experts)) for layer in job.cfg.moe_layers}
+    if job.method.rule in (None, "all"):
+        return everywhere if job.method.rule else {}
+    path, settings = folder / "hot_experts.json", job.settings
+    if not path.exists() and settings["hot_experts"]:
+        HotList.read(Path(settings["hot_experts"]), job.cfg).write(path)
+    elif not path.exists():
+        some = sample(job.data, CATCHER_SHARE, settings["seed"])
+        if settings["catcher"] == "warmup":
+            catcher = warm_up(
+                job.build(hellora.parse_method("lora"), everywhere), some, settings, job.micro_batch
+            )
+        else:
+            catcher = count_visits(job.build(), some, job.micro_batch, "catcher")
+        about = {name: settings[name] for name in ("model", "task", "catcher", "score", "k", "seed")}
+        catcher.choose(rule=job.method.rule, **about).write(path)
+    hot = HotList.read(path, job.cfg)
+    print(hot.show())
+    return hot.experts
+
+
+def warm_up(model: MoEModel, data: list[Encoded], settings: dict, micro_batch: int) -> Catcher:
+    """The paper's catcher: train LoRA everywhere for one pass over `data`, and count the visits meanwhile.
+
+    Only the counts survive. (So says section 3 of the paper; its section 4.3 counts on the untrained model,
+    which is --catcher forward.) Raises ValueError if the loss is not finite: the counts would mean nothing.
+    """
+    optimizer, catcher = make_optimizer(model, settings["lr"]), Catcher(model.cfg.n_experts)
+    size = settings["batch_size"]
+    for step in tqdm(range(steps_per_epoch(len(data), size)), "catcher warm-up", unit="step", leave=False):
+        groups = micro_batches(examples_of_step(data, step, size, settings["seed"]), micro_batch)
+        loss, norm = train_step(model, optimizer, groups, settings["balance"], catcher)
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"the warm-up's loss became {loss}: want a lower --lr, or --catcher forward")
+    return catcher
+
+
+def lr_at(step: int, n_steps: int, settings: dict) -> float:
+    """The learning rate of a step, from 0: constant, or falling linearly to 0 at the end."""
+    return settings["lr"] * (1 - step / n_steps if settings["decay"] else 1)
+
+
+@contextmanager
+def deferred_stop() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only note themselves in the list that is yielded, so that a step is never torn.
+
+    A second signal ends the process at once, as usual.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
+    """The training loop, from the last save in `folder` if there is one.
+
+    Returns the visits of its forward passes, from which one can tell how many the adapters really got. Raises
+    KeyboardInterrupt, after a save, when asked to stop; ValueError when the loss stays not finite.
+    """
+    optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
+    size, seed = job.settings["batch_size"], job.settings["seed"]
+    n_steps = job.settings["steps"] or job.settings["epochs"] * steps_per_epoch(len(job.data), size)
+    start = resume(model, optimizer, folder)
+    metrics, skipped = run.Metrics(folder, start), 0
+    with deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
+        for step in range(start, n_steps):
+            began = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = lr = lr_at(step, n_steps, job.settings)
+            examples = examples_of_step(job.data, step, size, seed)
+            groups = micro_batches(examples, job.micro_batch)
+            loss, norm = train_step(model, optimizer, groups, job.settings["balance"], visits)
+            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            if skipped > MAX_SKIPPED:
+                raise ValueError(f"the loss is {loss} at step {step + 1}, and was before: want a lower --lr")
+
+            rate = len(examples) / (time.perf_counter() - began)
+            n_tokens = sum(len(e.ids) for e in examples)
+            tokens_per_s = rate * n_tokens / len(examples)
+            metrics.add(
+                step=step + 1, loss=loss, grad_norm=norm, lr=lr, samples_per_s=rate, tokens_per_s=tokens_per_s
+            )
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} samples/s")
+            bar.update()
+            if asked or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
+                weights = hellora.adapter_state(model)
+                run.save_state(
+                    folder, {"step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()}
+                )
+            if asked:
+                raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
+    return visits
+
+
+def resume(model: MoEModel, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """Put the last save of `folder` back; the number of steps done, 0 if there is none."""
+    saved = run.load_state(folder)
+    if saved is None:
+        return 0
+    hellora.fill(model, saved["weights"])
+    optimizer.load_state_dict(saved["optimizer"])
+    print(f"going on after step {saved['step']}, the last save in {folder}")
+    return saved["step"]
+
+
+def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
+    """Accuracy on the job's tests, into results.json; three answers to look at."""
+    task = job.settings["task"]
+    args = (job.settings["template"], TASKS[task].max_new, EVAL_BATCH)
+    result, records = evaluate(model, job.tokenizer, job.tests, *args, label=f"score {when}")
+    if when == "base":
+        run.update_results(folder, task, {"base_accuracy": result["accuracy"], "base_total": result["total"]})
+    else:
+        write_answers(folder, task, records)
+        run.update_results(folder, task, result)
+    print(
+        f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({result['seconds']:.0f} s)"
+    )
+    for r in records[:3]:
+        print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
+
+
+def hashes(job: Job) -> dict[str, str]:
+    """sha256 of what the numbers rest on: model, code, and training data as token ids."""
+    weights = sorted(job.source.glob("*.safetensors"))
+    return {
+        "model": run.sha256(job.source / "config.json", *weights),
+        "code": run.sha256(*sorted(Path(__file__).parent.glob("*.py"))),
+        "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
+    }
+
+
+def open_record(job: Job, folder: Path) -> dict:
+    """The content of run.json, new or as it was saved. Raises ValueError if the model or the data changed."""
+    now = hashes(job)
+    new = job.settings | {"finished": False, "versions": run.versions(job.device), "hashes": now}
+    new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
+    if not (folder / "run.json").exists():
+        return new
+    saved = run.read_run(folder)
+    changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
+        )
+    return saved | new
+
+
+def main() -> None:
+    """Score the base, catch, attach, train, save, merge, score."""
+    args = parse_args(__doc__)
+    job = prepare(args)
+    folder = run.choose_folder(job.settings, args.out, args.resume, args.override)
+    record = open_record(job, folder)
+    with run.lock(folder):
+        print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
+        print(f"run folder   {folder}")
+        run.write_json(folder / "run.json", record)
+        if job.tests and "base_accuracy" not in run.read_results(folder).get(job.settings["task"], {}):
+            score(job, job.build(), folder, "base")
+
+        experts = catch(job, folder)
+        model = job.build(job.method, experts)
+        trained, stored = hellora.count_params(model, job.method)
+        name = job.settings["method"]
+        print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
+        record |= {
+            "adapted": {str(i): ids for i, ids in experts.items()},
+            "trained": trained,
+            "stored": stored,
+        }
+        run.write_json(folder / "run.json", record)
+        visits = fit(model, job, folder)
+        hellora.save_adapter(folder, model)
+        if experts and visits.counts:
+            shares = visited_share(visits.scores("count"), experts).values()
+            print(f"in training, {sum(shares) / len(shares):.1%} of expert visits went to adapted experts")
+
+        hellora.merge(model)
+        if job.tests:
+            score(job, model, folder, "after")
+        run.write_json(folder / "run.json", record | {"finished": True})
+    print(f"done. Score it again with: python eval_gsm8k.py --run {folder}")
+
+
+if __name__ == "__main__":
+    run.command(main)
