@@ -18,7 +18,18 @@ from tqdm import tqdm
 from checkpoint import MoEConfig, locate, read_config
 from data import TASKS, Encoded, collate, default_task, encode, load_examples, micro_batches
 from moe_model import MoEModel, Routing
-from run import Parser, above_0, add_compute_flags, command, compute, read_json, read_run, seed, write_json
+from run import (
+    Parser,
+    above_0,
+    add_compute_flags,
+    command,
+    compute,
+    read_json,
+    read_run,
+    seed_number,
+    share_of_1,
+    write_json,
+)
 from tokenizer import load_tokenizer
 
 
@@ -50,9 +61,12 @@ class Catcher:
             return {layer: g.cpu() / int(self.n_tokens) for layer, g in self.gates.items()}
         return {layer: c.cpu() for layer, c in self.counts.items()}
 
-    def choose(self, *, k: int, rule: str, score: str, seed: int, **about: str) -> "HotList":
+    def choose(
+        self, *, k: int, rule: str, score: str, seed: int, coverage: float | None, **about: str
+    ) -> "HotList":
         """The list for `rule` (RULES). about: model, task, and by which catcher it was counted."""
-        experts = choose(self.scores(score), k, rule, seed)
+        experts = choose(self.scores(score), k, rule, seed, coverage)
+        k = max(map(len, experts.values()))
         counts = {layer: visits.tolist() for layer, visits in self.scores("count").items()}
         n_tokens = int(self.n_tokens)
         return HotList(
@@ -97,15 +111,23 @@ RULES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 }
 
 
-def choose(scores: dict[int, Tensor], k: int, rule: str, seed: int = 0) -> dict[int, list[int]]:
+def choose(
+    scores: dict[int, Tensor], k: int, rule: str, seed: int = 0, coverage: float | None = None
+) -> dict[int, list[int]]:
     """{layer: the k experts that `rule` ranks highest, ascending}. Of equal experts the lower id wins.
 
-    scores: {layer: [E]}, visits or summed gates. Raises ValueError for a k outside 1..E.
+    scores: {layer: [E]}, visits or summed gates. With a coverage in (0, 1), k differs by layer: the fewest
+    that together have that share of the layer's score (ESFT's rule). Raises ValueError for a k outside 1..E.
     """
     k = check_k(k, len(next(iter(scores.values())))) if rule != "all" else None
     total, draw = sum(scores.values()), torch.Generator().manual_seed(seed)
     ranked = {i: RULES[rule](s, total, draw).argsort(descending=True, stable=True) for i, s in scores.items()}
-    return {layer: sorted(ids[:k].tolist()) for layer, ids in ranked.items()}
+    if coverage:
+        covered = {i: scores[i][ids].double().cumsum(0) / scores[i].sum() for i, ids in ranked.items()}
+        sizes = {i: int((share < coverage).sum()) + 1 for i, share in covered.items()}
+    else:
+        sizes = dict.fromkeys(scores, k)
+    return {layer: sorted(ids[: sizes[layer]].tolist()) for layer, ids in ranked.items()}
 
 
 def check_k(k: int, n_experts: int) -> int:
@@ -150,10 +172,15 @@ class HotList:
             row = "".join(levels[h] for h in height)
             lines.append(f"layer {layer:2d} │{row}│ {share:5.1%} of visits go to {self.experts[layer]}")
         lines.append(
-            f"the {self.rule} {self.k} experts of each layer by {self.score}, from {self.n_tokens:,} tokens "
-            f"of {self.task} ({self.catcher})"
+            f"the {self.rule} {self.sizes()} experts of each layer by {self.score}, from "
+            f"{self.n_tokens:,} tokens of {self.task} ({self.catcher})"
         )
         return "\n".join(lines)
+
+    def sizes(self) -> str:
+        """How many experts a layer has in the list: "8", or "5 to 9"."""
+        sizes = sorted({len(ids) for ids in self.experts.values()})
+        return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
 
     def write(self, path: Path) -> None:
         """Keys as ESFT has them: {"experts": {"0": [ids]}, ...}."""
@@ -193,14 +220,17 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--data", type=Path, help="rows in place of the task's training split")
     p.add_argument("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
+    p.add_argument(
+        "--coverage", type=share_of_1, help="in place of --k: the fewest experts with this share of visits"
+    )
     p.add_argument("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
     p.add_argument(
         "--score", choices=["count", "gate"], default="count", help="visits, or mean routing weight"
     )
     p.add_argument(
-        "--share", type=above_0(float), default=0.1, help="share of the split to look at (default 0.1)"
+        "--share", type=share_of_1, default=0.1, help="share of the split to look at (default 0.1)"
     )
-    p.add_argument("--seed", type=seed, default=0, help="picks that share (default 0)")
+    p.add_argument("--seed", type=seed_number, default=0, help="picks that share (default 0)")
     p.add_argument(
         "--batch-size", type=above_0(int), default=16, help="examples in one forward pass (default 16)"
     )
@@ -224,7 +254,7 @@ def main() -> None:
     model = MoEModel.from_pretrained(source, dtype, device)
     examples = load_examples(task, args.data or TASKS[task].train.fetch())
     data = sample(encode(examples, load_tokenizer(source), model.cfg.max_len), args.share, args.seed)
-    how = {"k": k, "rule": args.rule, "score": args.score}
+    how = {"k": k, "rule": args.rule, "score": args.score, "coverage": args.coverage}
     catcher = count_visits(model, data, args.batch_size, "catch")
     hot = catcher.choose(**how, seed=args.seed, model=args.model, task=task, catcher="forward")
     print(hot.show())

@@ -38,13 +38,21 @@ class Method:
 METHODS = {
     "fft": Method(rule=None, sites=(), train_base=True),
     "lora": Method(),
+    "dora": Method(dora=True),
+    "lori-d": Method(train_a=False),
+    "lori-s": Method(train_a=False, keep=0.1),
     "hellora": Method(rule="hot"),
+    "hellori-d": Method(rule="hot", train_a=False),
+    "hellori-s": Method(rule="hot", train_a=False, keep=0.1),
 }
-SUFFIXES = {  # Tables 4 to 6; they stack: "hellora_pure_c" adapts the coldest experts and nothing else
-    "m": {"rule": "global-hot"},
+SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts and nothing else
+    "m": {"rule": "global-hot"},  # m, c, pure, gate: Tables 4 to 6
     "c": {"rule": "cold"},
     "pure": {"sites": ()},
     "gate": {"sites": ROUTER},
+    "r": {"rule": "random"},  # r, none, attn: controls that the paper lacks
+    "none": {"rule": None},
+    "attn": {"sites": ATTENTION},
 }
 
 
@@ -108,6 +116,7 @@ class LoRALinear(Linear):
     def __init__(self, base: Linear, method: Method, rank: int, alpha: float):
         nn.Module.__init__(self)
         self.weight = base.weight
+        self.out_features, self.in_features = base.weight.shape
         self.lora = LowRank(base.weight, method, (), rank, alpha)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,11 +193,11 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAGroupedLinear]:
 
 
 @torch.no_grad()
-def init_adapters(model: MoEModel, seed: int, masks: dict[str, Tensor] | None = None) -> None:
+def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | None = None) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the adapted model starts as the base model.
 
     Call it after the weights are loaded. The draw of A depends on `seed` and on the module's name only.
-    `masks` {module name: [*stack, out, r] bool} is what methods with keep < 1 train of B.
+    `start`: values of an adapter_state that are to be taken in place of these (lori_start's masks and A).
     Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform with a = sqrt 5).
     """
     for name, m in adapters(model).items():
@@ -197,9 +206,12 @@ def init_adapters(model: MoEModel, seed: int, masks: dict[str, Tensor] | None = 
         m.lora.A.copy_(torch.empty(m.lora.A.shape).uniform_(-bound, bound, generator=draw))
         m.lora.B.zero_()
         if m.lora.mask is not None:
-            m.lora.mask.copy_(masks[name])
+            m.lora.mask.fill_(True)
         if m.lora.magnitude is not None:
             m.lora.magnitude.copy_(adapted_weight(m).float().norm(dim=-1))
+    state = adapter_state(model)
+    for name, value in (start or {}).items():
+        state[name].copy_(value)
     restore_adapted_ids(model)
 
 
@@ -251,6 +263,21 @@ def count_params(model: MoEModel, method: Method) -> tuple[int, int]:
     b_total = sum(m.lora.B.numel() for m in adapters(model).values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained - b_total + round(method.keep * b_total), sum(p.numel() for p in model.parameters())
+
+
+def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
+    """FLOPs that the adapters add to one token's forward pass; the backward pass scales alike.
+
+    shares: {layer: the share of its expert visits that adapted experts get}. A and B cost 2 r (in + out) for
+    each row that meets them: every token for a linear map, K * share rows of a token for a stack.
+    """
+    total = 0.0
+    for name, m in adapters(model).items():
+        *_, rank, in_dim = m.lora.A.shape
+        stacked = isinstance(m, LoRAGroupedLinear)
+        rows = model.cfg.top_k * shares[int(name.split(".")[1])] if stacked else 1
+        total += rows * 2 * rank * (in_dim + m.lora.B.shape[-2])
+    return total
 
 
 def adapter_state(model: MoEModel) -> dict[str, Tensor]:
@@ -306,9 +333,7 @@ def load_run(
     model = empty_model(read_config(source), dtype)
     attach(model, method, {int(i): ids for i, ids in run["adapted"].items()}, run["rank"], run["alpha"])
     load_weights(model, Checkpoint(source), device)
-    init_adapters(
-        model, run["seed"], {n: m.lora.mask for n, m in adapters(model).items()}
-    )  # puts ids in place
+    restore_adapted_ids(model)
     fill(model, saved)
     if merged:
         merge(model)

@@ -1,10 +1,12 @@
 """The command line of train.py, made into a job in which everything a user can get wrong has been checked."""
 
 import argparse
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import hellora
 from catcher import HotList, check_k, default_k
@@ -12,8 +14,21 @@ from checkpoint import BACKBONES, Checkpoint, MoEConfig, locate, read_config
 from data import TASKS, Encoded, Example, default_task, encode, load_examples
 from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, parse_method
+from lori import lori_start
 from moe_model import MATMULS, MoEModel, check_weights, empty_model, load_weights
-from run import DTYPES, Parser, above_0, add_compute_flags, at_least_0, compute, seed
+from run import (
+    DTYPES,
+    Parser,
+    above_0,
+    add_compute_flags,
+    at_least_0,
+    compute,
+    read_run,
+    seed_number,
+    sha256,
+    share_of_1,
+    versions,
+)  # fmt: skip
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -37,8 +52,9 @@ RECIPES = {
     ("tiny", True): Recipe(lr=3e-3, epochs=3, batch_size=32, decay=True),
 }
 SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compared before a run is gone on with
-    "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "rank", "alpha", "catcher",
-    "score", "hot_experts", "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
+    "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage", "rank",
+    "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a", "epochs", "steps",
+    "batch_size", "lr", "balance", "seed", "dtype",
 )  # fmt: skip
 
 
@@ -59,16 +75,20 @@ def parse_args(description: str) -> argparse.Namespace:
     method("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
     method("--rank", type=above_0(int), help="rank of the updates (default: the recipe's)")
     method("--alpha", type=above_0(float), help="updates are scaled by alpha / rank (default: the recipe's)")
+    method("--coverage", type=share_of_1, help="not k, but the fewest with this share")
     method("--catcher", choices=["warmup", "forward"], default="warmup", help="count in a LoRA warm-up?")
     method("--score", choices=["count", "gate"], default="count", help="hot by visits or mean weight")
     method("--hot-experts", type=Path, metavar="FILE", help="a hot_experts.json to use; nothing is counted")
+    method("--mask-from", type=Path, metavar="RUN", help="D run that gives lori-s and hellori-s the mask")
+    method("--mask-scope", choices=["model", "layer", "matrix"], default="model", help="of its entries")
+    method("--redraw-a", action="store_true", help="lori-s, hellori-s: a new A, as LoRI's code has it")
     train("--epochs", type=above_0(int), help="passes over the data (default: the recipe's)")
     train("--steps", type=above_0(int), help="optimizer steps, in place of --epochs")
     train("--batch-size", type=above_0(int), help="examples in an optimizer step (default: the recipe's)")
     train("--micro-batch", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
     train("--lr", type=above_0(float), help="learning rate (default: the recipe's)")
     train("--balance", type=at_least_0, default=0.0, metavar="C", help="coefficient of Eq. 1 (default 0)")
-    train("--seed", type=seed, default=0, help="order of the data, start of A, catcher's sample (default 0)")
+    train("--seed", type=seed_number, default=0, help="of data order, A, catcher (default 0)")
     run("--out", type=Path, metavar="DIR", help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
     run("--resume", action="store_true", help="go on with an unfinished run, or fail if there is none")
     run("--override", action="store_true", help="go on with the unfinished run in --out under other settings")
@@ -128,6 +148,7 @@ class Job:
     tokenizer: Tokenizer
     data: list[Encoded]
     tests: list[Example]  # empty: nothing is scored
+    start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
     matmul: str  # "grouped" or "loop" (MATMULS)
     recompute: bool
@@ -142,7 +163,8 @@ class Job:
         if method:
             hellora.attach(model, method, experts, self.settings["rank"], self.settings["alpha"])
         load_weights(model, Checkpoint(self.source), self.device)
-        hellora.init_adapters(model, self.settings["seed"])
+        a_seed = f"{self.settings['seed']}{' redrawn' if self.settings['redraw_a'] else ''}"
+        hellora.init_adapters(model, a_seed, self.start if method is self.method else None)
         return model
 
 
@@ -153,6 +175,7 @@ def prepare(args: argparse.Namespace) -> Job:
     cfg, tokenizer = read_config(source), load_tokenizer(source)
     check_weights(cfg, Checkpoint(source))
     settings = resolve(args, cfg, dtype)
+    start = take_over(args.mask_from, method, settings)
     if args.hot_experts:
         check_hot_list(HotList.read(args.hot_experts, cfg), method, settings)
     path = args.data or TASKS[settings["task"]].train.fetch()
@@ -160,9 +183,27 @@ def prepare(args: argparse.Namespace) -> Job:
     tests = [] if args.no_eval else scored_examples(settings)
     check_scorable(tests, tokenizer, cfg.max_len)
     return Job(
-        settings, method, cfg, source, device, tokenizer, data, tests,
+        settings, method, cfg, source, device, tokenizer, data, tests, start,
         args.micro_batch, args.experts, args.recompute, args.save_every,
     )  # fmt: skip
+
+
+def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[str, Tensor]:
+    """What a method with a mask starts from besides the base: a D run's mask, A and hot experts."""
+    name = settings["method"]
+    if mask_from is None and method.keep < 1:
+        d_name = name.replace("-s", "-d", 1)
+        raise ValueError(
+            f"{name} needs --mask-from RUN, a finished run of the same settings with B trained in full: "
+            f"make one with train.py --method {d_name}"
+        )
+    if mask_from is not None and method.keep == 1:
+        raise ValueError(f"--mask-from is for lori-s and hellori-s, not for {name}: omit it")
+    if mask_from is None:
+        return {}
+    if method.rule not in (None, "all"):
+        settings["hot_experts"] = str((mask_from / "hot_experts.json").resolve())
+    return lori_start(mask_from, settings, method, settings["mask_scope"], settings["redraw_a"])
 
 
 def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
@@ -172,5 +213,31 @@ def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
         raise ValueError(
             f"--hot-experts lists {hot.rule} experts, but method {settings['method']} wants {method.rule}"
         )
-    if sizes != {settings["k"]}:
+    if sizes != {settings["k"]} and not settings["mask_from"]:
         raise ValueError(f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}")
+
+
+def hashes(job: Job) -> dict[str, str]:
+    """sha256 of what the numbers rest on: model, code, and training data as token ids."""
+    weights = sorted(job.source.glob("*.safetensors"))
+    return {
+        "model": sha256(job.source / "config.json", *weights),
+        "code": sha256(*sorted(Path(__file__).parent.glob("*.py"))),
+        "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
+    }
+
+
+def open_record(job: Job, folder: Path) -> dict:
+    """The content of run.json, new or as it was saved. Raises ValueError if the model or the data changed."""
+    now = hashes(job)
+    new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
+    new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
+    if not (folder / "run.json").exists():
+        return new
+    saved = read_run(folder)
+    changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
+        )
+    return saved | new

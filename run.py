@@ -73,7 +73,15 @@ def at_least_0(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}, want a number from 0 on")
 
 
-def seed(text: str) -> int:
+def share_of_1(text: str) -> float:
+    """An argparse type: a number above 0, up to 1."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}, want a share above 0, up to 1")
+
+
+def seed_number(text: str) -> int:
     """An argparse type: what torch takes as a seed on every device."""
     if text.isdecimal() and int(text) < 2**31:
         return int(text)

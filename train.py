@@ -7,7 +7,6 @@ The base model is scored; the catcher counts, in a short LoRA warm-up, which exp
 are put on the hot ones, on attention and on the router; they are trained; the result is scored.
 """
 
-import hashlib
 import math
 import signal
 import time
@@ -24,7 +23,7 @@ import run
 from catcher import Catcher, HotList, count_visits, sample, visited_share
 from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
 from eval_gsm8k import evaluate, write_answers
-from job import Job, parse_args, prepare
+from job import Job, open_record, parse_args, prepare
 from moe_model import MoEModel, load_balancing_loss
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
@@ -88,7 +87,9 @@ def catch(job: Job, folder: Path) -> dict[int, list[int]]:
             )
         else:
             catcher = count_visits(job.build(), some, job.micro_batch, "catcher")
-        about = {name: settings[name] for name in ("model", "task", "catcher", "score", "k", "seed")}
+        about = {
+            name: settings[name] for name in ("model", "task", "catcher", "score", "k", "coverage", "seed")
+        }
         catcher.choose(rule=job.method.rule, **about).write(path)
     hot = HotList.read(path, job.cfg)
     print(hot.show())
@@ -204,30 +205,13 @@ def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
         print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
 
 
-def hashes(job: Job) -> dict[str, str]:
-    """sha256 of what the numbers rest on: model, code, and training data as token ids."""
-    weights = sorted(job.source.glob("*.safetensors"))
-    return {
-        "model": run.sha256(job.source / "config.json", *weights),
-        "code": run.sha256(*sorted(Path(__file__).parent.glob("*.py"))),
-        "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
-    }
-
-
-def open_record(job: Job, folder: Path) -> dict:
-    """The content of run.json, new or as it was saved. Raises ValueError if the model or the data changed."""
-    now = hashes(job)
-    new = job.settings | {"finished": False, "versions": run.versions(job.device), "hashes": now}
-    new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
-    if not (folder / "run.json").exists():
-        return new
-    saved = run.read_run(folder)
-    changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
-    if changed:
-        raise ValueError(
-            f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
-        )
-    return saved | new
+def report_share(model: MoEModel, shares: dict[int, float]) -> None:
+    """Say how much of the traffic the adapters really got, and what that saves of LoRA's work."""
+    cost = hellora.adapter_flops(model, shares) / hellora.adapter_flops(model, dict.fromkeys(shares, 1.0))
+    print(
+        f"in training, {sum(shares.values()) / len(shares):.1%} of expert visits went to adapted experts; "
+        f"the adapters cost {1 - cost:.1%} fewer FLOPs than with all experts adapted"
+    )
 
 
 def main() -> None:
@@ -257,8 +241,7 @@ def main() -> None:
         visits = fit(model, job, folder)
         hellora.save_adapter(folder, model)
         if experts and visits.counts:
-            shares = visited_share(visits.scores("count"), experts).values()
-            print(f"in training, {sum(shares) / len(shares):.1%} of expert visits went to adapted experts")
+            report_share(model, visited_share(visits.scores("count"), experts))
 
         hellora.merge(model)
         if job.tests:

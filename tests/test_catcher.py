@@ -57,6 +57,14 @@ def test_random_experts_depend_on_the_seed_and_differ_by_layer():
     assert len({tuple(ids) for ids in a.values()}) == 4
 
 
+def test_coverage_takes_the_fewest_experts_that_have_the_share():
+    """Layer 0 has 9 9 5 2 1 0 of 26 visits, layer 1 has 8 7 1 of 16."""
+    assert choose(COUNTS, 2, "hot", coverage=0.3) == {0: [2], 1: [1]}
+    assert choose(COUNTS, 2, "hot", coverage=0.5) == {0: [2, 3], 1: [1]}
+    assert choose(COUNTS, 2, "hot", coverage=0.9) == {0: [0, 2, 3, 5], 1: [1, 5]}
+    assert choose(COUNTS, 2, "hot", coverage=1.0) == {0: [0, 2, 3, 4, 5], 1: [1, 2, 5]}
+
+
 @pytest.mark.parametrize("k", [0, 7, -1])
 def test_a_k_out_of_range_is_refused(k):
     with pytest.raises(ValueError, match=f"k is {k}, but a layer has 6 experts"):

@@ -1,0 +1,237 @@
+"""DoRA and LoRI: against PEFT, against their definitions, and through whole runs."""
+
+import json
+
+import pytest
+import torch
+from conftest import HUB, write_checkpoint, write_rows
+from safetensors.torch import load_file
+from test_hellora import adapted, logits
+from test_train import ROWS
+
+from hellora import LoRALinear, LowRank, Method, adapters, merge
+from lori import lori_masks
+from moe_model import Linear, MoEModel
+
+WHOLE = ["lora", "dora", "lori-d", "hellora", "hellori-d", "hellora_r", "hellora_none", "hellora_attn"]
+
+
+def dora_linear(out_dim=24, in_dim=16, rank=4):
+    """One adapted Linear with B away from zero, and plain copies of what is in it."""
+    draw = torch.Generator().manual_seed(0)
+    base = Linear(in_dim, out_dim).requires_grad_(False)
+    base.weight.copy_(torch.randn(out_dim, in_dim, generator=draw))
+    ours = LoRALinear(base, Method(dora=True), rank, 2 * rank)
+    with torch.no_grad():
+        ours.lora.A.copy_(torch.randn(rank, in_dim, generator=draw))
+        ours.lora.B.copy_(torch.randn(out_dim, rank, generator=draw) * 0.3)
+        ours.lora.magnitude.copy_(base.weight.norm(dim=1) * 1.1)
+    return ours, torch.randn(5, in_dim, generator=draw)
+
+
+def test_dora_equals_peft_in_output_gradients_and_merge():
+    peft = pytest.importorskip("peft", reason="dev requirement; the definition test below covers it")
+    ours, x = dora_linear()
+    peer = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False))
+    peer[0].weight.data = ours.weight.data.clone()
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0"], lora_dropout=0.0)
+    theirs = peft.get_peft_model(peer, config)
+    layer = theirs.base_model.model[0]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    pairs = [
+        (layer.lora_A["default"].weight, ours.lora.A),
+        (layer.lora_B["default"].weight, ours.lora.B),
+        (magnitude, ours.lora.magnitude),
+    ]
+    for their, our in pairs:
+        their.data = our.detach().clone().view_as(their)
+    got, want = ours(x), theirs(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-6)  # fp32, outputs up to 30
+    got.square().mean().backward()
+    want.square().mean().backward()
+    for their, our in pairs:
+        torch.testing.assert_close(our.grad, their.grad.view_as(our), rtol=1e-5, atol=1e-6)  # fp32
+    merged = theirs.merge_and_unload()[0].weight
+    row_scale = ours.lora.row_scale(ours.weight)
+    mine = row_scale[:, None] * (ours.weight + ours.lora.delta())
+    torch.testing.assert_close(mine, merged, rtol=0, atol=1e-6)  # fp32
+
+
+def test_dora_gives_each_row_its_magnitude_as_length():
+    ours, x = dora_linear()
+    direction = ours.weight + 2 * ours.lora.B @ ours.lora.A
+    unit = direction / direction.norm(dim=1, keepdim=True)
+    want = x @ (ours.lora.magnitude[:, None] * unit).T
+    torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)  # fp32
+
+
+@pytest.mark.parametrize("name", ["dora", "lori-d", "hellori-d", "hellora_r", "hellora_none", "hellora_attn"])
+def test_every_method_starts_as_the_base_and_merges_as_live(checkpoint, name):
+    base = logits(MoEModel.from_pretrained(checkpoint))
+    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=2e-6)  # fp32
+    model = adapted(checkpoint, name)
+    live = logits(model)
+    merge(model)
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)  # fp32
+    assert (live - base).abs().max() > 0.01
+
+
+def test_dora_on_a_stack_is_dora_on_each_expert(olmoe):
+    """PEFT has no DoRA for stacked experts; each expert alone is the definition."""
+    model = adapted(olmoe, "dora")
+    stack = model.layers[0].moe.experts.down
+    with torch.no_grad():
+        stack.lora.magnitude *= 1.2
+        scales = stack.lora.row_scale(stack.weight)
+    for e in range(8):
+        one = LowRank(stack.weight[e], Method(dora=True), (), 4, 8)
+        for part in ("A", "B", "magnitude"):
+            getattr(one, part).data = getattr(stack.lora, part).data[e]
+        torch.testing.assert_close(one.row_scale(stack.weight[e]), scales[e])
+
+
+def test_the_papers_literal_start_cannot_learn(olmoe):
+    """A = 0, B random and A frozen (section 3 of the paper, taken literally): B has no gradient."""
+    model = adapted(olmoe, "hellori-d")
+    for m in adapters(model).values():
+        m.lora.A.data.zero_()
+    loss, _ = model(torch.arange(20).view(2, 10), targets=torch.arange(20).view(2, 10))
+    loss.backward()
+    grads = [m.lora.B.grad for m in adapters(model).values()]
+    assert all(g.abs().max() == 0 for g in grads)
+
+
+# ---- LoRI's mask ---------------------------------------------------------------------------------------
+
+
+def some_b(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"layers.0.attn.q": (12, 4), "layers.0.moe.experts.up": (3, 10, 4), "layers.1.attn.q": (12, 4)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("scope", ["model", "layer", "matrix"])
+def test_a_mask_keeps_exactly_the_largest_entries_of_its_scope(scope):
+    b = some_b()
+    masks = lori_masks(b, 0.1, scope)
+
+    def each(tensors):  # {(name, index in the stack): one matrix}
+        parts = {n: t.reshape(-1, *t.shape[-2:]) for n, t in tensors.items()}
+        return {(n, i): m for n, stack in parts.items() for i, m in enumerate(stack)}
+
+    sizes, marks = each(b), each(masks)
+    key = {"model": lambda n, i: 0, "layer": lambda n, i: n[:8], "matrix": lambda n, i: (n, i)}[scope]
+    for group in {key(*at) for at in sizes}:
+        values = torch.cat([m.abs().flatten() for at, m in sizes.items() if key(*at) == group])
+        kept = torch.cat([m.flatten() for at, m in marks.items() if key(*at) == group])
+        assert kept.sum() == round(0.1 * len(values))
+        assert values[kept].min() > values[~kept].max()
+
+
+def test_a_mask_does_not_depend_on_the_order_of_modules_and_breaks_ties_exactly():
+    b = some_b()
+    again = lori_masks(dict(reversed(b.items())), 0.1, "model")
+    assert all(torch.equal(again[n], m) for n, m in lori_masks(b, 0.1, "model").items())
+    equal = {n: torch.ones_like(t) for n, t in b.items()}
+    assert sum(m.sum() for m in lori_masks(equal, 0.1, "model").values()) == round(
+        0.1 * sum(t.numel() for t in b.values())
+    )
+
+
+@pytest.fixture
+def quick(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    return [
+        "--model",
+        toy,
+        "--task",
+        "tiny-math",
+        "--data",
+        rows,
+        "--no-eval",
+        "--rank",
+        4,
+        "--k",
+        2,
+        "--steps",
+        4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("d", "s"), [("lori-d", "lori-s"), ("hellori-d", "hellori-s"), ("hellori-d_pure_c", "hellori-s_pure_c")]
+)
+def test_a_masked_run_trains_its_mask_and_nothing_else(cli, quick, tmp_path, d, s):
+    assert cli("train.py", *quick, "--method", d, "--out", "d")[0] == 0
+    code, out, err = cli("train.py", *quick, "--method", s, "--mask-from", "d", "--out", "s")
+    assert code == 0, err
+    dense, sparse = (load_file(tmp_path / name / "adapter.safetensors") for name in "ds")
+    b = {n: t for n, t in sparse.items() if n.endswith(".B")}
+    total = sum(t.numel() for t in b.values())
+    masks = {n: sparse[n.removesuffix("B") + "mask"] for n in b}
+    assert sum(m.sum() for m in masks.values()) == round(0.1 * total)
+    assert all((t[~masks[n]] == 0).all() for n, t in b.items())
+    assert sum((t != 0).sum() for t in b.values()) > 0.5 * round(0.1 * total)  # visited entries have moved
+    assert all(torch.equal(sparse[n], dense[n]) for n in sparse if n.endswith(".A"))  # the same frozen A
+    record = json.loads((tmp_path / "s" / "run.json").read_text())
+    assert record["adapted"] == json.loads((tmp_path / "d" / "run.json").read_text())["adapted"]
+    assert record["trained"] == round(0.1 * total)
+    assert f"{round(0.1 * total):,} of" in out
+
+
+def test_off_mask_entries_stay_zero_under_weight_decay_and_clipping(olmoe):
+    model = adapted(olmoe, "hellori-s", noise=0)
+    draw = torch.Generator().manual_seed(0)
+    for m in adapters(model).values():
+        m.lora.mask.copy_(torch.rand(m.lora.B.shape, generator=draw) < 0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, weight_decay=0.5)
+    for _ in range(5):
+        model(torch.arange(40).view(2, 20), targets=torch.arange(40).view(2, 20))[0].backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(trained) == len(adapters(model))  # the frozen A has no place in the optimizer
+    for m in adapters(model).values():
+        assert (m.lora.B[~m.lora.mask] == 0).all()
+    assert any((m.lora.B != 0).any() for m in adapters(model).values())
+
+
+def test_a_masked_run_says_what_it_needs(cli, quick, tmp_path):
+    code, _, err = cli("train.py", *quick, "--method", "hellori-s")
+    assert code == 2
+    assert "train.py --method hellori-d" in err
+    assert cli("train.py", *quick, "--method", "hellori-d", "--out", "d")[0] == 0
+    for flags, says in ((["--k", 3], "k 2, want 3"), (["--method", "lori-s"], "hellori-d, want lori-d")):
+        code, _, err = cli("train.py", *quick, "--method", "hellori-s", *flags, "--mask-from", "d")
+        assert code == 2
+        assert says in err
+    code, _, err = cli("train.py", *quick, "--method", "lora", "--mask-from", "d")
+    assert code == 2
+    code, _, err = cli(
+        "train.py", *quick, "--method", "hellori-s", "--mask-from", "d", "--redraw-a", "--out", "s"
+    )
+    assert code == 0, err
+    d, s = (load_file(tmp_path / name / "adapter.safetensors") for name in "ds")
+    assert not any(torch.equal(d[n], s[n]) for n in d if n.endswith(".A"))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_method_trains_saves_and_evaluates(cli, quick, tmp_path, name):
+    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    args = [a for a in quick if a != "--no-eval"]
+    code, _, err = cli("train.py", *args, "--eval-data", few, "--method", name, "--out", "r")
+    assert code == 0, err
+    scored = (tmp_path / "r" / "answers-tiny-math.jsonl").read_text()
+    for how in ([], ["--factored"]):
+        assert cli("eval_gsm8k.py", "--run", "r", *how)[0] == 0
+        assert (tmp_path / "r" / "answers-tiny-math.jsonl").read_text() == scored
+
+
+def test_shared_experts_and_dense_layers_are_adapted_in_full(tmp_path):
+    model = adapted(write_checkpoint(tmp_path / "d", HUB["deepseek"]), "hellora_pure")
+    names = {n.split(".", 2)[2] for n in adapters(model)}
+    assert names == {
+        f"{of}.{leaf}" for of in ("moe.shared", "dense", "moe.experts") for leaf in ("gate", "up", "down")
+    }
