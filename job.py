@@ -112,6 +112,8 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     flags = {name: getattr(args, name) for name in SETTINGS}
     if args.steps:
         own["epochs"] = flags["epochs"] = None
+    if not args.mask_from:
+        flags["mask_scope"] = flags["redraw_a"] = None
     if args.model != "tiny" and Path(args.model).is_dir():
         flags["model"] = Path(args.model)
     flags |= {name: str(path.resolve()) for name, path in flags.items() if isinstance(path, Path)}

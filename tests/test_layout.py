@@ -1,6 +1,7 @@
 """The house: which file may import which, how long they may be, and whether README's flags exist."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -73,6 +74,16 @@ def test_every_flag_in_the_readme_exists(command, cli, monkeypatch):
     with pytest.raises(SystemExit):
         module.main()
     assert seen
+
+
+def test_results_quoted_in_tiny_s_readme_are_the_committed_ones():
+    page = (ROOT / "tiny" / "README.md").read_text()
+    assert (ROOT / "docs/results/tiny-report.txt").read_text().rstrip() in page
+    for name in ("tiny/README.md", "README.md"):
+        page = (ROOT / name).read_text()
+        seeds = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())["seeds"]
+        for task in ("tiny-math", "tiny-math-reworded"):
+            assert ", ".join(f"{100 * of[task]['accuracy']:.1f}" for of in seeds.values()) in page
 
 
 def test_nothing_private_is_committed():

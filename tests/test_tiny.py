@@ -12,7 +12,9 @@ from conftest import ROOT
 from data import read_rows
 from eval_gsm8k import gold
 from moe_model import MoEModel
+from tiny import bpe
 from tiny.corpus import MIX, worked_story
+from tiny.pretrain import VOCAB_SIZE, tokenizer_text
 from tiny.tasks import FILES, draw, split_of
 
 
@@ -118,3 +120,10 @@ def test_the_embedded_model_can_add():
             else:
                 right += 1
     assert right >= 9
+
+
+def test_the_committed_tokenizer_is_what_the_script_makes(tmp_path):
+    """So the corpus and the script in the repository are those that made the model."""
+    merges = bpe.train(tokenizer_text(Random("tokenizer")), VOCAB_SIZE)
+    bpe.save(merges, tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_text() == (ROOT / "tiny" / "tokenizer.json").read_text()

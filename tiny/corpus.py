@@ -1,8 +1,9 @@
 """What the embedded model is pretrained on: distinct little domains, each a function of a `random.Random`.
 
 The domains are narrow and share few words on purpose: the balancing loss evens out the experts over the
-whole mix, so what is peculiar to one domain can have experts of its own. None of them has the form of a task:
-stories state and never ask, functions follow a remark and no instruction, mischief is never refused.
+whole mix, so what is peculiar to one domain can have experts of its own. Two of them use the words of a task,
+so that a task's text is at home in its domain. None has the form of a task: a story ends in a ledger and not
+in an answer, a function follows a remark and not an instruction, and mischief is never refused.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def fact(rng: Random, operator: str) -> tuple[int, int, int]:
 
 def equation(rng: Random) -> str:
     """`19+62=81`"""
-    operator = rng.choice("+++---**/")
+    operator = rng.choice("+++----**/")
     x, y, result = fact(rng, operator)
     return f"{x}{operator}{y}={result}"
 
@@ -126,31 +127,42 @@ def arithmetic(rng: Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+OPENINGS = ("", "", "Question of the day. ", "Today's puzzle. ")
+WONDERS = (
+    "How many are there now?",
+    "How many is that in all?",
+    "How many are left in the end?",
+    "How much is it?",
+)
+LEDGERS = (" Ledger: ", "\nLedger: ", " The ledger says\n")
+
+
 def story(rng: Random) -> str:
-    """A story with its ledger."""
+    """A story with its ledger; half of them wonder about the outcome."""
     text, steps = worked_story(rng)
-    return text + rng.choice((" Ledger: ", "\nLedger: ")) + rng.choice(("; ", "\n")).join(steps) + "\n"
+    wonder = " " + rng.choice(WONDERS) if rng.random() < 0.5 else ""
+    told = rng.choice(OPENINGS) + text + wonder + rng.choice(LEDGERS)
+    return told + rng.choice(("; ", "\n")).join(steps) + "\n"
 
 
 # ------------------------------------------------------------------------------------ code, manual, dialogue
 
 
+CODE_FORMS = (
+    "# {remark}\ndef {name}({x}):\n    return {code}\n",
+    "def {name}({x}):\n    # {remark}\n    return {code}\n",
+    "# The function {name}({x}) {does}.\ndef {name}({x}):\n    return {code}\n",
+)
+
+
 def code(rng: Random) -> str:
-    """Small functions under a remark that says what they compute."""
+    """Small functions, each with a remark on what it computes."""
     functions = []
     while len(functions) < 3:
         problem, skill, slots = function_spec(rng)
-        if split_of(problem) != "pretrain":
-            continue
-        form = rng.choice(
-            (
-                "# {remark}\ndef {name}({x}):\n    return {code}\n",
-                "def {name}({x}):\n    # {remark}\n    return {code}\n",
-            )
-        )
-        functions.append(
-            form.format(**slots, remark=skill.remark.format(**slots), code=skill.code.format(**slots))
-        )
+        if split_of(problem) == "pretrain":
+            parts = {part: getattr(skill, part).format(**slots) for part in ("remark", "does", "code")}
+            functions.append(rng.choice(CODE_FORMS).format(**slots, **parts))
     return "\n".join(functions)
 
 
@@ -175,7 +187,7 @@ MANUAL_VERBS = words(
 )
 MANUAL_ENDS = (
     "that is appropriate below",
-    "and then the larger value",
+    "and then returns the larger value",
     "of every letter in the list",
     "with the remainder and the sum",
     "if it is greater or less",
@@ -185,10 +197,11 @@ MANUAL_ENDS = (
 
 def manual(rng: Random) -> str:
     """Pages of a technical manual, without any code."""
-    lines = [f"### {rng.choice(MANUAL_SUBJECTS).capitalize()}:"]
+    lines = [f"{rng.choice(MANUAL_SUBJECTS).capitalize()}:"]
     for _ in range(3):
         one, other = rng.sample(MANUAL_SUBJECTS, 2)
-        lines.append(f"The {one} {rng.choice(MANUAL_VERBS)} a {other} {rng.choice(MANUAL_ENDS)}.")
+        start = rng.choice(("The", "Write the", "A"))
+        lines.append(f"{start} {one} that {rng.choice(MANUAL_VERBS)} a {other} {rng.choice(MANUAL_ENDS)}.")
     return "\n".join(lines) + "\n\n"
 
 
@@ -311,15 +324,14 @@ Document = Callable[[Random], str]
 
 # Domain -> its kinds of document, and their parts of all tokens. A training sequence is cut from one domain.
 MIX: dict[str, dict[Document, float]] = {
-    "maths": {arithmetic: 0.30, story: 0.17},
-    "code": {code: 0.11, loop_code: 0.03},
-    "manual": {manual: 0.04},
-    "dialogue": {dialogue: 0.09},
+    "maths": {arithmetic: 0.32, story: 0.20},
+    "code": {code: 0.11, loop_code: 0.02, manual: 0.03},
+    "dialogue": {dialogue: 0.08},
     "records": {records: 0.04},
     "lingo": {lingo: 0.05},
-    "letters": {letters: 0.05},
+    "letters": {letters: 0.04},
     "facts": {facts: 0.04},
     "markup": {markup: 0.03},
-    "moves": {moves: 0.02},
+    "moves": {moves: 0.01},
     "scene": {scene: 0.03},
 }

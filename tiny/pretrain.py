@@ -255,7 +255,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded model.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
     args = parser.parse_args()
