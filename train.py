@@ -82,9 +82,8 @@ def catch(job: Job, folder: Path) -> dict[int, list[int]]:
     elif not path.exists():
         some = sample(job.data, CATCHER_SHARE, settings["seed"])
         if settings["catcher"] == "warmup":
-            catcher = warm_up(
-                job.build(hellora.parse_method("lora"), everywhere), some, settings, job.micro_batch
-            )
+            model = job.build(hellora.parse_method("lora"), everywhere)
+            catcher = warm_up(model, some, settings, job.micro_batch)
         else:
             catcher = count_visits(job.build(), some, job.micro_batch, "catcher")
         about = {
@@ -174,6 +173,8 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
                 )
             if asked:
                 raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in state):,} bytes")
     return visits
 
 
@@ -198,9 +199,8 @@ def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
     else:
         write_answers(folder, task, records)
         run.update_results(folder, task, result)
-    print(
-        f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({result['seconds']:.0f} s)"
-    )
+    seconds = f"{result['seconds']:.0f} s"
+    print(f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({seconds})")
     for r in records[:3]:
         print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
 
@@ -232,11 +232,7 @@ def main() -> None:
         trained, stored = hellora.count_params(model, job.method)
         name = job.settings["method"]
         print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
-        record |= {
-            "adapted": {str(i): ids for i, ids in experts.items()},
-            "trained": trained,
-            "stored": stored,
-        }
+        record |= {"adapted": experts, "trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)
         hellora.save_adapter(folder, model)

@@ -235,3 +235,60 @@ def test_shared_experts_and_dense_layers_are_adapted_in_full(tmp_path):
     assert names == {
         f"{of}.{leaf}" for of in ("moe.shared", "dense", "moe.experts") for leaf in ("gate", "up", "down")
     }
+
+
+def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
+    """Loss and every gradient, from the same A and B.
+
+    transformers 5 fuses gate and up of all experts into one parameter, on which PEFT's LoRA has one A. Rank
+    2r with A = [A_gate; A_up] and a block-diagonal B computes our two updates. PEFT stores a stack's A as
+    [E * r, in] expert by expert, and its B as [out, r * E] rank by rank.
+    """
+    transformers = pytest.importorskip(
+        "transformers", reason="dev requirement; the definition tests cover it"
+    )
+    peft = pytest.importorskip("peft", reason="dev requirement; the definition tests cover it")
+    r, ours = 4, adapted(olmoe, "lora", rank=4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(olmoe, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"gate_up_proj": 2 * r},
+        alpha_pattern={"gate_up_proj": 4 * r},
+    )
+    theirs = peft.get_peft_model(base, config)
+    named, of = dict(theirs.named_parameters()), adapters(ours)
+    pairs = []  # (our parameter, their parameter, where in it ours stands, viewed as a stack of matrices)
+
+    def put(our, name, view, at):
+        with torch.no_grad():
+            view(named[name])[at] = our
+        pairs.append((our, named[name], view, at))
+
+    for i in range(2):
+        layer = f"base_model.model.model.layers.{i}."
+        sites = {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"} | {"moe.router": "mlp.gate"}
+        for site, name in sites.items():
+            for part in "AB":
+                our = getattr(of[f"layers.{i}.{site}"].lora, part)
+                put(our, f"{layer}{name}.lora_{part}.default.weight", lambda t: t, ...)
+        for fused, leaves in (("base_layer.", ("gate", "up")), ("", ("down",))):
+            for n, leaf in enumerate(leaves):
+                lora = of[f"layers.{i}.moe.experts.{leaf}"].lora
+                rows, out = slice(n * r, (n + 1) * r), lora.B.shape[1]
+                name = f"{layer}mlp.experts.{fused}lora_{{}}.default.weight"
+                put(lora.A, name.format("A"), lambda t: t.unflatten(0, (8, -1)), (slice(None), rows))
+                where = (slice(None), slice(n * out, (n + 1) * out), rows)
+                put(lora.B, name.format("B"), lambda t: t.unflatten(1, (-1, 8)).permute(2, 0, 1), where)
+
+    batch = torch.randint(0, 96, (3, 12), generator=torch.Generator().manual_seed(4))
+    want = theirs(input_ids=batch, labels=batch).loss  # shifted by one inside
+    got = ours(batch[:, :-1], targets=batch[:, 1:])[0] / batch[:, 1:].numel()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # fp32
+    got.backward()
+    want.backward()
+    assert len(pairs) == 2 * 2 * (5 + 3)
+    for our, their, view, at in pairs:
+        torch.testing.assert_close(our.grad, view(their.grad)[at], rtol=0, atol=1e-5)  # fp32
