@@ -196,8 +196,11 @@ def _list(differ: list[str]) -> str:
 
 def lock(folder: Path) -> IO:
     """Claim `folder` until the returned file is closed. Raises ValueError if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
