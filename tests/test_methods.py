@@ -292,3 +292,21 @@ def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
     assert len(pairs) == 2 * 2 * (5 + 3)
     for our, their, view, at in pairs:
         torch.testing.assert_close(our.grad, view(their.grad)[at], rtol=0, atol=1e-5)  # fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["", "_m", "_c", "_r", "_none", "_attn", "_pure", "_gate", "_pure_c"])
+@pytest.mark.parametrize("base", ["lora", "dora", "lori-d", "hellora", "hellori-d"])
+def test_every_method_with_every_suffix_scores_the_same_merged_as_live(cli, quick, tmp_path, base, suffix):
+    """And the -s run that follows a -d run."""
+    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    args = [*(a for a in quick if a != "--no-eval"), "--eval-data", few]
+    runs = [("d", [])] + ([("s", ["--mask-from", "d"])] if base.endswith("-d") else [])
+    for out, flags in runs:
+        name = base.replace("-d", f"-{out}") + suffix
+        code, _, err = cli("train.py", *args, "--method", name, "--out", out, *flags)
+        assert code == 0, err
+        scored = (tmp_path / out / "answers-tiny-math.jsonl").read_text()
+        for how in ([], ["--factored"]):
+            assert cli("eval_gsm8k.py", "--run", out, *how)[0] == 0
+            assert (tmp_path / out / "answers-tiny-math.jsonl").read_text() == scored
