@@ -132,7 +132,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument(
         "--data", type=Path, help="score the problems of this file in place of the task's test split"
     )
-    p.add_argument("--limit", type=above_0(int), help="score the first N problems only")
+    p.add_argument(
+        "--limit",
+        type=above_0(int),
+        help="score the first N problems (default: as many as the run scored; else all)",
+    )
     p.add_argument(
         "--shots", type=int, default=0, help="put N solved training problems before each (default 0)"
     )
@@ -173,7 +177,8 @@ def main() -> None:
         own = run if task == run["task"] else {}  # what was asked for at training holds for that task only
         template = args.template or own.get("template") or TASKS[task].template
         path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
-        examples = problems(task, template, Path(path), args.limit, args.shots)
+        limit = args.limit or own.get("eval_limit")
+        examples = problems(task, template, Path(path), limit, args.shots)
         check_scorable(examples, tokenizer, model.cfg.max_len)
         max_new = args.max_new or TASKS[task].max_new
         result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)

@@ -69,7 +69,10 @@ def parse_method(name: str) -> Method:
             f"unknown method {name!r}: want one of {', '.join(METHODS)}, and after any but fft the suffixes "
             f"_{', _'.join(SUFFIXES)}, each about another thing: hellora_pure_c, but not hellora_m_c"
         )
-    return replace(METHODS[base], **dict(changes))
+    method = replace(METHODS[base], **dict(changes))
+    if not (method.rule or method.sites or method.train_base):
+        raise ValueError(f"method {name!r} adapts nothing: leave out _none or _pure")
+    return method
 
 
 class LowRank(nn.Module):
@@ -258,11 +261,15 @@ def detach(model: MoEModel) -> None:
 def count_params(model: MoEModel, method: Method) -> tuple[int, int]:
     """(trained, stored) numbers; the paper's Params column is their ratio, stored including the adapters.
 
-    Of a masked B exactly round(keep * entries of all B) are trained.
+    Of a masked B what the masks keep is trained; of a model of shapes (meta device), that is
+    round(keep * entries of all B).
     """
     b_total = sum(m.lora.B.numel() for m in adapters(model).values())
+    b_trained = round(method.keep * b_total)
+    if method.keep < 1 and model.device.type != "meta":
+        b_trained = sum(int(m.lora.mask.sum()) for m in adapters(model).values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained - b_total + round(method.keep * b_total), sum(p.numel() for p in model.parameters())
+    return trained - b_total + b_trained, sum(p.numel() for p in model.parameters())
 
 
 def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:

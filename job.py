@@ -11,7 +11,7 @@ from torch import Tensor
 import hellora
 from catcher import HotList, check_k, default_k
 from checkpoint import BACKBONES, Checkpoint, MoEConfig, locate, read_config
-from data import TASKS, Encoded, Example, default_task, encode, load_examples
+from data import TASKS, Encoded, Example, default_task, encode, load_examples, steps_per_epoch
 from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, parse_method
 from lori import lori_start
@@ -23,12 +23,14 @@ from run import (
     add_compute_flags,
     at_least_0,
     compute,
+    differences,
+    load_state,
     read_run,
     seed_number,
     sha256,
     share_of_1,
     versions,
-)  # fmt: skip
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -62,7 +64,8 @@ def parse_args(description: str) -> argparse.Namespace:
     """The command line. Every flag is listed once, here. description: the text above the flags."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     what, method = p.add_argument_group("what").add_argument, p.add_argument_group("method").add_argument
-    train, run = p.add_argument_group("training").add_argument, p.add_argument_group("run").add_argument
+    training = p.add_argument_group("training")
+    train, run = training.add_argument, p.add_argument_group("run").add_argument
     # fmt: off
     what("--model", default="tiny", help=f"tiny (default), {', '.join(BACKBONES)}, a folder, or a Hub id")
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
@@ -82,8 +85,9 @@ def parse_args(description: str) -> argparse.Namespace:
     method("--mask-from", type=Path, metavar="RUN", help="D run that gives lori-s and hellori-s the mask")
     method("--mask-scope", choices=["model", "layer", "matrix"], default="model", help="of its entries")
     method("--redraw-a", action="store_true", help="lori-s, hellori-s: a new A, as LoRI's code has it")
-    train("--epochs", type=above_0(int), help="passes over the data (default: the recipe's)")
-    train("--steps", type=above_0(int), help="optimizer steps, in place of --epochs")
+    either = training.add_mutually_exclusive_group().add_argument
+    either("--epochs", type=above_0(int), help="passes over the data (default: the recipe's)")
+    either("--steps", type=above_0(int), help="optimizer steps, in place of --epochs")
     train("--batch-size", type=above_0(int), help="examples in an optimizer step (default: the recipe's)")
     train("--micro-batch", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
     train("--lr", type=above_0(float), help="learning rate (default: the recipe's)")
@@ -112,6 +116,8 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     flags = {name: getattr(args, name) for name in SETTINGS}
     if args.steps:
         own["epochs"] = flags["epochs"] = None
+    if args.redraw_a and not args.mask_from:
+        raise ValueError("--redraw-a is for lori-s and hellori-s, with --mask-from RUN: omit it")
     if not args.mask_from:
         flags["mask_scope"] = flags["redraw_a"] = None
     if args.model != "tiny" and Path(args.model).is_dir():
@@ -155,6 +161,12 @@ class Job:
     matmul: str  # "grouped" or "loop" (MATMULS)
     recompute: bool
     save_every: int
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        per_epoch = steps_per_epoch(len(self.data), self.settings["batch_size"])
+        return self.settings["steps"] or self.settings["epochs"] * per_epoch
 
     def build(self, method: Method | None = None, experts: dict[int, list[int]] | None = None) -> MoEModel:
         """The model with `method`'s adapters (None: the base): shapes, then adapters, only then values."""
@@ -203,6 +215,8 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
         raise ValueError(f"--mask-from is for lori-s and hellori-s, not for {name}: omit it")
     if mask_from is None:
         return {}
+    if settings["hot_experts"]:
+        raise ValueError("--hot-experts and --mask-from both name experts: omit --hot-experts")
     if method.rule not in (None, "all"):
         settings["hot_experts"] = str((mask_from / "hot_experts.json").resolve())
     return lori_start(mask_from, settings, method, settings["mask_scope"], settings["redraw_a"])
@@ -215,7 +229,7 @@ def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
         raise ValueError(
             f"--hot-experts lists {hot.rule} experts, but method {settings['method']} wants {method.rule}"
         )
-    if sizes != {settings["k"]} and not settings["mask_from"]:
+    if sizes != {settings["k"]} and not (settings["mask_from"] or settings["coverage"]):
         raise ValueError(f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}")
 
 
@@ -237,9 +251,17 @@ def open_record(job: Job, folder: Path) -> dict:
     if not (folder / "run.json").exists():
         return new
     saved = read_run(folder)
+    if saved["finished"]:
+        raise ValueError(f"the run in {folder} has just been finished by another process: want another --out")
     changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
         )
+    if (state := load_state(folder)) and state["step"] > job.n_steps:
+        raise ValueError(
+            f"{folder} is already at step {state['step']}: want more --steps or --epochs than that"
+        )
+    if differ := differences(saved, job.settings):
+        new["overrides"] = [*saved.get("overrides", []), differ]
     return saved | new

@@ -144,8 +144,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     """
     optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
     size, seed = job.settings["batch_size"], job.settings["seed"]
-    n_steps = job.settings["steps"] or job.settings["epochs"] * steps_per_epoch(len(job.data), size)
-    start = resume(model, optimizer, folder)
+    n_steps, start = job.n_steps, resume(model, optimizer, folder)
     metrics, skipped = run.Metrics(folder, start), 0
     with deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
         for step in range(start, n_steps):
@@ -208,8 +207,9 @@ def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
 def report_share(model: MoEModel, shares: dict[int, float]) -> None:
     """Say how much of the traffic the adapters really got, and what that saves of LoRA's work."""
     cost = hellora.adapter_flops(model, shares) / hellora.adapter_flops(model, dict.fromkeys(shares, 1.0))
+    mean = sum(shares.values()) / len(shares)
     print(
-        f"in training, {sum(shares.values()) / len(shares):.1%} of expert visits went to adapted experts; "
+        f"in the steps just trained, {mean:.1%} of expert visits went to adapted experts; "
         f"the adapters cost {1 - cost:.1%} fewer FLOPs than with all experts adapted"
     )
 
@@ -219,8 +219,8 @@ def main() -> None:
     args = parse_args(__doc__)
     job = prepare(args)
     folder = run.choose_folder(job.settings, args.out, args.resume, args.override)
-    record = open_record(job, folder)
     with run.lock(folder):
+        record = open_record(job, folder)
         print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
         print(f"run folder   {folder}")
         run.write_json(folder / "run.json", record)
@@ -243,7 +243,7 @@ def main() -> None:
         if job.tests:
             score(job, model, folder, "after")
         run.write_json(folder / "run.json", record | {"finished": True})
-    print(f"done. Score it again with: python eval_gsm8k.py --run {folder}")
+    print("done." + (f" Score it again with: python eval_gsm8k.py --run {folder}" if job.tests else ""))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,13 @@ def summary(folders: list[Path]) -> dict:
     runs = [read_run(folder) for folder in folders]
     if unfinished := [str(f) for f, run in zip(folders, runs, strict=True) if not run["finished"]]:
         raise ValueError(f"{', '.join(unfinished)}: not finished, want runs that are done")
+    if len({run["seed"] for run in runs}) < len(runs):
+        raise ValueError("two of the runs have the same seed: want runs that differ in their seed")
     common = {name: v for name, v in runs[0].items() if name not in LEFT_OUT}
     for folder, run in zip(folders, runs, strict=True):
-        if differ := [name for name, value in common.items() if run.get(name) != value]:
+        differ = [name for name, value in common.items() if run.get(name) != value]
+        differ += [what for what in ("model", "data") if run["hashes"][what] != runs[0]["hashes"][what]]
+        if differ:
             raise ValueError(
                 f"{folder} has another {', '.join(differ)} than {folders[0]}: want seeds of one run"
             )
@@ -43,6 +47,10 @@ def summary(folders: list[Path]) -> dict:
     }
     spread = {}
     for task in next(iter(results.values())):
+        if not all("accuracy" in of.get(task, {}) for of in results.values()):
+            raise ValueError(
+                f"not all of the runs have been scored on {task}: score them, or leave that one out"
+            )
         values = [of[task]["accuracy"] for of in results.values()]
         spread[task] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
     return {

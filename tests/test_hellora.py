@@ -233,6 +233,11 @@ def test_suffixes_stack_and_each_says_one_thing():
     assert parse_method("hellora_gate").sites == ("moe.router",)
 
 
+def test_a_method_that_adapts_nothing_is_refused():
+    with pytest.raises(ValueError, match="adapts nothing"):
+        parse_method("hellora_none_pure")
+
+
 @pytest.mark.parametrize(
     "name", ["helora", "", "hellora_x", "hellora_m_c", "hellora_c_c", "fft_c", "_c", "hellora_"]
 )

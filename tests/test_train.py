@@ -169,6 +169,8 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(cli, quick, 
         (["--override"], "--override needs --out"),
         (["--seed", 10**14], "--seed"),
         (["--balance", "nan"], "--balance"),
+        (["--epochs", 1], "not allowed with"),
+        (["--redraw-a"], "--redraw-a is for"),
         (["--lr", -1], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", 0], "--epochs"),
@@ -244,6 +246,12 @@ def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tm
     assert code == 0
     assert "going on after step 2" in out
     assert len(losses(tmp_path / "r")) == 4
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["overrides"] == [["steps: 2 -> 4"]]
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    code, _, err = cli("train.py", *quick, "--steps", 3, "--no-eval", "--out", "r", "--override")
+    assert code == 2
+    assert "already at step 4" in err
 
 
 def test_the_balancing_loss_changes_training_when_asked_for(cli, quick, tmp_path):
