@@ -51,6 +51,10 @@ class Rows(NamedTuple):
     adapted_ends: Tensor | None = None  # [k] int32, ends of the adapted experts' segments among those rows
     adapted_expert: Tensor | None = None  # [n] which of the k adapted experts such a row visits
 
+    def pick(self, x: Tensor) -> Tensor:
+        """Rows [N, D] -> those that visit adapted experts [n, D]"""
+        return x if self.adapted is None else x.index_select(0, self.adapted)
+
 
 def sort_by_expert(expert_ids: Tensor, n_experts: int, adapted: Tensor, matmul: Callable) -> Rows:
     """Choices [M, K] and the adapted experts [k], ascending -> Rows."""
@@ -70,7 +74,7 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int, adapted: Tensor, matmul: 
 
 def sum_of_rows(y: Tensor, place: Tensor) -> Tensor:
     """Rows [N, D] -> for each token the sum of those at its `place` [M, K], [M, D]."""
-    return y.index_select(0, place.flatten()).unflatten(0, place.shape).sum(1)
+    return F.embedding_bag(place, y, mode="sum")
 
 
 class Dispatch(torch.autograd.Function):

@@ -140,19 +140,17 @@ class LoRAGroupedLinear(GroupedLinear):
         self.experts = experts  # [k] ascending; Rows.adapted are the rows that visit them
         self.lora = LowRank(base.weight, method, (len(experts),), rank, alpha)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """[N, in] -> [N, out]"""
-        y = super().forward(x, rows)
-        x = x if rows.adapted is None else x.index_select(0, rows.adapted)  # [n, in]
+    def forward(self, x: Tensor, hot_x: Tensor, rows: Rows) -> Tensor:
+        """[N, in], of these the rows of adapted experts [n, in] -> [N, out]"""
+        y = super().forward(x, hot_x, rows)
         a, b = self.lora.factors(x.dtype)
-        low = rows.matmul(
-            rows.matmul(x, a, rows.adapted_ends) * self.lora.scale, b, rows.adapted_ends
-        )  # [n, out]
+        z = rows.matmul(hot_x, a, rows.adapted_ends) * self.lora.scale  # [n, r]
+        low = rows.matmul(z, b, rows.adapted_ends)  # [n, out]
         if self.lora.magnitude is not None:  # DoRA: (m / length) (y + low) = y + [(m / length) (y + low) - y]
-            hot_y = y if rows.adapted is None else y.index_select(0, rows.adapted)
+            hot_y = rows.pick(y)
             ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)[rows.adapted_expert]
             low = ratio * (hot_y + low) - hot_y
-        return y + low if rows.adapted is None else y.index_add(0, rows.adapted, low)
+        return y + low if rows.adapted is None else y.index_add_(0, rows.adapted, low)  # y is ours to change
 
 
 def sites(layer: Block, method: Method, linear_router: bool) -> list[str]:

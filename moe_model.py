@@ -48,8 +48,8 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, out_dim, in_dim))
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """[N, in] -> [N, out]"""
+    def forward(self, x: Tensor, hot_x: Tensor, rows: Rows) -> Tensor:
+        """[N, in] -> [N, out]. hot_x [n, in]: the rows that visit adapted experts, which adapters read."""
         return rows.matmul(x, self.weight.to(x.dtype).transpose(1, 2), rows.ends)
 
 
@@ -81,8 +81,9 @@ class Experts(nn.Module):
 
         The weight is applied to the F-wide activation, which is narrower than the output; `down` is linear.
         """
-        hidden = F.silu(self.gate(x, rows)) * self.up(x, rows) * weight[:, None]  # [N, F]
-        return self.down(hidden, rows)
+        hot_x = rows.pick(x)  # [n, D], once for gate and up
+        hidden = F.silu(self.gate(x, hot_x, rows)) * self.up(x, hot_x, rows) * weight[:, None]  # [N, F]
+        return self.down(hidden, rows.pick(hidden), rows)
 
 
 class Routing(NamedTuple):
