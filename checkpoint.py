@@ -3,13 +3,15 @@
 moe_model.py holds what is computed with them. Sizes have the letters that are defined there.
 """
 
+import json
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from run import read_json
@@ -51,6 +53,10 @@ class MoEConfig:
         for whole, part in ((self.dim, 2 * self.n_heads), (self.n_heads, self.n_kv_heads)):
             if whole % part:  # rotary embedding turns pairs of channels, hence the 2
                 raise ValueError(f"config.json: {whole} is no multiple of {part}, the heads need that")
+        if self.family == "deepseek" and self.norm_topk and self.top_k == 1:
+            raise ValueError(
+                "config.json: norm_topk_prob with one expert per token does nothing there: omit it"
+            )
         if self.top_k > self.n_experts:
             raise ValueError(
                 f"config.json: {self.top_k} experts per token, but only {self.n_experts} experts"
@@ -230,24 +236,61 @@ def hub_names(name: str, cfg: MoEConfig) -> list[str]:
     raise KeyError(f"parameter {name!r} has no entry in NAMES")
 
 
+class Stored(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    path: Path
+    start: int  # bytes from the start of the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name.
+
+    The format: 8 bytes, the length n of the header; n bytes of JSON, {name: {"dtype", "shape",
+    "data_offsets": [begin, end]}}; then the tensors. Raises ValueError unless they fill the file to its end.
+    """
+    try:
+        with path.open("rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size - 8 - n
+            entries = json.loads(file.read(n) if size >= 0 else b"")
+        entries.pop("__metadata__", None)
+        found, end = {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, after = entry["data_offsets"]
+            stored = Stored(path, 8 + n + begin, STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if begin != end or after - begin != math.prod(stored.shape) * stored.dtype.itemsize:
+                raise ValueError(f"tensor {name} is not where it should be")
+            found[name], end = stored, after
+        if end != size:
+            raise ValueError(f"the tensors take {end} bytes, but there are {size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of another form, too
+        raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
+    return found
+
+
 class Checkpoint:
-    """A folder of safetensors, single or sharded, mapped into memory and read tensor by tensor."""
+    """A folder of safetensors, single or sharded, whose tensors are read one by one, straight into place.
+
+    (The safetensors package maps files into memory: a copy more, 2.4 times the CPU time; LOG.md.)
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = {}  # tensor name -> the open file that holds it
+        self.tensors: dict[str, Stored] = {}
         for path in shard_paths(folder):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: want the weights as safetensors, all shards")
-            try:
-                file = safe_open(path, framework="pt")
-                self.files.update(dict.fromkeys(file.keys(), file))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
+            self.tensors |= read_header(path)
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes."""
-        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}  # old: a constant
+        found = {name for name in self.tensors if not name.endswith("rotary_emb.inv_freq")}  # old: a constant
         for names, what in ((wanted.keys() - found, "lacks"), (found - wanted.keys(), "has unexpected")):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -256,12 +299,27 @@ class Checkpoint:
                     "want the config.json and the weights of one model that moe_model.py knows"
                 )
         for name, shape in wanted.items():
-            if (got := tuple(self.files[name].get_slice(name).get_shape())) != shape:
+            if (got := self.tensors[name].shape) != shape:
                 raise ValueError(f"{self.folder}: tensor {name} is {got}, but config.json makes it {shape}")
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, as it is stored."""
-        return self.files[name].get_tensor(name)
+        stored = self.tensors[name]
+        return self.read_into(name, torch.empty(stored.shape, dtype=stored.dtype))
+
+    def read_into(self, name: str, out: Tensor) -> Tensor:
+        """Fill `out` with the tensor `name`, over a buffer only if dtype or device differ; returns `out`."""
+        stored = self.tensors[name]
+        if out.dtype != stored.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            return out.copy_(self.read(name))
+        room = memoryview(out.detach().flatten().view(torch.uint8).numpy())
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            while room:
+                if not (n := file.readinto(room)):
+                    raise ValueError(f"{stored.path} ends within {name}: it was changed while it was read")
+                room = room[n:]
+        return out
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ Letters added to those of moe_model.py:  r rank    k adapted experts of a layer 
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
+from types import EllipsisType
 from zlib import crc32
 
 import torch
@@ -13,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, locate, read_config
-from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows, empty_model, load_weights
+from checkpoint import locate
+from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
 from run import read_run, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 ROUTER = ("moe.router",)
+Index = int | EllipsisType  # one matrix of a stack, or all there are
 ALWAYS_VISITED = tuple(f"{mlp}.{leaf}" for mlp in ("moe.shared", "dense") for leaf in ("gate", "up", "down"))
 
 
@@ -98,19 +100,24 @@ class LowRank(nn.Module):
         b = self.B if self.mask is None else self.B * self.mask
         return self.A.to(dtype).mT, b.to(dtype).mT
 
-    def delta(self) -> Tensor:
-        """scale * B A in float32, [*stack, out, in]"""
+    def delta(self, at: Index = ...) -> Tensor:
+        """scale * B A in float32, [*stack, out, in]; or of matrix `at` of the stack only."""
         a_t, b_t = self.factors(torch.float32)
-        return self.scale * (a_t @ b_t).mT
+        return self.scale * (a_t[at] @ b_t[at]).mT
 
-    def row_scale(self, weight: Tensor) -> Tensor:
+    def row_scale(self, weight: Tensor, at: Index = ...) -> Tensor:
         """DoRA: wanted / present length of each row of weight [*stack, out, in] + delta, [*stack, out].
 
         The present length counts as a constant in the backward pass. Source: PEFT's DoraLinearLayer.forward.
         """
         with torch.no_grad():
-            length = (weight.float() + self.delta()).norm(dim=-1)
-        return self.magnitude / length
+            length = (weight.float() + self.delta(at)).norm(dim=-1)
+        return self.magnitude[at] / length
+
+    def merged(self, weight: Tensor, at: Index = ...) -> Tensor:
+        """weight [*stack, out, in] with the update folded in, in float32."""
+        after = weight.float() + self.delta(at)
+        return after if self.magnitude is None else after * self.row_scale(weight, at)[..., None]
 
 
 class LoRALinear(Linear):
@@ -119,7 +126,6 @@ class LoRALinear(Linear):
     def __init__(self, base: Linear, method: Method, rank: int, alpha: float):
         nn.Module.__init__(self)
         self.weight = base.weight
-        self.out_features, self.in_features = base.weight.shape
         self.lora = LowRank(base.weight, method, (), rank, alpha)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,10 +238,7 @@ def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
 def merge(model: MoEModel) -> None:
     """Fold every update into its weight, in fp32 and rounded once, and take the adapters out, in place."""
     for m in adapters(model).values():
-        before = adapted_weight(m)
-        after = before.float() + m.lora.delta()
-        if m.lora.magnitude is not None:
-            after *= m.lora.row_scale(before)[..., None]
+        after = m.lora.merged(adapted_weight(m))
         if isinstance(m, LoRAGroupedLinear):
             m.weight[m.experts] = after.to(m.weight.dtype)
         else:
@@ -323,6 +326,20 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or corrupt ({error}): train again") from error
 
 
+def attach_run(model: MoEModel, folder: Path) -> dict:
+    """Put the adapters of a finished run of train.py, with their values, on its base model; its run.json."""
+    run, saved = read_run(folder), read_adapter(folder)
+    if "adapted" not in run:
+        raise ValueError(f"{folder} has not got as far as its adapters: finish that run first")
+    experts = {int(layer): ids for layer, ids in run["adapted"].items()}
+    attach(model, parse_method(run["method"]), experts, run["rank"], run["alpha"])
+    for m in adapters(model).values():  # of a model of shapes, the adapters alone get memory
+        if m.lora.B.is_meta:
+            m.lora.to_empty(device="cpu")
+    fill(model, saved)
+    return run
+
+
 def load_run(
     folder: str | Path,
     merged: bool = True,
@@ -330,16 +347,9 @@ def load_run(
     device: str | torch.device = "cpu",
 ) -> tuple[MoEModel, Tokenizer, dict]:
     """A finished run of train.py: its model (adapters merged, or live), its tokenizer, and its run.json."""
-    run, saved = read_run(Path(folder)), read_adapter(Path(folder))
-    if "adapted" not in run:
-        raise ValueError(f"{folder} has not got as far as its adapters: finish that run first")
-    source = locate(run["model"])
-    method = parse_method(run["method"])
-    model = empty_model(read_config(source), dtype)
-    attach(model, method, {int(i): ids for i, ids in run["adapted"].items()}, run["rank"], run["alpha"])
-    load_weights(model, Checkpoint(source), device)
-    restore_adapted_ids(model)
-    fill(model, saved)
+    source = locate(read_run(Path(folder))["model"])
+    model = MoEModel.from_pretrained(source, dtype, device)
+    run = attach_run(model, Path(folder))
     if merged:
         merge(model)
     return model.requires_grad_(False), load_tokenizer(source), run

@@ -30,11 +30,12 @@ LOSS_CHUNK = 1024  # positions whose fp32 logits exist at one time: 206 MB for a
 # ---- layers --------------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
     """Bias-free linear map that multiplies in the dtype of its input, whatever dtype it is stored in."""
 
     def __init__(self, in_dim: int, out_dim: int):
-        super().__init__(in_dim, out_dim, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))  # filled from a checkpoint; never drawn here
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -247,7 +248,7 @@ class MoEModel(nn.Module):
         """experts: "grouped" or "loop", how the experts' matrices are multiplied (MATMULS)."""
         super().__init__()
         self.cfg, self.dtype, self.recompute = cfg, dtype, False
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.dim), freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i, MATMULS[experts]) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = Linear(cfg.dim, cfg.vocab_size)
@@ -365,13 +366,14 @@ def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
 def load_weights(model: MoEModel, source: Checkpoint, device: str | torch.device) -> None:
     """Materialise `model` on `device` and fill its base parameters from `source`.
 
-    Each parameter asks for its own tensors and they are copied into place one by one, so the memory on top
-    of the model is one tensor of the checkpoint. Adapters, if attached, are left uninitialised.
+    Each parameter asks for its own tensors and they are read into place one by one, so the memory on top of
+    the model is one tensor of the checkpoint at most. Adapters, if attached, are left uninitialised.
     """
     base = base_parameters(model.cfg)
     check_weights(model.cfg, source)
-    model.to_empty(device=device)
+    # Module.to_empty, but for its empty_like of a meta tensor, which imports sympy for two seconds
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, (_, tensors) in tqdm(base.items(), "load", unit="tensor", delay=2, leave=False):
         param = model.get_parameter(name)
         for part, tensor in zip(param if len(tensors) > 1 else [param], tensors, strict=True):
-            part.copy_(source.read(tensor))
+            source.read_into(tensor, part)

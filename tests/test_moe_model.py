@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HUB, ROOT, write_checkpoint
+from oracle import deepseek_logits
 from safetensors.torch import load_file, save_file
 
 from checkpoint import BACKBONES, Checkpoint, parse_config
@@ -210,6 +211,24 @@ def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
     torch.testing.assert_close(got[real], want[real], rtol=0, atol=2e-5)  # fp32, logits up to 8
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm_topk_prob": True, "num_key_value_heads": 2, "rope_theta": 500.0},
+        {"first_k_dense_replace": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-2},
+        {"n_routed_experts": 16, "num_experts_per_tok": 6, "hidden_size": 64, "num_attention_heads": 2},
+    ],
+)
+def test_deepseek_logits_equal_an_oracle_that_shares_no_code(change, tmp_path):
+    """transformers has no DeepSeekMoE-16B; tests/oracle.py is dense, a loop per expert, in float64."""
+    folder = write_checkpoint(tmp_path, HUB["deepseek"] | change)
+    batch = tokens(3, 11)
+    with torch.no_grad():
+        got, _ = MoEModel.from_pretrained(folder)(batch)
+    torch.testing.assert_close(got.double(), deepseek_logits(folder, batch), rtol=0, atol=2e-5)  # fp32
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------
 
 
@@ -285,6 +304,29 @@ def test_a_broken_checkpoint_is_refused_by_name(olmoe, how):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         MoEModel.from_pretrained(olmoe)
     assert wanted in str(caught.value)
+
+
+def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
+    """Every dtype that weights come in, an empty and a scalar tensor, and any cut of the file refused."""
+    draw = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    tensors = {f"t{i}": torch.randn(3, 5, generator=draw).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"none": torch.empty(0, 4), "one": torch.tensor(2.5)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, {"format": "pt"})
+    source = Checkpoint(tmp_path)
+    assert source.tensors.keys() == tensors.keys()
+    for name, want in load_file(path).items():
+        assert torch.equal(source.read(name), want)
+        assert torch.equal(source.read_into(name, torch.empty(want.shape)), want.float())
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="truncated or corrupt"):
+            Checkpoint(tmp_path)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        Checkpoint(tmp_path)
 
 
 def test_a_missing_shard_is_refused_by_name(olmoe):

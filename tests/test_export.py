@@ -1,0 +1,284 @@
+"""Exports: what other tools load does what our live adapters do."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HUB, ROOT, write_checkpoint, write_rows
+from oracle import deepseek_greedy, deepseek_logits
+from safetensors.torch import load_file, save_file
+
+import export
+from generate import generate
+from hellora import adapters, load_run, parse_method
+from moe_model import MoEModel
+
+ROWS = [{"question": f"Tom has {n} pens and buys 2. How many?", "answer": f"#### {n + 2}"} for n in range(32)]
+NEEDS = "dev requirement; our own loader and the oracle cover the file's contents"
+
+
+def toy(folder, family="olmoe", dtype=torch.float32):
+    """A random checkpoint with the tiny model's tokenizer."""
+    ids = {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023, "pad_token_id": 1023}
+    write_checkpoint(folder, HUB[family] | ids, dtype=dtype)
+    (folder / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
+    return folder
+
+
+def shard(folder):
+    """Cut model.safetensors into three files with an index, as large checkpoints are."""
+    tensors, whole = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    of = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for path in set(of.values()):
+        save_file({n: t for n, t in tensors.items() if of[n] == path}, folder / path, {"format": "pt"})
+    whole.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": of}))
+
+
+@pytest.fixture
+def trained(cli, tmp_path, monkeypatch):
+    """trained(method, family=...) -> the folder of a run of a few steps."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+
+    def run(method, *flags, family="olmoe", dtype=torch.float32, cut=False, out=None):
+        base = tmp_path / family
+        if not base.exists():
+            toy(base, family, dtype)
+            if cut:
+                shard(base)
+        if method.startswith(("lori-s", "hellori-s")):
+            flags = (*flags, "--mask-from", run(method.replace("-s", "-d", 1), family=family))
+        out = out or method
+        size = ("--rank", 8, "--alpha", 16, "--k", 2, "--steps", 3, "--lr", 0.02, "--no-eval")
+        what = ("--model", base, "--task", "tiny-math", "--data", rows, "--method", method)
+        code, _, err = cli("train.py", *what, *size, *flags, "--out", out)
+        assert code == 0, err
+        return tmp_path / out
+
+    return run
+
+
+def tokens(*shape):
+    return torch.randint(0, 1024, shape, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits_of(model, batch):
+    return model(batch)[0]
+
+
+def in_transformers(folder):
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def peer_logits(family, folder, batch):
+    if family == "deepseek":
+        return deepseek_logits(folder, batch).float()
+    return in_transformers(folder)(input_ids=batch).logits
+
+
+QUICK = [("olmoe", "hellora"), ("mixtral", "hellori-s"), ("deepseek", "lora"), ("olmoe", "dora")]
+REST = [
+    (family, method)
+    for family in HUB
+    for method in ("lora", "hellora", "hellori-s", "dora", "fft")
+    if (family, method) not in QUICK
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in REST]
+)
+def test_a_merged_checkpoint_is_the_live_model(cli, trained, family, method):
+    """1e-4 on logits of size 10: fp32, merged against factored, and another library's order of sums."""
+    folder = trained(method, family=family)
+    code, _, err = cli("export.py", "--run", folder, "--format", "hub")
+    assert code == 0, err
+    batch = tokens(3, 17)
+    live = logits_of(load_run(folder, merged=False)[0], batch)
+    base = logits_of(MoEModel.from_pretrained(folder.parent / family), batch)
+    assert (live - base).abs().max() > 0.1
+    ours = logits_of(MoEModel.from_pretrained(folder / "hub"), batch)
+    torch.testing.assert_close(ours, live, rtol=0, atol=1e-4)
+    torch.testing.assert_close(peer_logits(family, folder / "hub", batch), live, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", HUB)
+def test_fifty_prompts_are_continued_alike(cli, trained, family):
+    folder = trained("hellora", family=family)
+    assert cli("export.py", "--run", folder, "--format", "hub")[0] == 0
+    n = 5 if family == "deepseek" else 50  # the oracle is a plain loop in float64, and runs for minutes on 50
+    prompts = [row.tolist() for row in tokens(n, 8)]
+    ours = generate(load_run(folder, merged=False)[0], prompts, 12, (), 50)
+    if family == "deepseek":
+        theirs = [deepseek_greedy(folder / "hub", prompt, 12) for prompt in prompts]
+    else:
+        model = in_transformers(folder / "hub")
+        ids = torch.tensor(prompts)
+        want = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        out = model.generate(ids, **want, eos_token_id=None)
+        theirs = out[:, 8:].tolist()
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("method", ["hellora", "hellora_pure", "hellora_none", "lora", "hellori-s"])
+def test_peft_loads_the_adapter_and_it_does_something(cli, trained, family, method):
+    peft = pytest.importorskip("peft", reason=NEEDS)
+    folder = trained(method, family=family)
+    code, _, err = cli("export.py", "--run", folder, "--format", "peft")
+    assert code == 0, err
+    base, batch = in_transformers(folder.parent / family), tokens(3, 17)
+    with torch.no_grad():
+        before = base(input_ids=batch).logits
+        after = peft.PeftModel.from_pretrained(base, folder / "peft")(input_ids=batch).logits
+    live = logits_of(load_run(folder, merged=False)[0], batch)
+    torch.testing.assert_close(after, live, rtol=0, atol=1e-4)  # fp32, logits of size 10
+    assert (after - before).abs().max() > 0.1
+
+
+def test_a_partial_peft_adapter_names_its_experts_and_nothing_else(cli, trained):
+    folder = trained("hellora")
+    assert cli("export.py", "--run", folder, "--format", "peft", "--partial")[0] == 0
+    config = json.loads((folder / "peft" / "adapter_config.json").read_text())
+    hot = json.loads((folder / "run.json").read_text())["adapted"]
+    experts = {m for m in config["target_modules"] if ".experts." in m}
+    assert experts == {
+        f"model.layers.{layer}.mlp.experts.{e}.{leaf}_proj"
+        for layer, ids in hot.items()
+        for e in ids
+        for leaf in ("gate", "up", "down")
+    }
+    named = {k.split(".lora_")[0] for k in load_file(folder / "peft" / "adapter_model.safetensors")}
+    assert named == {f"base_model.model.{m}" for m in config["target_modules"]}
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+
+
+def test_a_sharded_checkpoint_keeps_its_files_and_what_no_adapter_touches(cli, trained):
+    folder = trained("hellora_pure", cut=True)
+    base, out = folder.parent / "olmoe", folder / "hub"
+    assert cli("export.py", "--run", folder, "--format", "hub")[0] == 0
+    assert {p.name for p in out.iterdir()} == {p.name for p in base.iterdir()}
+    hot = json.loads((folder / "run.json").read_text())["adapted"]
+    touched = 0
+    for path in base.glob("*.safetensors"):
+        before, after = load_file(path), load_file(out / path.name)
+        assert list(before) == list(after)
+        for name, value in before.items():
+            parts = name.split(".")
+            is_hot = ".experts." in name and int(parts[5]) in hot[parts[2]]
+            touched += is_hot
+            assert torch.equal(value, after[name]) != is_hot, name
+    assert touched == 2 * 2 * 3
+
+
+def test_a_bf16_checkpoint_stays_bf16_and_the_rounding_is_told(cli, trained):
+    folder = trained("hellora", dtype=torch.bfloat16)
+    code, out, err = cli("export.py", "--run", folder, "--format", "hub")
+    assert code == 0, err
+    after = load_file(folder / "hub" / "model.safetensors")
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert "rounding" in out
+    merged = load_run(folder, merged=True, dtype=torch.bfloat16)[0]  # merged in fp32 and rounded once
+    again = MoEModel.from_pretrained(folder / "hub", torch.bfloat16)
+    for (name, got), want in zip(again.named_parameters(), merged.parameters(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def test_two_tasks_add_up(cli, trained):
+    a = trained("hellora", out="a")
+    b = trained("hellora_c", "--seed", 5, out="b")
+    code, _, err = cli("export.py", "--run", a, "--run", b, "--format", "hub", "--out", "ab")
+    assert code == 0, err
+    base = MoEModel.from_pretrained(a.parent / "olmoe")
+    both = MoEModel.from_pretrained(a.parent / "ab")
+    one, other = (load_run(folder, merged=True)[0] for folder in (a, b))
+    for (name, w), w1, w2, w12 in zip(
+        base.named_parameters(), one.parameters(), other.parameters(), both.parameters(), strict=True
+    ):
+        torch.testing.assert_close(w1 + w2 - w, w12, rtol=0, atol=1e-6, msg=name)  # fp32, weights of size 1
+
+
+@pytest.mark.parametrize("form", ["hub", "peft"])
+def test_an_export_that_does_nothing_is_refused(trained, tmp_path, form):
+    """The complaint of most users: a file that loads, and changes nothing."""
+    folder = trained("hellora")
+    check = partial(export.check, [folder], dtype=torch.float32, device=torch.device("cpu"))
+    written = tmp_path / "olmoe"
+    if form == "peft":
+        export.write_peft(folder, written, partial=False)
+        path = written / "adapter_model.safetensors"
+        save_file({n: torch.zeros_like(t) for n, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="would lose 100%"):
+        check(written, form)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "want"),
+    [
+        ("dora", ["--format", "peft"], "cannot put DoRA on stacked experts"),
+        ("fft", ["--format", "peft"], "there is no adapter"),
+        ("hellora", ["--format", "hub", "--partial"], "--partial is for --format peft"),
+        ("hellora", ["--format", "peft", "--run", "hellora"], "several --run want --format hub"),
+        ("hellora", ["--format", "hub", "--out", "."], "is there already"),
+        ("hellora", ["--format", "hub", "--run", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is(cli, trained, method, flags, want):
+    folder = trained(method)
+    before = sorted(folder.parent.rglob("*"))
+    code, _, err = cli("export.py", "--run", folder, *flags)
+    assert code == 2
+    assert want in err
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["hellora", "lora", "hellori-s", "hellora_gate"])
+def test_the_example_for_transformers_computes_and_trains_the_same(trained, method, monkeypatch):
+    pytest.importorskip("transformers", reason=NEEDS)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from transformers_hellora import apply_run
+
+    folder = trained(method)
+    ours, _, run = load_run(folder, merged=False)
+    theirs = apply_run(in_transformers(folder.parent / "olmoe"), folder)
+    batch = tokens(3, 17)
+    with torch.no_grad():
+        got = theirs(input_ids=batch).logits
+    torch.testing.assert_close(got, logits_of(ours, batch), rtol=0, atol=1e-4)  # fp32, logits of size 10
+
+    trained_now = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    masked = sum(int((~b).sum()) for n, b in theirs.named_buffers() if n.endswith("mask"))
+    assert sum(p.numel() for p in trained_now.values()) - masked == run["trained"]
+    for m in adapters(ours).values():
+        m.lora.A.requires_grad_(parse_method(method).train_a)
+        m.lora.B.requires_grad_(True)
+    targets = batch.roll(-1, 1)
+    ours(batch, targets=targets)[0].backward()
+    F.cross_entropy(
+        theirs(input_ids=batch).logits.flatten(0, 1), targets.flatten(), reduction="sum"
+    ).backward()
+    want = sorted(float(p.grad.norm()) for p in ours.parameters() if p.grad is not None)
+    have = sorted(float(p.grad.norm()) for p in trained_now.values() if p.grad is not None)
+    torch.testing.assert_close(torch.tensor(have), torch.tensor(want), rtol=1e-4, atol=1e-4)  # fp32 sums
+
+
+def test_the_golden_numbers_for_ports_are_what_the_code_gives(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from golden import golden
+
+    want = json.loads((ROOT / "examples" / "golden.json").read_text())
+    got = json.loads(json.dumps(golden()))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        if "experts" in name or "visits" in name or name in ("prompt", "tokens", "3 trained parameters"):
+            assert got[name] == value, name
+        elif isinstance(value, dict):
+            assert got[name] == pytest.approx(value, rel=1e-3), name  # fp32 gradients, other thread counts
+        else:
+            assert got[name] == pytest.approx(value, rel=1e-4), name  # fp32
