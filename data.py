@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from moe_model import IGNORE
-from run import sha256, write_atomically
+from run import write_atomically
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 
 
 class Source(NamedTuple):
-    """Where the rows of a split are: a file of this repository, or a download whose checksum is known."""
+    """Where the rows of a split are: a file of this repository, or a download."""
 
     place: str
-    sha256: str = ""
+    checksum: str = ""  # of a download: its sha256, or git's id of the file; "": none is published
     licence: str = ""
 
     def cached(self) -> Path:
@@ -36,23 +36,38 @@ class Source(NamedTuple):
         if "://" not in self.place:
             return HERE / self.place
         cache = Path(os.environ.get("HELLORA_CACHE", Path.home() / ".cache" / "hellora"))
-        return cache / f"{self.sha256[:16]}-{self.place.rpartition('/')[2]}"
+        version = self.checksum or hashlib.sha256(self.place.encode()).hexdigest()
+        return cache / f"{version[:16]}-{self.place.rpartition('/')[2]}"
+
+    def digest(self, body: bytes) -> str:
+        """The checksum of `body`, of the kind of this source's: git's id of a file has 40 digits."""
+        if len(self.checksum) == 40:
+            return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        return hashlib.sha256(body).hexdigest()
 
     def fetch(self) -> Path:
         """Its path, downloaded if need be. Raises OSError without a network, ValueError if it changed."""
         path = self.cached()
-        if "://" not in self.place or (path.exists() and sha256(path) == self.sha256):
+        if "://" not in self.place:
             return path
-        print(f"downloading {self.place} ({self.licence}) to {path}")
+        if path.exists() and self.checksum in ("", self.digest(path.read_bytes())):
+            return path
+        print(f"downloading {self.place} (licence: {self.licence}) to {path}")
         try:
             with urllib.request.urlopen(self.place, timeout=60) as reply:
                 body = reply.read()
         except (OSError, HTTPException) as error:
             raise OSError(
-                f"{self.place} cannot be reached ({error}): give the rows as a file with --data FILE"
+                f"{self.place} cannot be reached ({error}): get it where there is a network, and give the "
+                "file with --data FILE"
             ) from error
-        if (got := hashlib.sha256(body).hexdigest()) != self.sha256:
-            raise ValueError(f"{self.place} has changed: sha256 {got}, want {self.sha256}; use --data FILE")
+        got = self.digest(body)
+        if self.checksum not in ("", got):
+            raise ValueError(
+                f"{self.place} has changed: checksum {got}, want {self.checksum}; use --data FILE"
+            )
+        if not self.checksum:
+            print(f"no checksum is published for it; this one is {got}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda draft: draft.write_bytes(body))
         return path
@@ -72,7 +87,7 @@ class Task:
 
     kind: str  # what its rows hold (FIELDS) and how answers are scored: math, code or safety
     train: Source
-    test: Source
+    test: Source | None  # None: gated, so that the evaluation asks for it (paper/eval_safety.py)
     template: str  # the TEMPLATES entry used unless --template names another
     max_new: int = 512  # tokens generated when it is scored
 
@@ -84,8 +99,26 @@ GSM8K_TRAIN = Source(
 GSM8K_TEST = Source(
     GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "MIT"
 )
+CODE_ALPACA = Source(  # 20,022 rows, at a fixed revision
+    "https://huggingface.co/datasets/sahil2801/CodeAlpaca-20k/resolve/"
+    "469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846/code_alpaca_20k.json",
+    licence="CC BY-NC 4.0, non-commercial, says its GitHub repository; CC BY 4.0, its page on the Hub",
+)
+SAFERPACA = Source(  # 20,000 rows of cleaned Alpaca and 2,000 of safety; LoRI's train.json has the same id
+    "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/refs/heads/main/data/training/"
+    "saferpaca_Instructions_2000.json",
+    "4f16a9be684ca7acf1715a763f9570a857008822",
+    "CC BY-NC 4.0, non-commercial",
+)
+HUMANEVAL = Source(
+    "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    "MIT",
+)
 TASKS = {
     "gsm8k": Task("math", GSM8K_TRAIN, GSM8K_TEST, "plain"),
+    "code": Task("code", CODE_ALPACA, HUMANEVAL, "alpaca"),
+    "safety": Task("safety", SAFERPACA, None, "alpaca"),
     "tiny-math": Task("math", Source("tiny/math-train.jsonl"), Source("tiny/math-test.jsonl"), "plain", 64),
     "tiny-math-dev": Task(
         "math", Source("tiny/math-train.jsonl"), Source("tiny/math-dev.jsonl"), "plain", 64
@@ -122,29 +155,54 @@ def lori_math(row: dict) -> tuple[str, str]:
     return f"{row['question']}\n{ask}\n", row["answer"].replace("####", "The final answer is: ")
 
 
-def alpaca(row: dict) -> tuple[str, str]:
-    """The Alpaca template, with or without an input. Source: CodeAlpaca's README."""
-    given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+def alpaca(row: dict, margin: str = "", tail: str = "") -> tuple[str, str]:
+    """The Alpaca template, with or without an input. Source: CodeAlpaca's README.
+
+    margin: put before each further line; tail: put after "request." where there is no input.
+    """
+    parts = {"Instruction": row["instruction"]} | ({"Input": row["input"]} if row["input"] else {})
     context = ", paired with an input that provides further context" if row["input"] else ""
+    shown = "".join(f"{margin}### {name}:\n{margin}{text}\n\n" for name, text in parts.items())
     return (
         f"Below is an instruction that describes a task{context}. Write a response that appropriately "
-        f"completes the request.\n\n### Instruction:\n{row['instruction']}\n\n{given}### Response:\n",
+        f"completes the request.{'' if row['input'] else tail}\n\n{shown}{margin}### Response:\n{margin}",
         row["output"],
     )
 
 
+def lori_alpaca(row: dict) -> tuple[str, str]:
+    """`alpaca` byte for byte as LoRI trains on it, where it stands in an indented string.
+
+    So 20 spaces come before each line that is not empty, and at the end; and the form without an input has a
+    space after "request.". Source: LoRI's get_datasets.py, get_codealpaca and get_saferpaca.
+    """
+    return alpaca(row, margin=" " * 20, tail=" ")
+
+
 def bare_instruction(row: dict) -> tuple[str, str]:
     """The same in few words, for the tiny model."""
-    return f"Instruction: {row['instruction']}\nResponse:\n", row["output"]
+    given = f"Input: {row['input']}\n" if row["input"] else ""
+    return f"Instruction: {row['instruction']}\n{given}Response:\n", row["output"]
+
+
+def lori_chat(row: dict) -> tuple[str, str]:
+    """What LoRI asks HEx-PHI with; not what it trains on. Source: its get_datasets.py, get_hexphi."""
+    ask = "You are a helpful assistant.Always answer as helpfully as possible, while being safe."
+    return f"{ask}\n\nHuman: {row['instruction']}\n\nAssistant:", ""
 
 
 TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {  # (kind, --template) -> its function
     ("math", "plain"): plain_math,
     ("math", "lori"): lori_math,
     ("code", "alpaca"): alpaca,
+    ("code", "lori"): lori_alpaca,
     ("code", "bare"): bare_instruction,
     ("safety", "alpaca"): alpaca,
+    ("safety", "lori"): lori_alpaca,
     ("safety", "bare"): bare_instruction,
+    ("refusal", "alpaca"): alpaca,  # the prompts of paper/eval_safety.py, by the template of the training
+    ("refusal", "lori"): lori_chat,
+    ("refusal", "bare"): bare_instruction,
 }
 
 
@@ -170,8 +228,10 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     for n, row in rows:
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                names = filter(str.isidentifier, row) if isinstance(row, dict) else ()
                 raise ValueError(
-                    f"{path}, row {n} has no text in {field!r}: want {', '.join(fields)} in each row"
+                    f"{path}, row {n} has no text in {field!r} (its fields: {', '.join(names) or 'none'}): "
+                    f"want {', '.join(fields)} in each row, empty where there is nothing to say"
                 )
         yield row
     if n == 0:

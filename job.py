@@ -50,8 +50,17 @@ class Recipe:
 RECIPES = {
     ("gsm8k", False): Recipe(lr=4e-4, epochs=3),
     ("gsm8k", True): Recipe(lr=4e-5, epochs=3, batch_size=256),
+    ("code", False): Recipe(lr=2e-3, epochs=2),
+    ("code", True): Recipe(lr=2e-4, epochs=2, batch_size=256),
+    ("safety", False): Recipe(lr=4e-4, epochs=1),
+    ("safety", True): Recipe(lr=2e-5, epochs=1, batch_size=256),
     ("tiny", False): Recipe(lr=1e-2, epochs=3, batch_size=32, rank=8, alpha=16, decay=True),
     ("tiny", True): Recipe(lr=3e-3, epochs=3, batch_size=32, decay=True),
+}
+SCORED_BY = {  # kind of task -> the command that scores a run
+    "math": "python eval_gsm8k.py --run {}",
+    "code": "python -m paper.eval_humaneval --run {} --allow-code-execution",
+    "safety": "python -m paper.eval_safety --run {}",
 }
 SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compared before a run is gone on with
     "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage", "rank",
@@ -73,7 +82,7 @@ def parse_args(description: str) -> argparse.Namespace:
     what("--eval-data", type=Path, metavar="FILE", help="rows to score in place of the task's test split")
     what("--eval-limit", type=above_0(int), default=500, metavar="N", help="rows to score (default 500)")
     what("--no-eval", action="store_true", help="score nothing")
-    what("--template", metavar="NAME", help="form of prompts and answers: for math tasks plain or lori")
+    what("--template", metavar="NAME", help="form of prompts: math: plain, lori; else alpaca, lori, bare")
     method("--method", default="hellora", help=f"{', '.join(METHODS)}, with suffixes _{', _'.join(SUFFIXES)}")
     method("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
     method("--rank", type=above_0(int), help="rank of the updates (default: the recipe's)")
@@ -135,7 +144,9 @@ def scored_examples(settings: dict) -> list[Example]:
     """
     task = TASKS[settings["task"]]
     if task.kind != "math":
-        print(f"nothing is scored: {settings['task']} has an evaluation of its own")
+        if settings["eval_data"] and not Path(settings["eval_data"]).is_file():
+            raise FileNotFoundError(f"--eval-data {settings['eval_data']}: there is no such file")
+        print(f"nothing is scored in training; afterwards: {SCORED_BY[task.kind].format('DIR')}")
         return []
     if settings["data"] and not settings["eval_data"] and not task.test.cached().exists():
         print("nothing is scored: give --eval-data FILE to score before and after")

@@ -23,7 +23,7 @@ import run
 from catcher import Catcher, HotList, count_visits, sample, visited_share
 from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
 from eval_gsm8k import evaluate, write_answers
-from job import Job, open_record, parse_args, prepare
+from job import SCORED_BY, Job, open_record, parse_args, prepare
 from moe_model import MoEModel, load_balancing_loss
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
@@ -243,7 +243,8 @@ def main() -> None:
         if job.tests:
             score(job, model, folder, "after")
         run.write_json(folder / "run.json", record | {"finished": True})
-    print("done." + (f" Score it again with: python eval_gsm8k.py --run {folder}" if job.tests else ""))
+    scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
+    print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -38,6 +39,44 @@ def test_the_prompts_are_those_of_the_papers_and_harnesses(tmp_path):
         load_examples("gsm8k", path, "alpaca")
 
 
+PROSE = "Below is an instruction that describes a task"
+CONTEXT = ", paired with an input that provides further context"
+END = ". Write a response that appropriately completes the request."
+PAD = " " * 20
+
+
+@pytest.mark.parametrize("task", ["code", "safety"])
+@pytest.mark.parametrize(
+    ("template", "given", "prompt"),
+    [
+        ("alpaca", "", f"{PROSE}{END}\n\n### Instruction:\nDo\nit.\n\n### Response:\n"),
+        (
+            "alpaca",
+            "x = 1\ny = 2",
+            f"{PROSE}{CONTEXT}{END}\n\n### Instruction:\nDo\nit.\n\n"
+            "### Input:\nx = 1\ny = 2\n\n### Response:\n",
+        ),
+        (
+            "lori",
+            "",
+            f"{PROSE}{END} \n\n{PAD}### Instruction:\n{PAD}Do\nit.\n\n{PAD}### Response:\n{PAD}",
+        ),
+        (
+            "lori",
+            "x = 1\ny = 2",
+            f"{PROSE}{CONTEXT}{END}\n\n{PAD}### Instruction:\n{PAD}Do\nit.\n\n"
+            f"{PAD}### Input:\n{PAD}x = 1\ny = 2\n\n{PAD}### Response:\n{PAD}",
+        ),
+        ("bare", "", "Instruction: Do\nit.\nResponse:\n"),
+        ("bare", "x = 1", "Instruction: Do\nit.\nInput: x = 1\nResponse:\n"),
+    ],
+)
+def test_instruction_prompts_are_exact_to_the_byte(tmp_path, task, template, given, prompt):
+    row = {"instruction": "Do\nit.", "input": given, "output": " done\n"}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    assert load_examples(task, path, template) == [(prompt, " done\n", row)]
+
+
 def test_rows_are_read_from_lines_lists_and_gz_alike(tmp_path):
     lines = write_rows(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.json").write_text(json.dumps(ROWS))
@@ -54,6 +93,7 @@ def test_rows_are_read_from_lines_lists_and_gz_alike(tmp_path):
         ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "line 2 is not valid JSON"),
         ('{"question": "a", "answer": "b"}\n\n{"question": "a"}\n', "row 3 has no text in 'answer'"),
         ('{"question": "a", "answer": 3}', "row 1 has no text in 'answer'"),
+        ('{"prompt": "a", "text of a row": "b"}', r"its fields: prompt\): want question, answer in each row"),
         ('[{"question": "a", "answer": "b"}, 7]', "row 2 has no text in 'question'"),
         ("[1, 2", "is not valid JSON"),
         ("question,answer\n1,2\n", "line 1 is not valid JSON"),
@@ -128,10 +168,31 @@ def test_micro_batches_keep_every_example_and_group_like_lengths():
 # ---- the built-in tasks --------------------------------------------------------------------------------
 
 
-def test_downloads_name_their_checksum_and_licence():
-    for task in TASKS.values():
-        for source in (task.train, task.test):
-            assert "://" not in source.place or (len(source.sha256) == 64 and source.licence)
+def test_downloads_name_their_licence_and_a_checksum_or_a_fixed_revision():
+    sources = [source for task in TASKS.values() for source in (task.train, task.test) if source]
+    for source in (s for s in sources if "://" in s.place):
+        assert source.licence
+        assert len(source.checksum) in (40, 64) or re.search(r"/[0-9a-f]{40}/", source.place)
+
+
+def test_a_download_is_checked_by_sha256_or_by_gits_id_of_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.jsonl").write_bytes(b"hello\n")
+    git = "ce013625030ba8dba906f756967f9e9ca394464a"  # what `git hash-object` says of "hello\n"
+    sha = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+    for checksum in (git, sha, ""):
+        source = Source(f"file://{tmp_path}/x.jsonl", checksum, "ours, free")
+        assert source.fetch().read_bytes() == b"hello\n"
+        out = capsys.readouterr().out
+        assert "licence: ours, free" in out
+        assert ("no checksum is published" in out) == (checksum == "")
+        assert source.fetch() == source.cached()
+        assert capsys.readouterr().out == ""  # the second time from the cache
+    source = Source(f"file://{tmp_path}/x.jsonl", git)
+    source.cached().write_bytes(b"hell")
+    assert source.fetch().read_bytes() == b"hello\n"  # a damaged cache is fetched anew
+    with pytest.raises(ValueError, match="has changed"):
+        Source(f"file://{tmp_path}/x.jsonl", git[::-1]).fetch()
 
 
 def test_a_download_that_cannot_be_had_says_what_to_do_instead(tmp_path, monkeypatch):
