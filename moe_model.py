@@ -106,7 +106,7 @@ class MoE(nn.Module):
         self.shared = MLP(cfg.dim, cfg.n_shared * cfg.expert_dim) if cfg.n_shared else None
         self.register_buffer(
             "adapted", torch.empty(0, dtype=torch.long), persistent=False
-        )  # [k], set by hellora
+        )  # [k], see hellora
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """[B, T, D] -> [B, T, D] and the routing. Source: transformers' OlmoeSparseMoeBlock."""
