@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import ranks
 from checkpoint import MoEConfig, locate, read_config
 from data import TASKS, Encoded, collate, default_task, encode, load_examples, micro_batches
-from moe_model import MoEModel, Routing
+from moe_model import IGNORE, MoEModel, Routing
 from run import (
     Parser,
     above_0,
@@ -55,6 +56,12 @@ class Catcher:
             self.counts[layer].index_add_(0, ids, counts.long())
             self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * counts).double())
 
+    def gather(self) -> "Catcher":
+        """Add what all ranks have counted, on every rank; itself."""
+        for tensor in (*self.counts.values(), *self.gates.values(), self.n_tokens):
+            ranks.total(tensor)
+        return self
+
     def scores(self, score: str) -> dict[int, Tensor]:
         """{layer: [E]} on the CPU: "count", the visits, or "gate", the mean routing weight of a token."""
         if score == "gate":
@@ -80,9 +87,9 @@ def count_visits(model: MoEModel, data: list[Encoded], batch_size: int, label: s
     catcher = Catcher(model.cfg.n_experts)
     for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
         batch = collate(group, model.device)
-        _, routing = model.trunk(batch.tokens)
+        _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))  # so without logits
         catcher.add(routing, batch.real)
-    return catcher
+    return catcher.gather()
 
 
 def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:

@@ -307,14 +307,17 @@ class Checkpoint:
         stored = self.tensors[name]
         return self.read_into(name, torch.empty(stored.shape, dtype=stored.dtype))
 
-    def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Fill `out` with the tensor `name`, over a buffer only if dtype or device differ; returns `out`."""
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> Tensor:
+        """Fill `out` with the tensor `name`, or with as many of its rows as `out` has; returns `out`.
+
+        The bytes go over a buffer only if dtype or device differ. Nothing else of the tensor is read.
+        """
         stored = self.tensors[name]
         if out.dtype != stored.dtype or out.device.type != "cpu" or not out.is_contiguous():
-            return out.copy_(self.read(name))
+            return out.copy_(self.read_into(name, torch.empty(out.shape, dtype=stored.dtype), first_row))
         room = memoryview(out.detach().flatten().view(torch.uint8).numpy())
         with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.start)
+            file.seek(stored.start + first_row * math.prod(stored.shape[1:]) * stored.dtype.itemsize)
             while room:
                 if not (n := file.readinto(room)):
                     raise ValueError(f"{stored.path} ends within {name}: it was changed while it was read")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import ranks
 from moe_model import IGNORE
 from run import write_atomically
 from tokenizer import Tokenizer
@@ -69,7 +70,7 @@ class Source(NamedTuple):
         if not self.checksum:
             print(f"no checksum is published for it; this one is {got}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda draft: draft.write_bytes(body))
+        write_atomically(path, lambda draft: draft.write_bytes(body), every_rank=True)
         return path
 
 
@@ -286,9 +287,12 @@ class Batch(NamedTuple):
 
 
 def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batch:
-    """Pad a few examples to one length. The last token of each is only a target, never an input."""
-    width = max(len(e.ids) for e in examples) - 1
-    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    """Pad a few examples to one length. The last token of each is only a target, never an input.
+
+    No example at all (a rank without work) gives one sequence of padding.
+    """
+    width = max((len(e.ids) for e in examples), default=2) - 1
+    tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
     targets = torch.full_like(tokens, IGNORE)
     real = torch.zeros_like(tokens, dtype=torch.bool)
     for i, e in enumerate(examples):
@@ -316,6 +320,11 @@ def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int)
 
 
 def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
-    """Cut a step's examples into groups of `size` of like length, so that there is little padding."""
+    """Cut a step's examples into groups of `size` of like length, so that there is little padding.
+
+    Of several ranks each gets its own examples, and as many groups as the others: some may be empty.
+    """
     ordered = sorted(examples, key=lambda e: len(e.ids))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    most = -(-len(ordered) // ranks.world())  # examples of the rank that has the most
+    mine = ordered[ranks.rank() :: ranks.world()]
+    return [mine[i : i + size] for i in range(0, most, size)]

@@ -6,6 +6,7 @@ Letters: B sequences    T tokens per sequence    V vocabulary
 import torch
 from tqdm import tqdm
 
+import ranks
 from moe_model import KVCache, MoEModel
 
 SHRINK = 0.75  # finished rows leave the batch when fewer than this share go on: each time costs a cache copy
@@ -22,20 +23,25 @@ def generate(
     """For each prompt, in order, the tokens that follow it: up to `max_new`, or to the first of `stops`.
 
     The stop itself is left out, and generation also ends at the model's context. Prompts of like length share
-    a batch; with a `label`, a progress bar shows. Raises ValueError for a prompt beyond the context.
+    a batch, and several ranks the prompts; with a `label`, a progress bar shows. Raises ValueError for a
+    prompt beyond the context.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= model.cfg.max_len:
         raise ValueError(f"a prompt has {longest} tokens, but the model's context is {model.cfg.max_len}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
-    with tqdm(total=len(prompts), desc=label, unit="problem", disable=not label, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            done |= zip(
-                chosen, decode_batch(model, [prompts[i] for i in chosen], max_new, stops), strict=True
-            )
+    with tqdm(
+        total=len(mine), desc=label, unit="problem", disable=not label or ranks.rank() > 0, leave=False
+    ) as bar:
+        for start in range(0, most, batch_size):
+            chosen = mine[start : start + batch_size]
+            outputs = decode_batch(model, [prompts[i] for i in chosen], max_new, stops)
+            done |= zip(chosen, outputs, strict=True)
             bar.update(len(chosen))
+    for part in ranks.gathered(done):
+        done |= part
     return [done[i] for i in range(len(prompts))]
 
 
@@ -43,10 +49,16 @@ def generate(
 def decode_batch(
     model: MoEModel, prompts: list[list[int]], max_new: int, stops: tuple[int, ...]
 ) -> list[list[int]]:
-    """`generate` for prompts that go through the model together, padded on the left to one length."""
+    """`generate` for prompts that go through the model together, padded on the left to one length.
+
+    A model that is cut up needs all ranks for each layer: they take as many steps as the longest of them all,
+    and a rank without prompts takes them with one of padding.
+    """
+    n, prompts = len(prompts), prompts or [[0]]
     width = max(map(len, prompts))
-    length = torch.tensor([min(max_new, model.cfg.max_len - len(p)) for p in prompts], device=model.device)
-    max_new = int(length.max())
+    room = [min(max_new, model.cfg.max_len - len(p)) if n else 0 for p in prompts]
+    length = torch.tensor(room, device=model.device)
+    max_new = ranks.largest(max(room), model.device)
     pad = torch.tensor([width - len(p) for p in prompts], device=model.device)
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, T]
     cache = KVCache(model.cfg, pad, width + max_new, model.dtype)
@@ -61,10 +73,10 @@ def decode_batch(
         length[rows[stopped]] = length[rows[stopped]].clamp(max=step)
         going_on = length[rows] > step + 1
         n_going_on = int(going_on.sum())
-        if n_going_on == 0:
+        if ranks.largest(n_going_on, model.device) == 0:
             break
-        if n_going_on < SHRINK * len(rows):
+        if 0 < n_going_on < SHRINK * len(rows):
             keep = going_on.nonzero().squeeze(1)
             rows, tokens = rows[keep], tokens[keep]
             cache.keep(keep)
-    return [row[:n].tolist() for row, n in zip(outputs, length.tolist(), strict=True)]
+    return [row[:end].tolist() for row, end in zip(outputs[:n], length[:n].tolist(), strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from checkpoint import locate
 from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
+from ranks import put, whole
 from run import read_run, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -210,15 +211,15 @@ def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | N
     for name, m in adapters(model).items():
         draw = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
         bound = 1 / sqrt(m.lora.A.shape[-1])
-        m.lora.A.copy_(torch.empty(m.lora.A.shape).uniform_(-bound, bound, generator=draw))
+        put(m.lora.A, torch.empty(m.lora.A.shape).uniform_(-bound, bound, generator=draw))
         m.lora.B.zero_()
         if m.lora.mask is not None:
             m.lora.mask.fill_(True)
         if m.lora.magnitude is not None:
-            m.lora.magnitude.copy_(adapted_weight(m).float().norm(dim=-1))
+            put(m.lora.magnitude, adapted_weight(m).float().norm(dim=-1))
     state = adapter_state(model)
     for name, value in (start or {}).items():
-        state[name].copy_(value)
+        put(state[name], value)
     restore_adapted_ids(model)
 
 
@@ -231,7 +232,7 @@ def restore_adapted_ids(model: MoEModel) -> None:
 
 def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
     """The part of the frozen weight that the update changes, [out, in] or [k, out, in]."""
-    return m.weight[m.experts] if isinstance(m, LoRAGroupedLinear) else m.weight
+    return whole(m.weight)[m.experts] if isinstance(m, LoRAGroupedLinear) else whole(m.weight)
 
 
 @torch.no_grad()
@@ -296,6 +297,11 @@ def adapter_state(model: MoEModel) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if ".lora." in name}
 
 
+def snapshot(model: MoEModel) -> dict[str, Tensor]:
+    """The adapter_state in one piece, on the CPU. Every rank must ask at the same time."""
+    return {name: whole(value).cpu().contiguous() for name, value in adapter_state(model).items()}
+
+
 @torch.no_grad()
 def fill(model: MoEModel, saved: dict[str, Tensor]) -> None:
     """Put an adapter_state back. Raises ValueError unless it has exactly the model's names and shapes."""
@@ -304,12 +310,12 @@ def fill(model: MoEModel, saved: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(f"the saved adapter does not fit this model, as {min(wrong)} shows: train again")
     for name, value in saved.items():
-        state[name].copy_(value)
+        put(state[name], value)
 
 
 def save_adapter(folder: Path, model: MoEModel) -> None:
     """adapter.safetensors: what `fill` takes."""
-    state = {name: value.cpu().contiguous() for name, value in adapter_state(model).items()}
+    state = snapshot(model)
     write_atomically(folder / "adapter.safetensors", lambda draft: save_file(state, draft))
 
 

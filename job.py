@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import hellora
+import ranks
+import state
 from catcher import HotList, check_k, default_k
 from checkpoint import BACKBONES, Checkpoint, MoEConfig, locate, read_config
 from data import TASKS, Encoded, Example, default_task, encode, load_examples, steps_per_epoch
@@ -24,7 +26,6 @@ from run import (
     at_least_0,
     compute,
     differences,
-    load_state,
     read_run,
     seed_number,
     sha256,
@@ -107,6 +108,7 @@ def parse_args(description: str) -> argparse.Namespace:
     run("--override", action="store_true", help="go on with the unfinished run in --out under other settings")
     run("--save-every", type=above_0(int), default=50, metavar="N", help="steps between saves (default 50)")
     run("--experts", choices=MATMULS, default="grouped", help="in one call, or one by one")
+    run("--shard", choices=["full", "none"], default="full", help="with torchrun: cut up the model, or not")
     run("--recompute", action="store_true", help="run layers again in the backward pass: less memory, slower")
     # fmt: on
     add_compute_flags(run)
@@ -170,6 +172,7 @@ class Job:
     start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
     matmul: str  # "grouped" or "loop" (MATMULS)
+    shard: str  # "full" or "none": what several ranks do, see ranks.py
     recompute: bool
     save_every: int
 
@@ -187,6 +190,8 @@ class Job:
         model.recompute = self.recompute
         if method:
             hellora.attach(model, method, experts, self.settings["rank"], self.settings["alpha"])
+        if ranks.world() > 1 and self.shard == "full":
+            ranks.shard(model, model.layers, dtype if method and method.train_base else None)
         load_weights(model, Checkpoint(self.source), self.device)
         a_seed = f"{self.settings['seed']}{' redrawn' if self.settings['redraw_a'] else ''}"
         hellora.init_adapters(model, a_seed, self.start if method is self.method else None)
@@ -196,6 +201,7 @@ class Job:
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that a user can get wrong, before anything is written, and read the data."""
     device, dtype = compute(args.device, args.dtype)
+    device = ranks.start(device)
     method, source = parse_method(args.method), locate(args.model)
     cfg, tokenizer = read_config(source), load_tokenizer(source)
     check_weights(cfg, Checkpoint(source))
@@ -209,7 +215,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_scorable(tests, tokenizer, cfg.max_len)
     return Job(
         settings, method, cfg, source, device, tokenizer, data, tests, start,
-        args.micro_batch, args.experts, args.recompute, args.save_every,
+        args.micro_batch, args.experts, args.shard, args.recompute, args.save_every,
     )  # fmt: skip
 
 
@@ -269,9 +275,9 @@ def open_record(job: Job, folder: Path) -> dict:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
         )
-    if (state := load_state(folder)) and state["step"] > job.n_steps:
+    if (saved_state := state.load(folder)) and saved_state.step > job.n_steps:
         raise ValueError(
-            f"{folder} is already at step {state['step']}: want more --steps or --epochs than that"
+            f"{folder} is already at step {saved_state.step}: want more --steps or --epochs than that"
         )
     if differ := differences(saved, job.settings):
         new["overrides"] = [*saved.get("overrides", []), differ]

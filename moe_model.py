@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+import ranks
 from checkpoint import BACKBONES, Checkpoint, MoEConfig, hub_names, locate, read_config
 from dispatch import MATMULS, Combine, Dispatch, Rows, sort_by_expert
 
@@ -367,13 +368,20 @@ def load_weights(model: MoEModel, source: Checkpoint, device: str | torch.device
     """Materialise `model` on `device` and fill its base parameters from `source`.
 
     Each parameter asks for its own tensors and they are read into place one by one, so the memory on top of
-    the model is one tensor of the checkpoint at most. Adapters, if attached, are left uninitialised.
+    the model is one tensor of the checkpoint at most. A rank reads the rows that it holds. Adapters, if
+    attached, are left uninitialised.
     """
     base = base_parameters(model.cfg)
     check_weights(model.cfg, source)
-    # Module.to_empty, but for its empty_like of a meta tensor, which imports sympy for two seconds
-    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+    if ranks.is_cut(model):
+        model.to_empty(device=device)
+    else:  # the same without its empty_like of a meta tensor, which imports sympy for two seconds
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, (_, tensors) in tqdm(base.items(), "load", unit="tensor", delay=2, leave=False):
         param = model.get_parameter(name)
-        for part, tensor in zip(param if len(tensors) > 1 else [param], tensors, strict=True):
-            source.read_into(tensor, part)
+        rows, first = ranks.mine(param), ranks.first_row(param)
+        if len(tensors) == 1:
+            source.read_into(tensors[0], rows, first)
+        else:
+            for expert, weight in enumerate(rows, first):
+                source.read_into(tensors[expert], weight)

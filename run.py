@@ -10,14 +10,17 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
+
+from ranks import rank
 
 
 def command(main: Callable[[], None]) -> NoReturn:
@@ -36,8 +39,29 @@ def _fail(error: Exception) -> int:
     """Print the error as one line; the exit code 2."""
     if os.environ.get("HELLORA_TRACEBACK"):  # for whoever suspects a fault of ours behind the message
         raise error
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    who = f"rank {rank()}: " if rank() else ""
+    print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def deferred_stop() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only note themselves in the list that is yielded, so that a step is never torn.
+
+    A second signal ends the process at once, as usual.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
@@ -94,11 +118,14 @@ def add_compute_flags(add: Callable) -> None:
     add("--dtype", choices=DTYPES, help="of the computation; default: bf16 on cuda, fp32 on cpu")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool = False) -> None:
     """Let `write` fill a temporary file, bring it to disk, and only then give it the name `path`.
 
-    Raises OSError, whatever error of its own the writing library has for a full disk.
+    Only rank 0 writes, unless `every_rank` wants the file for itself. Raises OSError, whatever error of its
+    own the writing library has for a full disk.
     """
+    if rank() and not every_rank:
+        return
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         write(draft)
@@ -195,7 +222,12 @@ def _list(differ: list[str]) -> str:
 
 
 def lock(folder: Path) -> IO:
-    """Claim `folder` until the returned file is closed. Raises ValueError if another process has it."""
+    """Claim `folder` until the returned file is closed. Raises ValueError if another process has it.
+
+    Rank 0 does it for all.
+    """
+    if rank():
+        return Path(os.devnull).open()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -210,22 +242,6 @@ def lock(folder: Path) -> IO:
     return file
 
 
-def save_state(folder: Path, state: dict) -> None:
-    """Write state.pt: everything a resume needs, in one file."""
-    write_atomically(folder / "state.pt", lambda draft: torch.save(state, draft))
-
-
-def load_state(folder: Path) -> dict | None:
-    """What save_state wrote last; None if nothing was. Raises ValueError if the file is damaged."""
-    path = folder / "state.pt"
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no one class for a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start over") from error
-
-
 class Metrics:
     """metrics.jsonl: one line per training step, in full precision."""
 
@@ -238,7 +254,7 @@ class Metrics:
             with suppress(ValueError):  # the last line may be torn
                 kept += [line] if json.loads(line)["step"] <= step else []
         write_atomically(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
-        self.file = path.open("a", buffering=1)
+        self.file = (Path(os.devnull) if rank() else path).open("a", buffering=1)
 
     def add(self, **values: float) -> None:
         """Append one line."""

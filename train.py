@@ -8,10 +8,7 @@ are put on the hot ones, on attention and on the router; they are trained; the r
 """
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 import hellora
+import ranks
 import run
+import state
 from catcher import Catcher, HotList, count_visits, sample, visited_share
 from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
 from eval_gsm8k import evaluate, write_answers
@@ -35,29 +34,34 @@ EVAL_BATCH = 100  # problems decoded together
 def train_step(
     model: MoEModel,
     optimizer: torch.optim.Optimizer,
-    groups: list[list[Encoded]],
+    examples: list[Encoded],
+    micro_batch: int,
     balance: float,
     catcher: Catcher,
 ) -> tuple[float, float]:
-    """One optimizer step over all micro-batches -> loss per target token before the update, gradient norm.
+    """One optimizer step over `examples` -> loss per target token before the update, gradient norm.
 
     The loss is the mean over all target tokens of the step, so it does not depend on how the step is cut into
-    micro-batches (the balancing term does: it is a product of means over a micro-batch). A step whose loss or
-    gradient is not finite changes nothing; the caller sees it by that.
+    micro-batches and ranks (the balancing term does: it is a product of means over a micro-batch). A step
+    whose loss or gradient is not finite changes nothing; the caller sees it by that.
     """
-    n_targets = sum(len(e.ids) - e.n_prompt for group in groups for e in group)
+    n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
+    groups, cut = micro_batches(examples, micro_batch), ranks.is_cut(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     loss = torch.zeros((), device=model.device)
     for group in groups:
         batch = collate(group, model.device)
         summed, routing = model(batch.tokens, targets=batch.targets)
         part = summed / n_targets
         loss += part.detach()
-        if balance:
-            part = part + balance * load_balancing_loss(routing, batch.real) / len(groups)
-        part.backward()
+        if balance and group:
+            part = part + balance * load_balancing_loss(routing, batch.real) / len(groups) / ranks.world()
+        (part * ranks.world() if cut else part).backward()  # FSDP2 takes the mean over ranks
         catcher.add(routing, batch.real)
-    norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), MAX_NORM)
-    loss, norm = torch.stack([loss, norm]).tolist()
+    if ranks.world() > 1 and not cut:
+        ranks.sum_gradients(trained)
+    norm = ranks.whole(nn.utils.clip_grad_norm_(trained, MAX_NORM))
+    loss, norm = torch.stack([ranks.total(loss), norm]).tolist()
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -90,6 +94,7 @@ def catch(job: Job, folder: Path) -> dict[int, list[int]]:
             name: settings[name] for name in ("model", "task", "catcher", "score", "k", "coverage", "seed")
         }
         catcher.choose(rule=job.method.rule, **about).write(path)
+    ranks.wait()  # until rank 0 has written it
     hot = HotList.read(path, job.cfg)
     print(hot.show())
     return hot.experts
@@ -104,36 +109,16 @@ def warm_up(model: MoEModel, data: list[Encoded], settings: dict, micro_batch: i
     optimizer, catcher = make_optimizer(model, settings["lr"]), Catcher(model.cfg.n_experts)
     size = settings["batch_size"]
     for step in tqdm(range(steps_per_epoch(len(data), size)), "catcher warm-up", unit="step", leave=False):
-        groups = micro_batches(examples_of_step(data, step, size, settings["seed"]), micro_batch)
-        loss, norm = train_step(model, optimizer, groups, settings["balance"], catcher)
+        examples = examples_of_step(data, step, size, settings["seed"])
+        loss, norm = train_step(model, optimizer, examples, micro_batch, settings["balance"], catcher)
         if not math.isfinite(loss + norm):
             raise ValueError(f"the warm-up's loss became {loss}: want a lower --lr, or --catcher forward")
-    return catcher
+    return catcher.gather()
 
 
 def lr_at(step: int, n_steps: int, settings: dict) -> float:
     """The learning rate of a step, from 0: constant, or falling linearly to 0 at the end."""
     return settings["lr"] * (1 - step / n_steps if settings["decay"] else 1)
-
-
-@contextmanager
-def deferred_stop() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM only note themselves in the list that is yielded, so that a step is never torn.
-
-    A second signal ends the process at once, as usual.
-    """
-    asked: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
@@ -144,15 +129,15 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     """
     optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
     size, seed = job.settings["batch_size"], job.settings["seed"]
-    n_steps, start = job.n_steps, resume(model, optimizer, folder)
+    n_steps, start = job.n_steps, state.resume(folder, model, optimizer)
     metrics, skipped = run.Metrics(folder, start), 0
-    with deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
+    with run.deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
         for step in range(start, n_steps):
             began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = lr = lr_at(step, n_steps, job.settings)
             examples = examples_of_step(job.data, step, size, seed)
-            groups = micro_batches(examples, job.micro_batch)
-            loss, norm = train_step(model, optimizer, groups, job.settings["balance"], visits)
+            balance, micro_batch = job.settings["balance"], job.micro_batch
+            loss, norm = train_step(model, optimizer, examples, micro_batch, balance, visits)
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             if skipped > MAX_SKIPPED:
                 raise ValueError(f"the loss is {loss} at step {step + 1}, and was before: want a lower --lr")
@@ -165,27 +150,14 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             )
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} samples/s")
             bar.update()
-            if asked or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
-                weights = hellora.adapter_state(model)
-                run.save_state(
-                    folder, {"step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()}
-                )
-            if asked:
+            asked_all = ranks.largest(len(asked), model.device)
+            if asked_all or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
+                state.save(folder, step + 1, model, optimizer)
+            if asked_all:
                 raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
-    state = [t for values in optimizer.state.values() for t in values.values()]
-    print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in state):,} bytes")
-    return visits
-
-
-def resume(model: MoEModel, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Put the last save of `folder` back; the number of steps done, 0 if there is none."""
-    saved = run.load_state(folder)
-    if saved is None:
-        return 0
-    hellora.fill(model, saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
-    print(f"going on after step {saved['step']}, the last save in {folder}")
-    return saved["step"]
+    held = [t for values in optimizer.state.values() for t in values.values()]
+    print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
+    return visits.gather() if visits.counts else visits
 
 
 def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
@@ -219,6 +191,7 @@ def main() -> None:
     args = parse_args(__doc__)
     job = prepare(args)
     folder = run.choose_folder(job.settings, args.out, args.resume, args.override)
+    folder = ranks.gathered(folder)[0]
     with run.lock(folder):
         record = open_record(job, folder)
         print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
@@ -239,7 +212,8 @@ def main() -> None:
         if experts and visits.counts:
             report_share(model, visited_share(visits.scores("count"), experts))
 
-        hellora.merge(model)
+        if not ranks.is_cut(model):  # else it is scored with its adapters apart
+            hellora.merge(model)
         if job.tests:
             score(job, model, folder, "after")
         run.write_json(folder / "run.json", record | {"finished": True})

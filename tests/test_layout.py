@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 ORDER = [  # a file may import only files before it
-    "run", "checkpoint", "tokenizer", "dispatch", "moe_model", "data", "catcher", "hellora", "lori",
-    "generate", "eval_gsm8k", "job", "train", "export",
+    "ranks", "run", "checkpoint", "tokenizer", "dispatch", "moe_model", "data", "catcher", "hellora", "lori",
+    "state", "generate", "eval_gsm8k", "job", "train", "export",
 ]  # fmt: skip
 CORE = ["moe_model", "catcher", "hellora", "train"]
 

@@ -1,0 +1,136 @@
+"""One process or several: which part of the work is mine, and how parts come together.
+
+torchrun starts the same command N times; each process is a rank. Without torchrun there is one, and all of
+this does nothing. Two ways to share the work (--shard):
+
+    full    every parameter is cut along its first dimension, a part for each rank; a layer is put together
+            when it is needed and let go again (FSDP2). For models that one device cannot hold.
+    none    every rank holds the whole model, and only the adapters' gradients travel.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Any = TypeVar("Any")
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for others: one may be loading, or saving
+
+
+def rank() -> int:
+    """My number, from 0. Rank 0 prints and writes files."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the other ranks, and be quiet unless rank 0; the device that is mine."""
+    if world() == 1 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if rank():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+# ---- numbers that all must agree on --------------------------------------------------------------------
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of all ranks' x, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def largest(n: int, device: torch.device) -> int:
+    """The largest of all ranks' n."""
+    if world() == 1:
+        return n
+    found = torch.tensor(n, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def gathered(x: Any) -> list[Any]:
+    """Every rank's x, in order of rank."""
+    found = [x] * world()
+    if world() > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def sum_gradients(params: Iterable[nn.Parameter]) -> None:
+    """--shard none: add up all ranks' gradients, in one message."""
+    grads = [p.grad for p in params]
+    flat = total(torch.cat([g.flatten() for g in grads]))
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+# ---- parameters of which each rank has some rows -------------------------------------------------------
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
+    """--shard full: cut up `model`, layer by layer and then the rest, in place.
+
+    dtype: what trained weights are sent and computed in (full fine-tuning); None: as they are stored, which
+    is right for a frozen bf16 base with fp32 adapters. Gradients are added up in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in (*layers, model):
+        fully_shard(layer, mp_policy=policy)
+    register_fsdp_forward_method(model, "trunk")
+
+
+def mine(t: Tensor) -> Tensor:
+    """The rows of t that this rank holds: all, unless t is cut up."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def first_row(t: Tensor) -> int:
+    """Which row of t the first of `mine(t)` is. FSDP2 cuts as torch.chunk does."""
+    return min(rank() * -(-t.shape[0] // world()), t.shape[0]) if hasattr(t, "to_local") else 0
+
+
+def whole(t: Tensor) -> Tensor:
+    """All rows of t. Every rank must ask at the same time."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def put(t: Tensor, value: Tensor) -> None:
+    """Give t a new value, of which each rank knows all rows."""
+    rows = mine(t)
+    if rows is t:
+        t.copy_(value)
+    else:
+        rows.copy_(value[first_row(t) :][: len(rows)])
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether `shard` has cut it up."""
+    return any(hasattr(p, "to_local") for p in model.parameters())

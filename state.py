@@ -1,0 +1,97 @@
+"""What a stopped run goes on from: step, weights and optimizer, in files that are whole and checked.
+
+The last two saves are kept. A save has each tensor in one piece, whatever number of ranks wrote it, so any
+other number can go on from it.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import hellora
+import ranks
+from moe_model import MoEModel
+from run import write_atomically
+
+LAST, BEFORE = "state.safetensors", "state-before.safetensors"
+WEIGHTS = "weights"  # a save's tensors are weights/NAME, and for each of AdamW's values KEY/NAME
+
+
+class Save(NamedTuple):
+    """The state of a run after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    def checksum(self) -> str:
+        """sha256 of all of it."""
+        digest = hashlib.sha256(str(self.step).encode())
+        for name, t in sorted(self.tensors.items()):
+            digest.update(name.encode())
+            digest.update(t.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def save(folder: Path, step: int, model: MoEModel, optimizer: torch.optim.Optimizer) -> None:
+    """Write it; the save before this one stays. Every rank must take part; rank 0 writes."""
+    tensors = {f"{WEIGHTS}/{name}": t for name, t in hellora.snapshot(model).items()}
+    for name, param in model.named_parameters():
+        for key, t in optimizer.state.get(param, {}).items():
+            tensors[f"{key}/{name}"] = ranks.whole(t).cpu().contiguous()
+    if ranks.rank():
+        return
+    state, last = Save(step, tensors), folder / LAST
+    about = {"step": str(step), "sha256": state.checksum()}
+    new = folder / f"new-{LAST}"
+    write_atomically(new, lambda draft: save_file(tensors, draft, about))
+    if last.exists():
+        last.replace(folder / BEFORE)
+    new.replace(last)
+
+
+def load(folder: Path) -> Save | None:
+    """The last save that is sound; None if there is none at all. Raises ValueError if all are damaged."""
+    damaged = []
+    for path in (folder / LAST, folder / BEFORE):
+        if not path.exists():
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = Save(int(about["step"]), tensors)
+            if state.checksum() != about["sha256"]:
+                raise ValueError("its checksum is another")
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            damaged.append(f"{path} is damaged ({error})")
+            print(f"{damaged[-1]}: looking for the save before it")
+        else:
+            return state
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
+    return None
+
+
+@torch.no_grad()
+def resume(folder: Path, model: MoEModel, optimizer: torch.optim.Optimizer) -> int:
+    """Put the last sound save of `folder` back; the number of steps done, 0 if there is none."""
+    saved = load(folder)
+    if saved is None:
+        return 0
+    of = {WEIGHTS: {}}
+    for place, t in saved.tensors.items():
+        key, _, name = place.partition("/")
+        of.setdefault(key, {})[name] = t
+    hellora.fill(model, of.pop(WEIGHTS))
+    for key, values in of.items():
+        for name, value in values.items():
+            param = model.get_parameter(name)
+            t = torch.empty_like(param if value.ndim else value, device=param.device)
+            ranks.put(t, value)
+            optimizer.state[param][key] = t
+    print(f"going on after step {saved.step}, the last save in {folder}")
+    return saved.step

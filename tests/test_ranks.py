@@ -1,0 +1,119 @@
+"""Several processes on gloo: the same numbers as one, whoever does which part."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+from safetensors.torch import load_file
+
+ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"} for n in range(13)]
+METHODS = ["fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"]
+
+
+@pytest.fixture
+def ranks(toy, tmp_path):
+    """ranks(n, {folder: flags}): train.py with each of these flags, on n processes -> {folder: metrics}."""
+    rows, few = write_rows(tmp_path / "rows.jsonl", ROWS), write_rows(tmp_path / "few.jsonl", ROWS[:5])
+    # 13 rows in steps of 5: the last step of an epoch has 3, less than the 4 ranks there may be
+    always = [
+        "--model",
+        toy,
+        "--task",
+        "tiny-math",
+        "--data",
+        rows,
+        "--eval-data",
+        few,
+        "--rank",
+        4,
+        "--k",
+        2,
+    ]
+    always += ["--batch-size", 5, "--epochs", 2, "--micro-batch", 2, "--lr", 0.005]
+
+    def run(n, flags_of, expect=0):
+        lines = [[*always, *flags, "--out", tmp_path / out] for out, flags in flags_of.items()]
+        todo = tmp_path / "todo.json"
+        todo.write_text(json.dumps([[str(word) for word in line] for line in lines]))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        words = [sys.executable, *(launch if n > 1 else []), ROOT / "tests" / "ranks_driver.py", todo]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:] + done.stdout[-2000:]
+        run.output = done.stdout + done.stderr
+        return {out: read(tmp_path / out) for out in flags_of}
+
+    return run
+
+
+def read(folder):
+    """The numbers of a run: loss and gradient norm of each step, and how it was scored."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "results.json").read_text()).get("tiny-math", {}) if "results.json" else {}
+    return [x for m in lines for x in (m["loss"], m["grad_norm"])], scores.get("correct"), scores.get("total")
+
+
+def same(got, want, bar):
+    assert len(got[0]) == len(want[0]) == 2 * 6
+    assert got[0] == pytest.approx(want[0], abs=bar, rel=bar)
+    assert got[2] == want[2] == 5
+
+
+def flags(method, tag, shard=None):
+    more = ["--shard", shard] if shard else []
+    if method.endswith("-s"):
+        more += ["--mask-from", f"{tag}-{method.replace('-s', '-d')}"]
+    return ["--method", method, *more]
+
+
+def test_two_ranks_give_the_numbers_of_one(ranks, tmp_path):
+    """fp32 sums in another order, carried through six updates of which the last two are uneven: 1e-5."""
+    one = ranks(1, {"one": ["--method", "hellora"]})["one"]
+    two = ranks(2, {s: ["--method", "hellora", "--shard", s] for s in ("full", "none")})
+    for shard, got in two.items():
+        same(got, one, 1e-5)
+        hot = [(tmp_path / out / "hot_experts.json").read_text() for out in ("one", shard)]
+        assert hot[0] == hot[1]
+        mine, theirs = (load_file(tmp_path / out / "adapter.safetensors") for out in (shard, "one"))
+        for name, t in theirs.items():
+            torch.testing.assert_close(mine[name], t, rtol=0, atol=2e-4, msg=name)  # AdamW enlarges rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_every_method_and_both_ways_to_share_give_the_numbers_of_one(ranks, n):
+    one = ranks(1, {f"one-{m}": flags(m, "one") for m in METHODS})
+    for shard in ("full", "none"):
+        many = ranks(n, {f"{shard}-{m}": flags(m, shard, shard) for m in METHODS})
+        for method in METHODS:
+            same(many[f"{shard}-{method}"], one[f"one-{method}"], 1e-5)
+
+
+@pytest.mark.slow
+def test_micro_batches_recomputation_and_bf16_on_two_ranks(ranks):
+    one = ranks(1, {"one": ["--no-eval"], "low": ["--dtype", "bf16", "--no-eval"]})
+    cases = {
+        f"m{m}{r}": ["--micro-batch", m, *r.split(), "--no-eval"]
+        for m in (1, 2, 4)
+        for r in ("", "--recompute")
+    }
+    two = ranks(2, cases | {"low2": ["--dtype", "bf16", "--no-eval"]})
+    for name in cases:
+        assert two[name][0] == pytest.approx(one["one"][0], abs=1e-5, rel=1e-5)
+    assert two["low2"][0][::2] == pytest.approx(one["low"][0][::2], abs=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["full", "none"])
+def test_what_two_ranks_saved_one_goes_on_from_and_the_reverse(ranks, tmp_path, shard):
+    whole = ranks(1, {"whole": []})["whole"]
+    for first, second, out in ((2, 1, "a"), (1, 2, "b")):
+        ranks(first, {out: ["--steps", 3, "--shard", shard, "--no-eval"]})
+        record = json.loads((tmp_path / out / "run.json").read_text())
+        (tmp_path / out / "run.json").write_text(json.dumps(record | {"finished": False}))
+        got = ranks(second, {out: ["--shard", shard, "--override"]})[out]
+        same(got, whole, 1e-5)
