@@ -1,15 +1,39 @@
-"""Batched greedy decoding with the KV cache.
+"""Batched decoding with the KV cache: greedy, or sampled.
 
 Letters: B sequences    T tokens per sequence    V vocabulary
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import ranks
 from moe_model import KVCache, MoEModel
 
 SHRINK = 0.75  # finished rows leave the batch when fewer than this share go on: each time costs a cache copy
+TAIL = 16  # tokens in which `ended` looks for the end of a text
+
+
+class Sampling(NamedTuple):
+    """How to draw tokens. A prompt's tokens depend on its own seed, not on the batch it is decoded in."""
+
+    temperature: float
+    top_p: float
+    seeds: list[int]  # one a prompt
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, at: Tensor) -> Tensor:
+    """Tokens [B] from logits [B, V]. at [B], in [0, 1): where in the nucleus, whose likeliest come first.
+
+    The nucleus: the smallest set of likeliest tokens with a share of at least `top_p` (Holtzman et al. 2020).
+    """
+    share, ids = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    share *= share.cumsum(-1) - share < top_p  # a token stays if those before it do not have top_p yet
+    reach = share.cumsum(-1)
+    return ids.gather(-1, torch.searchsorted(reach, at[:, None] * reach[:, -1:], right=True))[:, 0]
 
 
 def generate(
@@ -19,12 +43,15 @@ def generate(
     stops: tuple[int, ...],
     batch_size: int,
     label: str = "",
+    sampling: Sampling | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """For each prompt, in order, the tokens that follow it: up to `max_new`, or to the first of `stops`.
 
-    The stop itself is left out, and generation also ends at the model's context. Prompts of like length share
-    a batch, and several ranks the prompts; with a `label`, a progress bar shows. Raises ValueError for a
-    prompt beyond the context.
+    The stop itself is left out; generation also ends at the model's context, and where `ended` is true of the
+    last TAIL tokens, which are kept. Without `sampling`, each token is the likeliest. Prompts of like length
+    share a batch, and several ranks the prompts; with a `label`, a progress bar shows. Raises ValueError for
+    a prompt beyond the context.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= model.cfg.max_len:
@@ -32,13 +59,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
-    with tqdm(
-        total=len(mine), desc=label, unit="problem", disable=not label or ranks.rank() > 0, leave=False
-    ) as bar:
+    quiet = not label or ranks.rank() > 0
+    with tqdm(total=len(mine), desc=label, unit="problem", disable=quiet, leave=False) as bar:
         for start in range(0, most, batch_size):
             chosen = mine[start : start + batch_size]
-            outputs = decode_batch(model, [prompts[i] for i in chosen], max_new, stops)
-            done |= zip(chosen, outputs, strict=True)
+            own = sampling and sampling._replace(seeds=[sampling.seeds[i] for i in chosen])
+            answers = decode_batch(model, [prompts[i] for i in chosen], max_new, stops, own, ended)
+            done |= zip(chosen, answers, strict=True)
             bar.update(len(chosen))
     for part in ranks.gathered(done):
         done |= part
@@ -47,7 +74,12 @@ def generate(
 
 @torch.no_grad()
 def decode_batch(
-    model: MoEModel, prompts: list[list[int]], max_new: int, stops: tuple[int, ...]
+    model: MoEModel,
+    prompts: list[list[int]],
+    max_new: int,
+    stops: tuple[int, ...],
+    sampling: Sampling | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """`generate` for prompts that go through the model together, padded on the left to one length.
 
@@ -55,6 +87,10 @@ def decode_batch(
     and a rank without prompts takes them with one of padding.
     """
     n, prompts = len(prompts), prompts or [[0]]
+    if sampling:
+        seeds = sampling.seeds or [0]
+        draws = [torch.rand(max_new, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        at = torch.stack(draws).double().to(model.device)  # [B, max_new]
     width = max(map(len, prompts))
     room = [min(max_new, model.cfg.max_len - len(p)) if n else 0 for p in prompts]
     length = torch.tensor(room, device=model.device)
@@ -67,10 +103,17 @@ def decode_batch(
     rows = torch.arange(len(prompts), device=model.device)  # the rows that are still in the batch
     for step in range(max_new):
         logits, _ = model(tokens, cache)  # [B, 1, V]
-        tokens = logits.argmax(-1)  # [B, 1]
+        if sampling:
+            tokens = sample(logits[:, 0], sampling.temperature, sampling.top_p, at[rows, step])[:, None]
+        else:
+            tokens = logits.argmax(-1)  # [B, 1]
         outputs[rows, step] = tokens[:, 0]
         stopped = torch.isin(tokens[:, 0], stop_ids)
         length[rows[stopped]] = length[rows[stopped]].clamp(max=step)
+        if ended:
+            tails = outputs[rows, max(0, step + 1 - TAIL) : step + 1].tolist()
+            stopped = torch.tensor([ended(tail) for tail in tails], device=model.device)
+            length[rows[stopped]] = length[rows[stopped]].clamp(max=step + 1)
         going_on = length[rows] > step + 1
         n_going_on = int(going_on.sum())
         if ranks.largest(n_going_on, model.device) == 0:

