@@ -14,8 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from run import read_json
+from run import read_json, sha256
 
+BESIDE = (  # of a model's files, besides its weights; nothing here runs the Python ones
+    "*.json", "tokenizer.model", "merges.txt", "*.jinja", "configuration_*.py", "modeling_*.py", "LICENSE*",
+)  # fmt: skip
 CHECKPOINT = "a folder with config.json and model.safetensors (or shards and their index), as on the Hub"
 
 
@@ -190,7 +193,7 @@ def locate(model: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise FileNotFoundError(f"there is no model {repo!r}: {wanted}")
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", *BESIDE]))
     except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
         raise FileNotFoundError(
             f"there is no folder {repo}, and the Hub did not give it ({type(error).__name__}): {wanted}; "
@@ -246,6 +249,7 @@ class Stored(NamedTuple):
 
 
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's limit, too
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -257,21 +261,41 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as file:
             n = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size - 8 - n
-            entries = json.loads(file.read(n) if size >= 0 else b"")
+            size = path.stat().st_size - 8 - n  # of the tensors
+            if size < 0 or n > LONGEST_HEADER:
+                raise ValueError(f"a header of {n} bytes")
+            entries = json.loads(file.read(n).decode("utf-8"), object_pairs_hook=unique)
         entries.pop("__metadata__", None)
         found, end = {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, after = entry["data_offsets"]
-            stored = Stored(path, 8 + n + begin, STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if begin != end or after - begin != math.prod(stored.shape) * stored.dtype.itemsize:
-                raise ValueError(f"tensor {name} is not where it should be")
-            found[name], end = stored, after
+            dtype, shape, (begin, after) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if len(shape) > 8 or not all(type(x) is int and 0 <= x < 2**48 for x in (*shape, begin, after)):
+                raise ValueError(f"tensor {name!r:.80} has a shape or place that is none")
+            if dtype not in STORED_DTYPES:
+                raise ValueError(f"tensor {name!r:.80} is {dtype!r:.20}, want {', '.join(STORED_DTYPES)}")
+            found[name] = Stored(path, 8 + n + begin, STORED_DTYPES[dtype], shape)
+            if begin != end or after - begin != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
+                raise ValueError(f"tensor {name!r:.80} is not where it should be")
+            end = after
         if end != size:
             raise ValueError(f"the tensors take {end} bytes, but there are {size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of another form, too
-        raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of other forms
+        raise ValueError(
+            f"{path} is truncated or corrupt, or not of a model ({error}): download it again"
+        ) from error
     return found
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; raises ValueError if a key is there twice."""
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return value
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of a model: config.json and all weights."""
+    return sha256(folder / "config.json", *sorted(folder.glob("*.safetensors")))
 
 
 class Checkpoint:
@@ -286,7 +310,10 @@ class Checkpoint:
         for path in shard_paths(folder):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: want the weights as safetensors, all shards")
-            self.tensors |= read_header(path)
+            found = read_header(path)
+            if both := self.tensors.keys() & found.keys():
+                raise ValueError(f"{path}: tensor {min(both)} is in another shard as well: download it again")
+            self.tensors |= found
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes."""
@@ -313,6 +340,7 @@ class Checkpoint:
         The bytes go over a buffer only if dtype or device differ. Nothing else of the tensor is read.
         """
         stored = self.tensors[name]
+        assert out.shape[1:] == stored.shape[1:], name
         if out.dtype != stored.dtype or out.device.type != "cpu" or not out.is_contiguous():
             return out.copy_(self.read_into(name, torch.empty(out.shape, dtype=stored.dtype), first_row))
         room = memoryview(out.detach().flatten().view(torch.uint8).numpy())
@@ -332,7 +360,7 @@ def shard_paths(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     weight_map = read_json(index, CHECKPOINT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        re.fullmatch(r"[\w.-]+", str(f)) for f in weight_map.values()
+        isinstance(f, str) and re.fullmatch(r"[\w.-]+", f) for f in weight_map.values()
     ):
         raise ValueError(f"{index} has no weight_map from tensors to file names: download it again")
     return [folder / shard for shard in sorted(set(weight_map.values()))]

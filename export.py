@@ -7,6 +7,7 @@ What was written is read back, run beside the live adapters, and only then gets 
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -15,15 +16,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import BACKBONES, Checkpoint, hub_names, locate, read_config, read_header, shard_paths
+from checkpoint import (
+    BACKBONES,
+    BESIDE,
+    Checkpoint,
+    fingerprint,
+    hub_names,
+    locate,
+    read_config,
+    read_header,
+    shard_paths,
+)
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method, read_adapter
 from moe_model import MoEModel, base_parameters, empty_model
-from run import Parser, add_compute_flags, command, compute, read_json, read_run, write_json
+from run import Parser, command, compute, read_json, read_run, write_atomically, write_json
 
-COPIED = ("*.json", "tokenizer.model", "merges.txt", "LICENSE*")  # of the base model, besides its weights
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
 PROBE = (4, 64)  # sequences, tokens: what both models are compared on
-LOST = {True: 1e-3, False: 0.5}  # in float32 throughout? -> how much of what adapters do may get lost
+EXACT, ROUNDED = (
+    1e-3,
+    0.5,
+)  # how much of what the adapters do may be lost: what is computed alike; by rounding
+FLOOR = 1e-5  # of the logits themselves: float32's noise
+OURS = "a fault of ours, or of the disk; please report it"
 
 
 def updates(model: MoEModel) -> dict[str, tuple[LowRank, int]]:
@@ -32,7 +47,9 @@ def updates(model: MoEModel) -> dict[str, tuple[LowRank, int]]:
     for name, m in adapters(model).items():
         tensors = hub_names(f"{name}.weight", model.cfg)
         stacked = isinstance(m, LoRAGroupedLinear)
-        members = enumerate(m.experts) if stacked else [(..., 0)]
+        members = (
+            enumerate(m.experts) if stacked else [(..., 0)]
+        )  # a plain update is no stack: ... is all of it
         found |= {tensors[expert]: (m.lora, at) for at, expert in members}
     return found
 
@@ -68,16 +85,16 @@ def write_hub(folders: list[Path], out: Path) -> None:
     for path in tqdm(shard_paths(source), "write", unit="shard", leave=False):
         shard = {}
         for name in read_header(path):
-            stored = base.read(name)
-            exact = replaced.get(name, stored).float()
-            for change in changes:
-                if name in change:
-                    lora, at = change[name]
+            shard[name] = stored = base.read(name)
+            of_it = [change[name] for change in changes if name in change]
+            if of_it or name in replaced:
+                exact = replaced.get(name, stored).float()
+                for lora, at in of_it:
                     exact = lora.merged(exact, at)
-            shard[name] = exact.to(stored.dtype)
-            worst = max(worst, (shard[name].float() - exact).abs().max().item())
-        save_file(shard, out / path.name, {"format": "pt"})
-    for pattern in COPIED:
+                shard[name] = exact.to(stored.dtype)
+                worst = max(worst, (shard[name].float() - exact).abs().max().item())
+        write_tensors(shard, out / path.name)
+    for pattern in BESIDE:
         for file in source.glob(pattern):
             shutil.copy(file, out)
     print(f"merged; rounding to the checkpoint's dtype moved a weight by at most {worst:.1e}")
@@ -116,7 +133,12 @@ def write_peft(folder: Path, out: Path, partial: bool) -> None:
         "modules_to_save": None,
     }  # fmt: skip
     write_json(out / "adapter_config.json", config)
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    write_tensors(tensors, out / "adapter_model.safetensors")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, whole and on disk, that others may read."""
+    write_atomically(path, lambda draft: save_file(tensors, draft, {"format": "pt"}))
 
 
 def spread(factor: Tensor, experts: list[int], n_experts: int) -> Tensor:
@@ -131,63 +153,99 @@ def base_name(model: str) -> str:
 
 @torch.no_grad()
 def read_peft(model: MoEModel, folder: Path) -> None:
-    """Fold a PEFT adapter into its base model, in place, by the names in its file alone."""
+    """Put a PEFT adapter's values into `model` in place of its adapters' own, by the names in its file."""
     config = read_json(folder / "adapter_config.json", "what --format peft writes")
-    saved, scale = load_file(folder / "adapter_model.safetensors"), config["lora_alpha"] / config["r"]
-    for name, param in model.named_parameters():
-        tensors = hub_names(name, model.cfg)
-        for part, tensor in zip(param if len(tensors) > 1 else [param], tensors, strict=True):
-            key = PREFIX + tensor.removesuffix(".weight")
-            if f"{key}.lora_A.weight" in saved:
-                a, b = saved.pop(f"{key}.lora_A.weight"), saved.pop(f"{key}.lora_B.weight")
-                part += (scale * b @ a).to(part)
-    if saved:
-        raise RuntimeError(f"the adapter names {min(saved)}, which the base model does not have")
+    saved = load_file(folder / "adapter_model.safetensors")
+    for tensor, (lora, at) in updates(model).items():
+        key = PREFIX + tensor.removesuffix(".weight")
+        lora.A[at], lora.B[at] = saved.pop(f"{key}.lora_A.weight"), saved.pop(f"{key}.lora_B.weight")
+        lora.scale = config["lora_alpha"] / config["r"]
+        if lora.mask is not None:
+            lora.mask.fill_(True)  # what it leaves out is zero in the file
+    if left := [name for name, t in saved.items() if t.any()]:
+        raise RuntimeError(f"the adapter also changes {min(left)}, which the run does not")
 
 
-@torch.no_grad()
-def check(folders: list[Path], written: Path, form: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Run what was written beside the live adapters. Raises ValueError unless it does what they do.
+def logits_on_probe(model: MoEModel) -> Tensor:
+    """What a model makes of some random tokens, in float32."""
+    shape = (PROBE[0], min(PROBE[1], model.cfg.max_len))
+    tokens = torch.randint(model.cfg.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens.to(model.device))[0].float()
 
-    Both are measured against the base model on random tokens: what the export is off by, as a share of what
-    the adapters change. A no-op export, the complaint of most users, is off by all of it.
+
+def check(folders: list[Path], written: Path, form: str, device: torch.device) -> None:
+    """Load what was written and run it. Raises ValueError unless it does what the runs' adapters do.
+
+    In the checkpoint's own dtype, so that what should be equal is: a hub export and the model merged in
+    memory, a peft export and the live adapters. What rounding to that dtype costs is told, not judged.
     """
     source = locate(read_run(folders[0])["model"])
-
-    def load(folder: Path) -> MoEModel:
-        return MoEModel.from_pretrained(folder, dtype, device)
-
-    model = load(source)
-    cfg = model.cfg
-    shape = (PROBE[0], min(PROBE[1], cfg.max_len))
-    tokens = torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    base = model(tokens)[0].float()
-    for i, folder in enumerate(folders):
+    stored = {tensor.dtype for tensor in Checkpoint(source).tensors.values()}
+    dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+    model = MoEModel.from_pretrained(source, dtype, device)
+    base = logits_on_probe(model)
+    for folder in folders:
+        merge(model)  # the run before it
         attach_run(model, folder)
-        if i + 1 < len(folders):
-            merge(model)
-    live = model(tokens)[0].float()  # the last run's adapters live, those before it merged
-    del model
-    exported = load(written if form == "hub" else source)
+    want = live = logits_on_probe(model)
     if form == "peft":
-        read_peft(exported, written)
-    change, off = live - base, exported(tokens)[0].float() - live
-    share = (off.norm() / change.norm()).item() if change.norm() else float(off.norm())
+        read_peft(model, written)
+    else:
+        merge(model)
+        want = logits_on_probe(model)
+        del model
+        model = MoEModel.from_pretrained(written, dtype, device)
+    got = logits_on_probe(model)
+
+    change, off = (live - base).norm(), (got - want).norm()
+    # runs that are added up are rounded once by the export, and one by one in memory
+    bar = EXACT if len(folders) == 1 or dtype == torch.float32 else ROUNDED
+    if not off <= bar * change + FLOOR * live.norm():
+        raise ValueError(f"what was written is off by {off / change:.0%} of what the adapters do: {OURS}")
+    lost = (got - live).norm() / change if change > 0 else 1.0
     print(
-        f"read back: on {tokens.numel()} random tokens the adapters move logits by up to "
-        f"{change.abs().max():.3g}; the export is off by up to {off.abs().max():.1e} ({share:.2%} of it)"
+        f"read back: on {base[..., 0].numel()} random tokens the adapters move logits by up to "
+        f"{(live - base).abs().max():.3g}, of which {lost:.1%} is lost to rounding (root mean square)"
     )
-    exact = dtype == torch.float32 and (form == "peft" or stored_in_float32(written))
-    if not share <= LOST[exact]:
-        raise ValueError(
-            f"{written} would lose {share:.0%} of what the adapters do, to rounding or to a fault: "
-            "want --format peft, which keeps them apart in float32"
-        )
+    if lost > ROUNDED:
+        print(f"warning: {dtype} is too coarse for so small a change: --format peft keeps it in float32")
 
 
-def stored_in_float32(folder: Path) -> bool:
-    """Whether the checkpoint has no tensor in fewer bits."""
-    return all(stored.dtype == torch.float32 for stored in Checkpoint(folder).tensors.values())
+def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
+    """Raise ValueError or FileNotFoundError for what cannot be written, before anything is."""
+    runs = [read_run(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        if not (run["finished"] and {"hashes", "rank", "alpha", "adapted"} <= run.keys()):
+            raise ValueError(f"{folder}: not finished, want runs that are done")
+        read_adapter(folder)
+    methods = [parse_method(run["method"]) for run in runs]
+    if out.exists():
+        raise ValueError(f"{out} is there already: want another --out, or remove it")
+    if partial and form != "peft":
+        raise ValueError("--partial is for --format peft: omit it")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is there twice: its update would be added twice")
+    if len(folders) > 1 and (form == "peft" or any(m.dora or m.train_base for m in methods)):
+        raise ValueError("several --run want --format hub and low-rank methods: others do not add up")
+    if len({run["hashes"]["model"] for run in runs}) > 1:
+        raise ValueError("the runs have different base models: want runs on one")
+    if form == "peft" and (methods[0].dora or methods[0].train_base):
+        why = "peft cannot put DoRA on stacked experts" if methods[0].dora else "there is no adapter"
+        raise ValueError(f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub")
+    check_base(folders[0], runs[0])
+
+
+def check_base(folder: Path, run: dict) -> None:
+    """Raise FileNotFoundError or ValueError unless the run's base model is there, unchanged."""
+    try:
+        now = fingerprint(locate(run["model"]))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} was trained on {run['model']}, which is not there any more: put it back"
+        ) from error
+    if now != run["hashes"]["model"]:
+        raise ValueError(f"{run['model']} is not any more what {folder} was trained on: put it back")
 
 
 def main() -> None:
@@ -200,42 +258,30 @@ def main() -> None:
     p.add_argument("--format", choices=["hub", "peft"], required=True)
     p.add_argument("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)")
-    add_compute_flags(p.add_argument)
+    p.add_argument(
+        "--device", choices=["cpu", "cuda"], help="to read it back on; default: cuda if there is one"
+    )
     args = p.parse_args()
-    device, dtype = compute(args.device, args.dtype)
+    device, _ = compute(args.device, None)
     out = args.out or args.run[0] / args.format
     check_request(args.run, args.format, args.partial, out)
 
-    draft = out.with_name(out.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    if args.format == "hub":
-        write_hub(args.run, draft)
-    else:
-        write_peft(args.run[0], draft, args.partial)
-    check(args.run, draft, args.format, dtype, device)
-    draft.rename(out)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+    try:
+        if args.format == "hub":
+            write_hub(args.run, draft)
+        else:
+            write_peft(args.run[0], draft, args.partial)
+        check(args.run, draft, args.format, device)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size:,} bytes")
-
-
-def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
-    """Raise ValueError for what cannot be written."""
-    runs = [read_run(folder) for folder in folders]
-    methods = [parse_method(run["method"]) for run in runs]
-    if unfinished := [str(f) for f, run in zip(folders, runs, strict=True) if not run["finished"]]:
-        raise ValueError(f"{', '.join(unfinished)}: not finished, want runs that are done")
-    if out.exists():
-        raise ValueError(f"{out} is there already: want another --out, or remove it")
-    if partial and form != "peft":
-        raise ValueError("--partial is for --format peft: omit it")
-    if len(folders) > 1 and (form == "peft" or any(m.dora or m.train_base for m in methods)):
-        raise ValueError("several --run want --format hub and low-rank methods: others do not add up")
-    if len({run["hashes"]["model"] for run in runs}) > 1:
-        raise ValueError("the runs have different base models: want runs on one")
-    if form == "peft" and (methods[0].dora or methods[0].train_base):
-        why = "peft cannot put DoRA on stacked experts" if methods[0].dora else "there is no adapter"
-        raise ValueError(f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub")
 
 
 if __name__ == "__main__":

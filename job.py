@@ -12,7 +12,7 @@ import hellora
 import ranks
 import state
 from catcher import HotList, check_k, default_k
-from checkpoint import BACKBONES, Checkpoint, MoEConfig, locate, read_config
+from checkpoint import BACKBONES, Checkpoint, MoEConfig, fingerprint, locate, read_config
 from data import TASKS, Encoded, Example, default_task, encode, load_examples, steps_per_epoch
 from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, parse_method
@@ -252,9 +252,8 @@ def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
 
 def hashes(job: Job) -> dict[str, str]:
     """sha256 of what the numbers rest on: model, code, and training data as token ids."""
-    weights = sorted(job.source.glob("*.safetensors"))
     return {
-        "model": sha256(job.source / "config.json", *weights),
+        "model": fingerprint(job.source),
         "code": sha256(*sorted(Path(__file__).parent.glob("*.py"))),
         "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
     }

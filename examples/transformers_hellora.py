@@ -1,6 +1,6 @@
 """HELLoRA inside transformers 5: the hot list and the adapters of a run of train.py on its OLMoE.
 
-    python examples/transformers_hellora.py --run runs/DIR --prompt "Question: ..."
+    python examples/transformers_hellora.py --run runs/DIR --model OLMOE --prompt "Question: ..."
 
 One file to copy from: it imports nothing of this repository, and reads run.json (method, rank, alpha, adapted
 experts) and adapter.safetensors. It trains too: only the adapters have gradients.

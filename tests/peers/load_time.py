@@ -100,7 +100,8 @@ def compare(rounds: int) -> None:
         seconds, peak = (median(r[key] for r in results) for key in ("seconds", "bytes"))
         print(f"{what:12s} {seconds:5.2f} CPU s, peak grows by {peak / size:.3f} of {size:,} bytes")
     ratio = median(r["seconds"] for r in found["load"]) / median(r["seconds"] for r in found["read_shards"])
-    print(f"ratio of the medians {ratio:.2f}")
+    print(f"ratio of the medians {ratio:.2f}, want 1.2 at most")
+    sys.exit(ratio > 1.2)
 
 
 if __name__ == "__main__":
