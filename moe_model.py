@@ -164,7 +164,7 @@ class KVCache:
 class Positions(NamedTuple):
     """Where the T tokens of this call stand, and what they may look at; shared by all layers."""
 
-    cos: Tensor  # [B or 1, 1, T, C/2]
+    cos: Tensor  # [B or 1, 1, T, C], the second half of the channels as the first
     sin: Tensor
     mask: Tensor | None  # [B, 1, T, S] True where a query may see a key. None: plain causal
 
@@ -183,14 +183,14 @@ def positions(cfg: MoEConfig, n_tokens: int, cache: KVCache | None, device: torc
         itself = key == column[:, None]  # a padding query sees itself: a row with no key at all would be NaN
         mask = ((real & causal) | itself)[:, None]  # [B, 1, T, S]
     channel = torch.arange(0, cfg.head_dim, 2, device=device)
-    angle = place[:, None, :, None].float() * cfg.rope_theta ** (-channel / cfg.head_dim)
+    angle = place[:, None, :, None].float() * cfg.rope_theta ** (-channel / cfg.head_dim).repeat(2)
     return Positions(angle.cos(), angle.sin(), mask)
 
 
 def rotate(x: Tensor, at: Positions) -> Tensor:
     """Rotary embedding, first half of the channels paired with the second. [B, H, T, C] -> same."""
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * at.cos - b * at.sin, b * at.cos + a * at.sin), dim=-1).to(x.dtype)
+    return (x * at.cos + torch.cat((-b, a), dim=-1) * at.sin).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -49,6 +49,12 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
+def stop() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 # ---- numbers that all must agree on --------------------------------------------------------------------
 
 
@@ -105,6 +111,19 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | No
     for layer in (*layers, model):
         fully_shard(layer, mp_policy=policy)
     register_fsdp_forward_method(model, "trunk")
+
+
+def traffic(model: nn.Module) -> int:
+    """Bytes that a rank gets from the others in a step of one micro-batch.
+
+    full: a layer is put together in the forward and again in the backward pass, the rest (embedding, head)
+    once, and each rank gets its part of the gradients' sum. none: a ring all-reduce of the gradients.
+    """
+    size = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
+    again = sum(n_bytes for name, n_bytes in size.items() if name.startswith("layers."))
+    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    all_of_it = sum(size.values()) + again + gradients if is_cut(model) else 2 * gradients
+    return all_of_it * (world() - 1) // world()
 
 
 def mine(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import IO, Any, NoReturn
 import torch
 from safetensors import SafetensorError
 
+import ranks
 from ranks import rank
 
 
@@ -32,6 +33,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
+    ranks.stop()
     sys.exit(0)
 
 

@@ -205,6 +205,9 @@ def main() -> None:
         trained, stored = hellora.count_params(model, job.method)
         name = job.settings["method"]
         print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
+        if ranks.world() > 1:
+            gets = f"a rank gets {ranks.traffic(model):,} bytes from the others for each micro-batch"
+            print(f"{ranks.world()} ranks, --shard {job.shard}: {gets}")
         record |= {"adapted": experts, "trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)
@@ -217,6 +220,7 @@ def main() -> None:
         if job.tests:
             score(job, model, folder, "after")
         run.write_json(folder / "run.json", record | {"finished": True})
+        ranks.wait()  # no rank ends before the files are there
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
     print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 
