@@ -49,7 +49,6 @@ class Rows(NamedTuple):
         None  # [n] rows that visit an adapted expert, ascending. None: all, no need to look
     )
     adapted_ends: Tensor | None = None  # [k] int32, ends of the adapted experts' segments among those rows
-    adapted_expert: Tensor | None = None  # [n] which of the k adapted experts such a row visits
 
     def pick(self, x: Tensor) -> Tensor:
         """Rows [N, D] -> those that visit adapted experts [n, D]"""
@@ -65,11 +64,10 @@ def sort_by_expert(expert_ids: Tensor, n_experts: int, adapted: Tensor, matmul: 
     ends = torch.searchsorted(expert, torch.arange(n_experts, device=expert.device), right=True).int()
     rows = Rows(order, order // expert_ids.shape[1], place.view_as(expert_ids), ends, matmul)
     if len(adapted) in (0, n_experts):
-        return rows._replace(adapted_ends=ends, adapted_expert=expert)
+        return rows._replace(adapted_ends=ends)
     index = torch.isin(expert, adapted).nonzero().squeeze(1)  # the host waits here: how many rows are there?
     adapted_ends = torch.searchsorted(expert[index], adapted, right=True).int()
-    which = torch.searchsorted(adapted, expert[index])
-    return rows._replace(adapted=index, adapted_ends=adapted_ends, adapted_expert=which)
+    return rows._replace(adapted=index, adapted_ends=adapted_ends)
 
 
 def sum_of_rows(y: Tensor, place: Tensor) -> Tensor:

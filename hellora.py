@@ -132,7 +132,8 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         a, b = self.lora.factors(x.dtype)
-        y = super().forward(x) + (x @ a * self.lora.scale) @ b
+        y, z = super().forward(x), x @ a * self.lora.scale
+        y = torch.addmm(y.flatten(0, -2), z.flatten(0, -2), b).view_as(y)  # y + z @ b, in one pass
         if self.lora.magnitude is not None:
             y = y * self.lora.row_scale(self.weight).to(x.dtype)
         return y
@@ -155,7 +156,9 @@ class LoRAGroupedLinear(GroupedLinear):
         low = rows.matmul(z, b, rows.adapted_ends)  # [n, out]
         if self.lora.magnitude is not None:  # DoRA: (m / length) (y + low) = y + [(m / length) (y + low) - y]
             hot_y = rows.pick(y)
-            ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)[rows.adapted_expert]
+            ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)  # [k, out]
+            sizes = rows.adapted_ends.diff(prepend=rows.adapted_ends.new_zeros(1))
+            ratio = ratio.repeat_interleave(sizes, dim=0, output_size=len(low))  # [n, out]
             low = ratio * (hot_y + low) - hot_y
         return y + low if rows.adapted is None else y.index_add_(0, rows.adapted, low)  # y is ours to change
 
@@ -347,10 +350,7 @@ def attach_run(model: MoEModel, folder: Path) -> dict:
 
 
 def load_run(
-    folder: str | Path,
-    merged: bool = True,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    folder: str | Path, merged: bool = True, dtype: torch.dtype = torch.float32, device: object = "cpu"
 ) -> tuple[MoEModel, Tokenizer, dict]:
     """A finished run of train.py: its model (adapters merged, or live), its tokenizer, and its run.json."""
     source = locate(read_run(Path(folder))["model"])
