@@ -1,0 +1,201 @@
+"""The benchmark's peers: transformers and PEFT, on the same tensors and behind the same call as our model."""
+
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from checkpoint import MoEConfig
+from paper.bench_worlds import ALPHA, RANK, World
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERT = ("gate_proj", "up_proj", "down_proj")
+
+
+class Peer(nn.Module):
+    """A transformers model that is called as ours is, so that train.train_step drives both."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that has the layers."""
+        return (self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model).model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict]:
+        """tokens, targets [B, T] -> the sum of the cross-entropy, and no routing."""
+        out = self.model(
+            input_ids=tokens, labels=targets, shift_labels=targets, num_items_in_batch=1, use_cache=False
+        )
+        return out.loss, {}
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new: int, stops: tuple[int, ...], batch_size: int
+    ) -> list[list[int]]:
+        """What generate.generate does, also with prompts of like length in a batch."""
+        done, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            width = max(len(prompts[i]) for i in chosen)
+            ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen])
+            real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+            out = self.model.generate(
+                input_ids=ids.to(self.device), attention_mask=real.to(self.device), do_sample=False,
+                max_new_tokens=max_new, eos_token_id=list(stops) or None, pad_token_id=0,
+            )  # fmt: skip
+            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
+                done[i] = row[: next((n for n, t in enumerate(row) if t in stops), max_new)]
+        return [done[i] for i in range(len(prompts))]
+
+
+def transformers_model(world: World, layout: Callable[[World, nn.Module], dict[str, Tensor]]) -> nn.Module:
+    """transformers' model on the world's tensors; `layout` says how the experts' are held."""
+    transformers.logging.set_verbosity_error()
+    if world.cfg.family != "olmoe":
+        raise ValueError(f"the peers are built for olmoe only, not for {world.cfg.family}")
+    unset = {"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}
+    config = transformers.AutoConfig.for_model(**world.hub | unset)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=world.dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        )
+    state = {}
+    for name in world.base:
+        parts = list(world.parts(name))
+        state |= dict(parts) if len(parts) == 1 else {}
+    model.load_state_dict(state | layout(world, model), assign=True)
+    with torch.device(world.device):  # its buffers are in no checkpoint
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.requires_grad_(False)
+
+
+def fused(world: World, model: nn.Module) -> dict[str, Tensor]:
+    """transformers 5: gate and up of all experts in one parameter. Only those two are copied."""
+    state = {}
+    for i in world.cfg.moe_layers:
+        ours, theirs = f"layers.{i}.moe.experts.", f"model.layers.{i}.mlp.experts."
+        halves = [world.base[f"{ours}{leaf}.weight"] for leaf in ("gate", "up")]
+        state[f"{theirs}gate_up_proj"] = torch.cat(halves, dim=1)  # [E, 2F, D]
+        state[f"{theirs}down_proj"] = world.base[f"{ours}down.weight"]
+    return state
+
+
+def one_by_one(world: World, model: nn.Module) -> dict[str, Tensor]:
+    """transformers 4: each expert a module, each matrix a Linear; views of our stacks."""
+    with torch.device("meta"):
+        for layer in model.model.layers:
+            layer.mlp = SparseMoeBlock(world.cfg)
+    model.config.model_type = "olmoe-in-transformers-4"  # else PEFT turns these targets into the fused ones
+    stacks = [name for name in world.base if ".experts." in name]
+    return {part: value for name in stacks for part, value in world.parts(name)}
+
+
+class ExpertMLP(nn.Module):
+    """transformers 4's OlmoeMLP."""
+
+    def __init__(self, cfg: MoEConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.dim, cfg.expert_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.expert_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.expert_dim, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, D] -> [n, D]"""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseMoeBlock(nn.Module):
+    """transformers 4's OlmoeSparseMoeBlock, operation by operation: every expert is visited, in turn."""
+
+    def __init__(self, cfg: MoEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.gate = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.experts = nn.ModuleList(ExpertMLP(cfg) for _ in range(cfg.n_experts))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        x = hidden.view(-1, self.cfg.dim)
+        weights = F.softmax(self.gate(x), dim=1, dtype=torch.float)
+        weights, selected = torch.topk(weights, self.cfg.top_k, dim=-1)
+        if self.cfg.norm_topk:
+            weights /= weights.sum(dim=-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        final = torch.zeros_like(x)
+        mask = F.one_hot(selected, num_classes=self.cfg.n_experts).permute(2, 1, 0)  # [E, K, M]
+        for e, expert in enumerate(self.experts):
+            choice, token = torch.where(mask[e])
+            current = x[None, token].reshape(-1, self.cfg.dim)
+            current = expert(current) * weights[token, choice, None]
+            final.index_add_(0, token, current.to(x.dtype))
+        return final.view_as(hidden)
+
+
+def with_lora(model: nn.Module, **targets: object) -> Peer:
+    """PEFT's LoRA of the paper's rank on `targets`, frozen elsewhere; A and B in fp32, as PEFT has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that transformers renames
+        return Peer(peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **targets)))
+
+
+def peft_fused(world: World) -> Peer:
+    """LoRA on all experts of the fused layout: the whole parameter, as PEFT cannot take a part of it.
+
+    gate and up share one A there: E * r * D numbers fewer a layer than ours.
+    """
+    parameters = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = transformers_model(world, fused)
+    return with_lora(model, target_modules=list(ATTENTION), target_parameters=parameters)
+
+
+def peft_v4(world: World, experts: dict[int, list[int]]) -> Peer:
+    """LoRA on these experts of the layout of transformers 4."""
+    places = "|".join(rf"{i}\.mlp\.experts\.({'|'.join(map(str, ids))})" for i, ids in experts.items())
+    experts_too = rf"({places})\.({'|'.join(EXPERT)})"
+    always = rf"\d+\.(self_attn\.({'|'.join(ATTENTION)})|mlp\.gate)"
+    model = transformers_model(world, one_by_one)
+    return with_lora(model, target_modules=rf".*layers\.({experts_too}|{always})")
+
+
+def everywhere(cfg: MoEConfig) -> dict[int, list[int]]:
+    """Every expert of every layer."""
+    return {i: list(range(cfg.n_experts)) for i in cfg.moe_layers}
+
+
+# name -> (how it is built, our method with as many trained numbers, numbers it has fewer than that)
+BUILDERS = {
+    "peft": (peft_fused, "lora", lambda cfg: len(cfg.moe_layers) * cfg.n_experts * RANK * cfg.dim),
+    "peft-v4-lora": (lambda world: peft_v4(world, everywhere(world.cfg)), "lora", lambda cfg: 0),
+    "peft-v4-hellora": (lambda world: peft_v4(world, world.experts), "hellora", lambda cfg: 0),
+}
+
+
+def plain(world: World) -> Peer:
+    """transformers alone: what merged adapters leave."""
+    return Peer(transformers_model(world, fused)).eval()
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A checkpoint, by transformers' own loader."""
+    transformers.logging.set_verbosity_error()
+    straight = {"device_map": str(device)} if device.type == "cuda" and find_spec("accelerate") else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **straight).to(device)
+
+
+def release() -> dict[str, str]:
+    """Versions."""
+    return {"transformers": transformers.__version__, "peft": peft.__version__}
