@@ -82,7 +82,7 @@ class Session:
 
     def step(self) -> float:
         """One whole training step, of ours and of a peer alike -> loss per token."""
-        return train_step(self.model, self.optimizer, [self.batch], 0.0, self.visits)[0]
+        return train_step(self.model, self.optimizer, self.batch, len(self.batch), 0.0, self.visits)[0]
 
     def begin(self, config: Configuration, expected: int, cfg: MoEConfig) -> dict:
         """Check the trained count, count operations, warm up, and measure memory: the row's first values."""

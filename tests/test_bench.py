@@ -26,7 +26,7 @@ def wide():
 
 def test_a_grouped_hellora_layer_takes_few_operations(wide):
     # Measured on a CPU; the bar is 240. 68 of them are its four RMSNorms, which CUDA has fused kernels for.
-    assert operations(ours(wide, "hellora"), wide) <= 258
+    assert operations(ours(wide, "hellora"), wide) <= 240
 
 
 def test_loops_over_all_experts_take_1_7_times_the_operations_of_loops_over_the_hot(wide):
