@@ -2,10 +2,12 @@
 
 python -m paper.reproduce params [--json]     every Params cell of Tables 2, 3, 5 and 7; seconds, no weights
 python -m paper.reproduce flops [--json]      adapter FLOPs a token, by formula and as counted
+python -m paper.reproduce methods [--json]    every method on the tiny model; runs what is missing, hours
 """
 
 import argparse
 import json
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from run import Parser, command, share_of_1
+from paper import methods
+from run import Parser, above_0, command, share_of_1
 
 RANK, ALPHA = 32, 64  # Table 1
 SMALL = {  # config.json of the model on which FLOPs are counted
@@ -162,14 +165,22 @@ def show_flops(row: dict) -> None:
 def main() -> None:
     """One table."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["params", "flops"])
+    p.add_argument("what", choices=["params", "flops", "methods"])
     p.add_argument("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
+    p.add_argument(
+        "--jobs",
+        type=above_0(int),
+        default=os.cpu_count(),
+        help="runs at a time for methods (default: one a core)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON in place of a table")
     args = p.parse_args()
     if args.what == "params":
         value, show = params(), show_params
-    else:
+    elif args.what == "flops":
         value, show = flops(args.share), show_flops
+    else:
+        value, show = methods.compare((*methods.MAIN, *methods.PLACEMENTS), args.jobs), methods.show
     print(json.dumps(value, indent=1)) if args.json else show(value)
 
 

@@ -1,10 +1,12 @@
 """The paper's Params cells and FLOPs, from the command that prints them."""
 
 import json
+import sys
 
 import pytest
 
-from paper import reproduce
+import job
+from paper import grid, methods, reproduce
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
 OLMOE = {
@@ -59,3 +61,60 @@ def test_the_command_prints_a_table_or_json(cli, what):
 
 def test_an_unknown_table_is_refused(cli):
     assert cli("paper.reproduce", "table9")[0] == 2
+
+
+# ---- grids of runs -------------------------------------------------------------------------------------
+
+
+def result(method, lr, seed, dev, test, loss=0.1):
+    accuracy = {"tiny-math-dev": dev, "tiny-math": test}
+    return {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy, "final_loss": loss, "trained": 7}
+
+
+def test_a_rate_is_chosen_on_dev_and_never_on_test():
+    tried = [result("lora", 1, 0, 0.5, 0.9), result("lora", 2, 0, 0.7, 0.1), result("lora", 3, 0, 0.6, 0.99)]
+    assert methods.chosen_rate(tried) == 2
+    tie = [result("lora", 1, 0, 0.7, 0.9, loss=0.2), result("lora", 2, 0, 0.7, 0.1, loss=0.1)]
+    assert methods.chosen_rate(tie) == 2
+
+
+def test_a_grid_runs_what_is_missing_at_the_best_rate_and_takes_masks_from_d_runs(monkeypatch):
+    """Which cells are asked for; what a cell shows is made up here, the runs themselves are train.py's."""
+    asked = []
+
+    def made_up(cells, jobs):
+        cells = list(cells)
+        asked.extend(cells)
+        return [
+            result(c.method, c.lr, c.seed, 0.9 if c.lr == 0.02 else 0.5, 0.8 + c.seed / 10) for c in cells
+        ]
+
+    monkeypatch.setattr(methods, "run_cells", made_up)
+    rows = methods.compare(("lori-d", "lori-s", "hellora"), jobs=1)
+    assert [r["method"] for r in rows] == ["lori-d", "lori-s", "hellora"]
+    assert {r["lr"] for r in rows} == {0.02}
+    assert rows[0]["accuracy"]["seeds"] == pytest.approx([0.8, 0.9, 1.0])
+    assert (rows[0]["accuracy"]["mean"], rows[0]["accuracy"]["std"]) == pytest.approx((0.9, 0.1))
+    for cell in asked:
+        assert (cell.mask is not None) == (cell.method == "lori-s")
+        if cell.mask:
+            assert (cell.mask.method, cell.mask.lr, cell.mask.seed) == ("lori-d", 0.02, cell.seed)
+
+
+@pytest.mark.parametrize("method", [*methods.MAIN, *methods.PLACEMENTS])
+def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
+    mask = grid.Cell(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
+    cell = grid.Cell(method, 0.005, 2, mask=mask)
+    monkeypatch.setattr(sys, "argv", cell.command())
+    args = job.parse_args("")
+    assert (args.method, args.lr, args.seed, args.no_eval) == (method, 0.005, 2, True)
+    assert args.out.name == cell.name == cell.result.stem
+    assert (args.mask_from is not None) == ("-s" in method)
+
+
+def test_committed_cells_say_what_they_are():
+    for path in grid.RESULTS.glob("*.json"):
+        shown = json.loads(path.read_text())
+        cell = grid.Cell(*(shown[name] for name in ("method", "lr", "seed", "k", "task")))
+        assert path.stem == cell.name
+        assert shown["problems"] == {"tiny-math": 500, "tiny-math-dev": 300}
