@@ -1,6 +1,7 @@
 """The command line of train.py, made into a job in which everything a user can get wrong has been checked."""
 
 import argparse
+import gc
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,7 @@ class Job:
 
     def build(self, method: Method | None = None, experts: dict[int, list[int]] | None = None) -> MoEModel:
         """The model with `method`'s adapters (None: the base): shapes, then adapters, only then values."""
+        gc.collect()  # models hold themselves in cycles: the last one goes before this one comes
         dtype = DTYPES[self.settings["dtype"]]
         stored = torch.float32 if method and method.train_base else dtype  # full fine-tuning: fp32 masters
         model = empty_model(self.cfg, dtype, self.matmul).to(stored).requires_grad_(False)
@@ -201,7 +203,6 @@ class Job:
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that a user can get wrong, before anything is written, and read the data."""
     device, dtype = compute(args.device, args.dtype)
-    device = ranks.start(device)
     method, source = parse_method(args.method), locate(args.model)
     cfg, tokenizer = read_config(source), load_tokenizer(source)
     check_weights(cfg, Checkpoint(source))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Any = TypeVar("Any")
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # how long a rank waits for others: one may be loading, or saving
 
 
@@ -40,11 +40,12 @@ def start(device: torch.device) -> torch.device:
     if world() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        # every bar, wherever it is made: rank 0's are enough
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     return device
 
@@ -80,7 +81,7 @@ def wait() -> None:
         dist.barrier()
 
 
-def gathered(x: Any) -> list[Any]:
+def gathered(x: T) -> list[T]:
     """Every rank's x, in order of rank."""
     found = [x] * world()
     if world() > 1:
@@ -114,7 +115,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | No
 
 
 def traffic(model: nn.Module) -> int:
-    """Bytes that a rank gets from the others in a step of one micro-batch.
+    """Bytes that a rank gets from the others in a micro-batch (full), or in a step (none).
 
     full: a layer is put together in the forward and again in the backward pass, the rest (embedding, head)
     once, and each rank gets its part of the gradients' sum. none: a ring all-reduce of the gradients.

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 
 import ranks
-from ranks import rank
 
 
 def command(main: Callable[[], None]) -> NoReturn:
@@ -41,7 +40,7 @@ def _fail(error: Exception) -> int:
     """Print the error as one line; the exit code 2."""
     if os.environ.get("HELLORA_TRACEBACK"):  # for whoever suspects a fault of ours behind the message
         raise error
-    who = f"rank {rank()}: " if rank() else ""
+    who = f"rank {ranks.rank()}: " if ranks.rank() else ""
     print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
@@ -126,7 +125,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool 
     Only rank 0 writes, unless `every_rank` wants the file for itself. Raises OSError, whatever error of its
     own the writing library has for a full disk.
     """
-    if rank() and not every_rank:
+    if ranks.rank() and not every_rank:
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
@@ -228,7 +227,7 @@ def lock(folder: Path) -> IO:
 
     Rank 0 does it for all.
     """
-    if rank():
+    if ranks.rank():
         return Path(os.devnull).open()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +255,7 @@ class Metrics:
             with suppress(ValueError):  # the last line may be torn
                 kept += [line] if json.loads(line)["step"] <= step else []
         write_atomically(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
-        self.file = (Path(os.devnull) if rank() else path).open("a", buffering=1)
+        self.file = (Path(os.devnull) if ranks.rank() else path).open("a", buffering=1)
 
     def add(self, **values: float) -> None:
         """Append one line."""
@@ -295,11 +294,13 @@ def sha256(*paths: Path) -> str:
 def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Where and in what numbers to compute: the asked, or cuda if there is one; bf16 there, fp32 on cpu.
 
+    Of several ranks each joins the others here, and gets a device of its own.
+
     Raises ValueError for cuda on a machine without it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch finds no GPU here: want --device cpu, or a CUDA build of torch"
         )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = ranks.start(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     return device, DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]

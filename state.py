@@ -19,6 +19,7 @@ from moe_model import MoEModel
 from run import write_atomically
 
 LAST, BEFORE = "state.safetensors", "state-before.safetensors"
+NEW = f"new-{LAST}"  # has this name for a moment; found there after a stop, it is the newest
 WEIGHTS = "weights"  # a save's tensors are weights/NAME, and for each of AdamW's values KEY/NAME
 
 
@@ -32,32 +33,30 @@ class Save(NamedTuple):
         """sha256 of all of it."""
         digest = hashlib.sha256(str(self.step).encode())
         for name, t in sorted(self.tensors.items()):
-            digest.update(name.encode())
+            digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
             digest.update(t.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
 def save(folder: Path, step: int, model: MoEModel, optimizer: torch.optim.Optimizer) -> None:
-    """Write it; the save before this one stays. Every rank must take part; rank 0 writes."""
+    """Write it; the save before this one stays. Every rank must take part; rank 0 writes, the others wait."""
     tensors = {f"{WEIGHTS}/{name}": t for name, t in hellora.snapshot(model).items()}
     for name, param in model.named_parameters():
         for key, t in optimizer.state.get(param, {}).items():
             tensors[f"{key}/{name}"] = ranks.whole(t).cpu().contiguous()
-    if ranks.rank():
-        return
-    state, last = Save(step, tensors), folder / LAST
-    about = {"step": str(step), "sha256": state.checksum()}
-    new = folder / f"new-{LAST}"
-    write_atomically(new, lambda draft: save_file(tensors, draft, about))
-    if last.exists():
-        last.replace(folder / BEFORE)
-    new.replace(last)
+    if not ranks.rank():
+        about = {"step": str(step), "sha256": Save(step, tensors).checksum()}
+        write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, about))
+        if (folder / LAST).exists():
+            (folder / LAST).replace(folder / BEFORE)
+        (folder / NEW).replace(folder / LAST)
+    ranks.wait()  # a rank that ended now would have torchrun stop rank 0 while it writes
 
 
 def load(folder: Path) -> Save | None:
     """The last save that is sound; None if there is none at all. Raises ValueError if all are damaged."""
     damaged = []
-    for path in (folder / LAST, folder / BEFORE):
+    for path in (folder / NEW, folder / LAST, folder / BEFORE):
         if not path.exists():
             continue
         try:

@@ -193,7 +193,7 @@ def main() -> None:
     folder = run.choose_folder(job.settings, args.out, args.resume, args.override)
     folder = ranks.gathered(folder)[0]
     with run.lock(folder):
-        record = open_record(job, folder)
+        record = ranks.gathered(None if ranks.rank() else open_record(job, folder))[0]
         print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
         print(f"run folder   {folder}")
         run.write_json(folder / "run.json", record)
@@ -206,8 +206,8 @@ def main() -> None:
         name = job.settings["method"]
         print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
         if ranks.world() > 1:
-            gets = f"a rank gets {ranks.traffic(model):,} bytes from the others for each micro-batch"
-            print(f"{ranks.world()} ranks, --shard {job.shard}: {gets}")
+            per = f"{ranks.traffic(model):,} bytes a {'micro-batch' if ranks.is_cut(model) else 'step'}"
+            print(f"{ranks.world()} ranks, --shard {job.shard}: each gets {per} from the others")
         record |= {"adapted": experts, "trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)

@@ -108,6 +108,7 @@ def run_cells(cells: Iterable[Cell], jobs: int) -> list[dict]:
     missing = [cell for cell in cells if not cell.result.exists()]
     RESULTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="run", disable=not missing) as bar:
+        list(pool.map(train, {cell.mask for cell in missing if cell.mask}))  # once each, before all that ask
         waiting = {pool.submit(run_cell, cell): cell for cell in missing}
         try:
             for done in as_completed(waiting):

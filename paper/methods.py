@@ -21,8 +21,7 @@ PLACEMENTS = tuple(
 
 def rates(method: str) -> tuple[float, ...]:
     """The learning rates that are tried."""
-    frozen = "lori-" in method or "hellori-" in method
-    return RATES["lori"] if frozen else RATES.get(method, OTHER_RATES)
+    return RATES["lori"] if "lori-" in method else RATES.get(method, OTHER_RATES)
 
 
 def chosen_rate(results: list[dict]) -> float:

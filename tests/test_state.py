@@ -63,9 +63,38 @@ def test_a_damaged_save_is_passed_over_for_the_one_before(olmoe, tmp_path, how, 
         state.load(tmp_path)
 
 
-def test_between_two_renames_the_save_before_is_there(olmoe, tmp_path):
-    """save() renames the last save, then gives the new one its name: a kill may fall in between."""
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_kill_between_renames_loses_nothing_even_after_damage(olmoe, tmp_path, kills, monkeypatch):
+    """The worst case: the last save is damaged, and the one that follows is stopped between its renames."""
     model, optimizer = stepped(olmoe, 1)
     state.save(tmp_path, 1, model, optimizer)
-    (tmp_path / "state.safetensors").rename(tmp_path / "state-before.safetensors")
-    assert state.load(tmp_path).step == 1
+    state.save(tmp_path, 2, model, optimizer)
+    damage(tmp_path / "state.safetensors", "flipped")
+    rename, done = type(tmp_path).replace, []
+
+    def stopped(self, to):
+        if not self.name.startswith("."):
+            done.append(to)
+            if len(done) == kills:
+                raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(type(tmp_path), "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        state.save(tmp_path, 3, model, optimizer)
+    monkeypatch.undo()
+    assert state.load(tmp_path).step == 3
+    state.save(tmp_path, 4, model, optimizer)
+    assert state.load(tmp_path).step == 4
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"F32"', b'"I32"'), (b'"shape":[4,32]', b'"shape":[32,4]')])
+def test_a_changed_type_or_shape_is_damage(olmoe, tmp_path, old, new):
+    model, optimizer = stepped(olmoe, 1)
+    state.save(tmp_path, 1, model, optimizer)
+    path = tmp_path / "state.safetensors"
+    raw = path.read_bytes()
+    assert old in raw
+    path.write_bytes(raw.replace(old, new, 1))
+    with pytest.raises(ValueError, match="damaged"):
+        state.load(tmp_path)
