@@ -14,7 +14,7 @@ REGIMES = {  # name -> LoRA on all experts, on the hot ones
 
 def ratios(a: list[float], b: list[float]) -> dict[str, float] | None:
     """How many times faster b is than a, from seconds, round by round; None if either was not measured."""
-    each = [x / y for x, y in zip(a, b, strict=False)]
+    each = [x / y for x, y in zip(a, b, strict=False)]  # a time budget may end a round in its middle
     return {"median": median(each), "least": min(each), "most": max(each)} if each else None
 
 

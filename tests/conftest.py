@@ -92,3 +92,9 @@ def cli(monkeypatch, capfd):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def small_run(model, rows, *more):
+    """Flags of a run of train.py that takes seconds."""
+    flags = ["--model", model, "--task", "tiny-math", "--data", rows, "--rank", 4, "--k", 2, *more]
+    return [str(flag) for flag in flags]

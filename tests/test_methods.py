@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import HUB, write_checkpoint, write_rows
+from conftest import HUB, small_run, write_checkpoint, write_rows
 from safetensors.torch import load_file
 from test_hellora import adapted, logits
 from test_train import ROWS
@@ -142,21 +142,7 @@ def test_a_mask_does_not_depend_on_the_order_of_modules_and_breaks_ties_exactly(
 def quick(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    return [
-        "--model",
-        toy,
-        "--task",
-        "tiny-math",
-        "--data",
-        rows,
-        "--no-eval",
-        "--rank",
-        4,
-        "--k",
-        2,
-        "--steps",
-        4,
-    ]
+    return small_run(toy, rows, "--no-eval", "--steps", 4)
 
 
 @pytest.mark.parametrize(

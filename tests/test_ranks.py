@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_rows
+from conftest import ROOT, small_run, write_rows
 from safetensors.torch import load_file
 
 ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"} for n in range(13)]
@@ -19,23 +19,10 @@ def ranks(toy, tmp_path):
     """ranks(n, {folder: flags}): train.py with each of these flags, on n processes -> {folder: metrics}."""
     rows, few = write_rows(tmp_path / "rows.jsonl", ROWS), write_rows(tmp_path / "few.jsonl", ROWS[:5])
     # 13 rows in steps of 5: the last step of an epoch has 3, less than the 4 ranks there may be
-    always = [
-        "--model",
-        toy,
-        "--task",
-        "tiny-math",
-        "--data",
-        rows,
-        "--eval-data",
-        few,
-        "--rank",
-        4,
-        "--k",
-        2,
-    ]
-    always += ["--batch-size", 5, "--epochs", 2, "--micro-batch", 2, "--lr", 0.005]
+    steps = ["--batch-size", 5, "--epochs", 2, "--micro-batch", 2, "--lr", 0.005]
+    always = small_run(toy, rows, "--eval-data", few, *steps)
 
-    def run(n, flags_of, expect=0):
+    def run(n, flags_of):
         lines = [[*always, *flags, "--out", tmp_path / out] for out, flags in flags_of.items()]
         todo = tmp_path / "todo.json"
         todo.write_text(json.dumps([[str(word) for word in line] for line in lines]))
@@ -43,8 +30,7 @@ def ranks(toy, tmp_path):
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         words = [sys.executable, *(launch if n > 1 else []), ROOT / "tests" / "ranks_driver.py", todo]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-        assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:] + done.stdout[-2000:]
-        run.output = done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
         return {out: read(tmp_path / out) for out in flags_of}
 
     return run

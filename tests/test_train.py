@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, write_rows
+from conftest import ROOT, small_run, write_rows
 from safetensors.torch import load_file
 
 import state
@@ -26,20 +26,7 @@ def quick(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
-    return [
-        "--model",
-        toy,
-        "--task",
-        "tiny-math",
-        "--data",
-        rows,
-        "--eval-data",
-        few,
-        "--rank",
-        "4",
-        "--k",
-        "2",
-    ]
+    return small_run(toy, rows, "--eval-data", few)
 
 
 def losses(folder):
