@@ -219,31 +219,22 @@ class HotList:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--model", default="tiny", help="tiny, a backbone's name, a folder, or a Hub id (default tiny)"
-    )
-    p.add_argument(
-        "--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)"
-    )
-    p.add_argument("--data", type=Path, help="rows in place of the task's training split")
-    p.add_argument("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
-    p.add_argument(
-        "--coverage", type=share_of_1, help="in place of --k: the fewest experts with this share of visits"
-    )
-    p.add_argument("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
-    p.add_argument(
-        "--score", choices=["count", "gate"], default="count", help="visits, or mean routing weight"
-    )
-    p.add_argument(
-        "--share", type=share_of_1, default=0.1, help="share of the split to look at (default 0.1)"
-    )
-    p.add_argument("--seed", type=seed_number, default=0, help="picks that share (default 0)")
-    p.add_argument(
-        "--batch-size", type=above_0(int), default=16, help="examples in one forward pass (default 16)"
-    )
-    p.add_argument("--out", type=Path, help="write hot_experts.json here")
-    p.add_argument("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
-    add_compute_flags(p.add_argument)
+    add = p.add_argument
+    # fmt: off
+    add("--model", default="tiny", help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
+    add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
+    add("--data", type=Path, help="rows in place of the task's training split")
+    add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
+    add("--coverage", type=share_of_1, help="in place of --k: the fewest experts with this share of visits")
+    add("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
+    add("--score", choices=["count", "gate"], default="count", help="visits, or mean routing weight")
+    add("--share", type=share_of_1, default=0.1, help="share of the split to look at (default 0.1)")
+    add("--seed", type=seed_number, default=0, help="picks that share (default 0)")
+    add("--batch-size", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
+    add("--out", type=Path, help="write hot_experts.json here")
+    add("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
+    # fmt: on
+    add_compute_flags(add)
     return p.parse_args()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from checkpoint import locate
 from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
-from ranks import put, whole
+from ranks import on_rank_0, put, whole
 from run import read_run, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -300,11 +300,6 @@ def adapter_state(model: MoEModel) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if ".lora." in name}
 
 
-def snapshot(model: MoEModel) -> dict[str, Tensor]:
-    """The adapter_state in one piece, on the CPU. Every rank must ask at the same time."""
-    return {name: whole(value).cpu().contiguous() for name, value in adapter_state(model).items()}
-
-
 @torch.no_grad()
 def fill(model: MoEModel, saved: dict[str, Tensor]) -> None:
     """Put an adapter_state back. Raises ValueError unless it has exactly the model's names and shapes."""
@@ -317,8 +312,8 @@ def fill(model: MoEModel, saved: dict[str, Tensor]) -> None:
 
 
 def save_adapter(folder: Path, model: MoEModel) -> None:
-    """adapter.safetensors: what `fill` takes."""
-    state = snapshot(model)
+    """adapter.safetensors: what `fill` takes. Every rank must take part."""
+    state = on_rank_0(adapter_state(model))
     write_atomically(folder / "adapter.safetensors", lambda draft: save_file(state, draft))
 
 

@@ -9,9 +9,10 @@ this does nothing. Two ways to share the work (--shard):
 """
 
 import functools
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -81,12 +82,22 @@ def wait() -> None:
         dist.barrier()
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it was raised because another rank is no longer there."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def gathered(x: T) -> list[T]:
     """Every rank's x, in order of rank."""
     found = [x] * world()
     if world() > 1:
         dist.all_gather_object(found, x)
     return found
+
+
+def once(do: Callable[[], T]) -> T:
+    """What rank 0 gets from doing it, for all; the others wait for that."""
+    return gathered(None if rank() else do())[0]
 
 
 def sum_gradients(params: Iterable[nn.Parameter]) -> None:
@@ -106,12 +117,11 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | No
     dtype: what trained weights are sent and computed in (full fine-tuning); None: as they are stored, which
     is right for a frozen bf16 base with fp32 adapters. Gradients are added up in float32.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in (*layers, model):
-        fully_shard(layer, mp_policy=policy)
-    register_fsdp_forward_method(model, "trunk")
+    for part in (*layers, model):
+        fully_shard(part, mp_policy=policy)
 
 
 def traffic(model: nn.Module) -> int:
@@ -120,10 +130,14 @@ def traffic(model: nn.Module) -> int:
     full: a layer is put together in the forward and again in the backward pass, the rest (embedding, head)
     once, and each rank gets its part of the gradients' sum. none: a ring all-reduce of the gradients.
     """
-    size = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
-    again = sum(n_bytes for name, n_bytes in size.items() if name.startswith("layers."))
-    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    all_of_it = sum(size.values()) + again + gradients if is_cut(model) else 2 * gradients
+    cut, all_of_it = is_cut(model), 0
+    all_trained = all(p.requires_grad for p in model.parameters())  # full fine-tuning is sent as computed
+    for name, p in model.named_parameters():
+        rows = -(-p.shape[0] // world()) * world() if cut else p.shape[0]  # FSDP2 sends parts of equal size
+        numel = rows * math.prod(p.shape[1:])
+        gathers = (2 if name.startswith("layers.") else 1) if cut else 0
+        all_of_it += gathers * numel * (model.dtype if all_trained else p.dtype).itemsize
+        all_of_it += (1 if cut else 2) * numel * 4 * p.requires_grad
     return all_of_it * (world() - 1) // world()
 
 
@@ -140,6 +154,19 @@ def first_row(t: Tensor) -> int:
 def whole(t: Tensor) -> Tensor:
     """All rows of t. Every rank must ask at the same time."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def on_rank_0(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in one piece each, on the CPU; nothing for the others. Every rank must take part.
+
+    One after another: beside its own rows a rank holds one of them at most, but for rank 0.
+    """
+    found = {}
+    for name, t in tensors.items():
+        in_one = whole(t)
+        if not rank():
+            found[name] = in_one.cpu().contiguous()
+    return found
 
 
 def put(t: Tensor, value: Tensor) -> None:

@@ -65,6 +65,23 @@ def deferred_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def advice(micro_batch: int) -> Iterator[None]:
+    """Have what torch raises for a fault of the machine end in one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        go_on = "the same command goes on from the last save"
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            smaller = f"--micro-batch {micro_batch // 2}" if micro_batch > 1 else "--recompute"
+            raise OSError(
+                f"out of memory with --micro-batch {micro_batch}: {go_on}; add {smaller}"
+            ) from error
+        if ranks.is_lost(error):
+            raise OSError(f"another rank has ended, torchrun says which: {go_on}") from error
+        raise
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
 
 
@@ -134,10 +151,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool 
             os.fsync(file.fileno())
         draft.chmod(0o644)  # safetensors makes its files private
         draft.replace(path)
+        sync_names(path.parent)
     except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' for a failed write
         raise OSError(f"{path} could not be written ({error}): is the disk full?") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sync_names(folder: Path) -> None:
+    """Bring to disk which names the files of `folder` have now: a power cut may otherwise undo a rename."""
+    names = os.open(folder, os.O_RDONLY)
+    os.fsync(names)
+    os.close(names)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -222,10 +247,17 @@ def _list(differ: list[str]) -> str:
     return f" ({'; '.join(differ)})" if differ else ""
 
 
+def check_shared(folder: Path) -> None:
+    """Raise OSError on a rank that does not see the run's folder: a node with a disk of its own."""
+    ranks.wait()  # until rank 0 has written there
+    if not (folder / "run.json").exists():
+        raise OSError(f"{folder.resolve()} is not there on this node: want a --out that all nodes share")
+
+
 def lock(folder: Path) -> IO:
     """Claim `folder` until the returned file is closed. Raises ValueError if another process has it.
 
-    Rank 0 does it for all.
+    Rank 0 does it for all. What a killed process has left half written is deleted.
     """
     if ranks.rank():
         return Path(os.devnull).open()
@@ -240,6 +272,8 @@ def lock(folder: Path) -> IO:
         raise ValueError(
             f"another process is running in {folder}: wait for it, or choose another --out"
         ) from error
+    for draft in folder.glob(".*.draft"):
+        draft.unlink()
     return file
 
 

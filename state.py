@@ -16,7 +16,7 @@ from torch import Tensor
 import hellora
 import ranks
 from moe_model import MoEModel
-from run import write_atomically
+from run import sync_names, write_atomically
 
 LAST, BEFORE = "state.safetensors", "state-before.safetensors"
 NEW = f"new-{LAST}"  # has this name for a moment; found there after a stop, it is the newest
@@ -40,16 +40,17 @@ class Save(NamedTuple):
 
 def save(folder: Path, step: int, model: MoEModel, optimizer: torch.optim.Optimizer) -> None:
     """Write it; the save before this one stays. Every rank must take part; rank 0 writes, the others wait."""
-    tensors = {f"{WEIGHTS}/{name}": t for name, t in hellora.snapshot(model).items()}
+    tensors = {f"{WEIGHTS}/{name}": t for name, t in hellora.adapter_state(model).items()}
     for name, param in model.named_parameters():
-        for key, t in optimizer.state.get(param, {}).items():
-            tensors[f"{key}/{name}"] = ranks.whole(t).cpu().contiguous()
+        tensors |= {f"{key}/{name}": t for key, t in optimizer.state.get(param, {}).items()}
+    tensors = ranks.on_rank_0(tensors)
     if not ranks.rank():
         about = {"step": str(step), "sha256": Save(step, tensors).checksum()}
         write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, about))
         if (folder / LAST).exists():
             (folder / LAST).replace(folder / BEFORE)
         (folder / NEW).replace(folder / LAST)
+        sync_names(folder)
     ranks.wait()  # a rank that ended now would have torchrun stop rank 0 while it writes
 
 

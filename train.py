@@ -130,7 +130,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
     size, seed = job.settings["batch_size"], job.settings["seed"]
     n_steps, start = job.n_steps, state.resume(folder, model, optimizer)
-    metrics, skipped = run.Metrics(folder, start), 0
+    metrics, skipped = run.Metrics(folder, start), []
     with run.deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
         for step in range(start, n_steps):
             began = time.perf_counter()
@@ -138,23 +138,27 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             examples = examples_of_step(job.data, step, size, seed)
             balance, micro_batch = job.settings["balance"], job.micro_batch
             loss, norm = train_step(model, optimizer, examples, micro_batch, balance, visits)
-            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-            if skipped > MAX_SKIPPED:
-                raise ValueError(f"the loss is {loss} at step {step + 1}, and was before: want a lower --lr")
+            if not math.isfinite(loss + norm):
+                skipped.append(step)
+                if skipped[-1 - MAX_SKIPPED :] == [*range(step - MAX_SKIPPED, step + 1)]:
+                    raise ValueError(
+                        f"no finite loss or gradient in {MAX_SKIPPED + 1} steps: want a lower --lr"
+                    )
 
-            rate = len(examples) / (time.perf_counter() - began)
+            spent = time.perf_counter() - began
             n_tokens = sum(len(e.ids) for e in examples)
-            tokens_per_s = rate * n_tokens / len(examples)
-            metrics.add(
-                step=step + 1, loss=loss, grad_norm=norm, lr=lr, samples_per_s=rate, tokens_per_s=tokens_per_s
-            )
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} samples/s")
+            rates = {"samples_per_s": len(examples) / spent, "tokens_per_s": n_tokens / spent}
+            metrics.add(step=step + 1, loss=loss, grad_norm=norm, lr=lr, **rates)
+            note = f", {len(skipped)} skipped" if skipped else ""
+            bar.set_postfix_str(f"loss {loss:.3f}, {rates['samples_per_s']:.0f} samples/s{note}")
             bar.update()
             asked_all = ranks.largest(len(asked), model.device)
             if asked_all or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
                 state.save(folder, step + 1, model, optimizer)
             if asked_all:
                 raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
+    if skipped:
+        print(f"{len(skipped)} of the steps had no finite loss or gradient, and changed nothing")
     held = [t for values in optimizer.state.values() for t in values.values()]
     print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
     return visits.gather() if visits.counts else visits
@@ -190,17 +194,22 @@ def main() -> None:
     """Score the base, catch, attach, train, save, merge, score."""
     args = parse_args(__doc__)
     job = prepare(args)
-    folder = run.choose_folder(job.settings, args.out, args.resume, args.override)
-    folder = ranks.gathered(folder)[0]
-    with run.lock(folder):
-        record = ranks.gathered(None if ranks.rank() else open_record(job, folder))[0]
+    folder = ranks.once(lambda: run.choose_folder(job.settings, args.out, args.resume, args.override))
+    with run.lock(folder), run.advice(job.micro_batch):
+        record = ranks.once(lambda: open_record(job, folder))
         print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
         print(f"run folder   {folder}")
         run.write_json(folder / "run.json", record)
+        run.check_shared(folder)
         if job.tests and "base_accuracy" not in run.read_results(folder).get(job.settings["task"], {}):
             score(job, job.build(), folder, "base")
 
         experts = catch(job, folder)
+        adapted = {str(layer): ids for layer, ids in experts.items()}  # as JSON has it
+        if record.setdefault("adapted", adapted) != adapted:
+            raise ValueError(
+                f"{folder / 'hot_experts.json'} changed since training began: want another --out"
+            )
         model = job.build(job.method, experts)
         trained, stored = hellora.count_params(model, job.method)
         name = job.settings["method"]
@@ -208,7 +217,7 @@ def main() -> None:
         if ranks.world() > 1:
             per = f"{ranks.traffic(model):,} bytes a {'micro-batch' if ranks.is_cut(model) else 'step'}"
             print(f"{ranks.world()} ranks, --shard {job.shard}: each gets {per} from the others")
-        record |= {"adapted": experts, "trained": trained, "stored": stored}
+        record |= {"trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)
         hellora.save_adapter(folder, model)

@@ -64,13 +64,17 @@ def olmoe(tmp_path):
     return write_checkpoint(tmp_path / "olmoe", HUB["olmoe"])
 
 
-@pytest.fixture
-def toy(tmp_path):
+def toy_in(folder):
     """A random checkpoint that speaks the tiny model's language: everything train.py needs, and quick."""
     hub = HUB["olmoe"] | {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023}
-    folder = write_checkpoint(tmp_path / "toy", hub)
-    shutil.copy(ROOT / "tiny" / "tokenizer.json", folder)
-    return folder
+    toy = write_checkpoint(folder / "toy", hub)
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", toy)
+    return toy
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return toy_in(tmp_path)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """python -m torch.distributed.run --nproc-per-node N tests/ranks_driver.py FILE
 
-Runs train.py several times in one group of processes, as starting a group takes longer than a short run. FILE
-is a JSON list of command lines.
+Runs train.py several times in one group of processes, as starting a group takes longer than a short run.
+FILE is a JSON list of command lines. Each run's folder gets counted.json: the bytes that rank 0 got from the
+others in the training loop's collectives, if they go round in a ring, and what ranks.traffic had said; and the
+bytes that each rank read to load the model.
 """
 
 import json
@@ -11,8 +13,54 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import job
+import ranks
 import train
+
+IN_A_RING = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}  # times size * (N - 1) / N
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes of collectives as PyTorch is asked for them."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        namespace, _, name = op.name().partition("::")
+        if namespace == "c10d" and name in IN_A_RING:
+            tensors = [t for a in args[:2] for t in (a if isinstance(a, list) else [a]) if torch.is_tensor(t)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            self.bytes += IN_A_RING[name] * size * (ranks.world() - 1) / ranks.world()
+        return op(*args, **(kwargs or {}))
+
+
+def loading(model, source, device):
+    """job.load_weights, watched."""
+    before = bytes_read()
+    load_weights(model, source, device)
+    read.append(bytes_read() - before)
+
+
+def bytes_read():
+    """By this process so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def fitting(model, job, folder):
+    """train.fit, watched."""
+    with Wire() as wire:
+        visits = fit(model, job, folder)
+    counted = {"sent": wire.bytes, "said": ranks.traffic(model), "read": ranks.gathered(read[-1])}
+    if not ranks.rank():
+        (folder / "counted.json").write_text(json.dumps(counted))
+    return visits
+
+
+read = []
+fit, train.fit = train.fit, fitting
+load_weights, job.load_weights = job.load_weights, loading
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

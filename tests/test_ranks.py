@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, small_run, write_rows
 from safetensors.torch import load_file
 
+import state
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"} for n in range(13)]
 METHODS = ["fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"]
 
@@ -26,9 +33,8 @@ def ranks(toy, tmp_path):
         lines = [[*always, *flags, "--out", tmp_path / out] for out, flags in flags_of.items()]
         todo = tmp_path / "todo.json"
         todo.write_text(json.dumps([[str(word) for word in line] for line in lines]))
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        words = [sys.executable, *(launch if n > 1 else []), ROOT / "tests" / "ranks_driver.py", todo]
+        words = [*(LAUNCH + [str(n)] if n > 1 else LAUNCH[:1]), ROOT / "tests" / "ranks_driver.py", todo]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
         return {out: read(tmp_path / out) for out in flags_of}
@@ -105,3 +111,93 @@ def test_what_two_ranks_saved_one_goes_on_from_and_the_reverse(ranks, tmp_path, 
         record = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(record | {"finished": False}))
         same(ranks(second, {out: ["--shard", shard]})[out], whole, 1e-5)
+
+
+@pytest.mark.slow
+def test_bytes_read_and_sent_are_those_that_were_said(ranks, toy, tmp_path):
+    """5 %: besides parameters and gradients there are a few numbers to agree on, and the catcher's counts.
+
+    On two ranks three experts are cut into two and one: parts of equal size are sent all the same. To load the
+    model each rank reads its own half of it alone; the 2 % are what reading the count itself takes.
+    """
+    weights = (toy / "model.safetensors").stat().st_size
+    few = ["--batch-size", 4, "--micro-batch", 1, "--epochs", 1, "--k", 3, "--no-eval"]
+    cases = {
+        f"{m}-{s}": ["--method", m, "--shard", s, *few] for m in ("fft", "hellora") for s in ("full", "none")
+    }
+    ranks(2, cases | {"fft-bf16": ["--method", "fft", "--shard", "full", "--dtype", "bf16", *few]})
+    for out in (*cases, "fft-bf16"):
+        got = json.loads((tmp_path / out / "counted.json").read_text())
+        times = 4 if out.endswith("none") else 7  # steps; micro-batches, as the last step has but one row
+        assert got["sent"] == pytest.approx(times * got["said"], rel=0.05), out
+        assert max(got["read"]) <= (0.52 if "full" in out else 1.02) * weights, out
+
+
+@pytest.fixture
+def two(toy, tmp_path):
+    """two(folder): train.py started on two ranks, or on as many as one says."""
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    words = small_run(toy, rows, "--batch-size", 5, "--steps", 400, "--no-eval", "--catcher", "forward")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+    def run(out, n=2):
+        command = [*(LAUNCH + [str(n)] if n > 1 else LAUNCH[:1]), ROOT / "train.py", *words, "--out", out]
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=tmp_path,
+            env=env,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def until_step(n, folder, child):
+    """Wait until a run has done n steps."""
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < n:
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.02)
+
+
+def process_of_rank(n, launcher):
+    """The process id of rank n of a torchrun."""
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={n}\0" in Path(f"/proc/{pid}/environ").read_text():
+            return int(pid)
+    raise AssertionError("torchrun has no such child")
+
+
+def ended(child, seconds=60):
+    """Exit code, stdout and stderr of a process that has to end in time. A minute: so has a rank that lost another."""
+    out, err = child.communicate(timeout=seconds)
+    return child.returncode, out, err
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_within_a_minute_and_a_stop_is_saved(two, tmp_path):
+    assert ended(two("whole", 1), 240)[0] == 0
+    child = two("parts")
+    until_step(5, tmp_path / "parts", child)
+    os.kill(process_of_rank(1, child), signal.SIGKILL)
+    code, _, err = ended(child)
+    assert code != 0
+    assert "another rank has ended, torchrun says which: the same command goes on" in err
+    assert re.search(r"rank\s*: 1 .*exitcode\s*: -9", err, re.S), err  # torchrun's report
+
+    child = two("parts")
+    until_step(20, tmp_path / "parts", child)
+    other = two("parts")  # two runs in one folder: the second is refused, and none of its ranks stays
+    assert "another process is running in parts" in ended(other, 240)[2]
+    child.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in ended(child)[2]
+    saved = state.load(tmp_path / "parts").step
+    assert saved >= 20
+
+    code, out, err = ended(two("parts", 1), 240)
+    assert code == 0, err
+    assert f"going on after step {saved}" in out
+    got, want = (read(tmp_path / name)[0] for name in ("parts", "whole"))
+    assert got[:100] == pytest.approx(want[:100], abs=1e-4, rel=1e-4)  # rounding grows from step to step

@@ -1,0 +1,117 @@
+"""python tests/faults_driver.py
+
+Runs train.py in forked children, each with a real fault at a set moment. Reads trials, each a line of JSON:
+{"words": command line, "fault": a FAULTS name or none, "where": a WHERE name, "at": n}. The fault comes
+before the nth line of Python run there. Answers with a line: {"code", "out", "err", "lines": {where: n}}.
+
+Forked, as importing torch takes longer than such a run.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import run
+import state
+import train
+
+ROOT = Path(__file__).parent.parent
+WHERE = {  # the innermost function of these that is running -> what the moment is called
+    train.main.__code__: "between",
+    train.catch.__code__: "catcher",
+    train.train_step.__code__: "step",
+    state.save.__code__: "save",
+}
+
+
+def fill_disk():
+    """From now on no file can grow beyond 4 kB: a write fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def fill_memory():
+    """From now on the process gets no more memory than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+
+
+FAULTS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "full disk": fill_disk,
+    "full memory": fill_memory,
+}
+
+
+def watch(fault, where, at, lines):
+    """A trace function that counts the lines run in each place, and brings the fault in time.
+
+    Lines of this repository and of safetensors; all of torch's as well would take minutes.
+    """
+    inside = ["start"]
+
+    def trace(frame, event, _arg):
+        name = WHERE.get(frame.f_code)
+        if event == "call" and name:  # a warm-up's steps are the catcher's
+            inside.append("catcher" if inside[-1] == "catcher" else name)
+        elif event == "return" and name:
+            inside.pop()
+        elif event == "line":
+            lines[inside[-1]] += 1
+            if fault and inside[-1] == where and lines[where] == at:
+                FAULTS[fault]()
+        return (
+            trace
+            if str(ROOT) in frame.f_code.co_filename or "safetensors" in frame.f_code.co_filename
+            else None
+        )
+
+    return trace
+
+
+def child(words, fault, where, at, place):
+    """Never returns: the forked process is the run."""
+    lines, code = Counter(), 1
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(place / name, os.O_CREAT | os.O_WRONLY), number)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as with a disk
+    sys.argv = ["train.py", *words]
+    try:
+        sys.settrace(watch(fault, where, at, lines))
+        run.command(train.main)
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.settrace(None)
+        sys.stdout.flush()
+        if fault != "full disk":
+            (place / "lines").write_text(json.dumps(lines))
+        os._exit(code)
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.zeros(1)], fused=True)  # imports much, once for all children
+    for line in sys.stdin:
+        trial = json.loads(line)
+        with tempfile.TemporaryDirectory() as place:
+            place = Path(place)
+            if not (pid := os.fork()):
+                child(trial["words"], trial.get("fault"), trial.get("where"), trial.get("at"), place)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            lines = json.loads((place / "lines").read_text()) if (place / "lines").exists() else {}
+            out, err = ((place / name).read_text() for name in ("out", "err"))
+        print(json.dumps({"code": code, "out": out, "err": err, "lines": lines}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
