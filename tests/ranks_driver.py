@@ -2,7 +2,7 @@
 
 Runs train.py several times in one group of processes, as starting a group takes longer than a short run.
 FILE is a JSON list of command lines. Each run's folder gets counted.json: the bytes that rank 0 got from the
-others in the training loop's collectives, if they go round in a ring, and what ranks.traffic had said; and the
+others in the training loop's collectives, if they go round in a ring, what ranks.traffic had said, and the
 bytes that each rank read to load the model.
 """
 

@@ -142,14 +142,8 @@ def two(toy, tmp_path):
 
     def run(out, n=2):
         command = [*(LAUNCH + [str(n)] if n > 1 else LAUNCH[:1]), ROOT / "train.py", *words, "--out", out]
-        return subprocess.Popen(
-            list(map(str, command)),
-            cwd=tmp_path,
-            env=env,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=env, **pipes)
 
     return run
 
@@ -171,7 +165,7 @@ def process_of_rank(n, launcher):
 
 
 def ended(child, seconds=60):
-    """Exit code, stdout and stderr of a process that has to end in time. A minute: so has a rank that lost another."""
+    """Exit code, stdout and stderr of a process that has to end in time: a minute if it lost a rank."""
     out, err = child.communicate(timeout=seconds)
     return child.returncode, out, err
 
