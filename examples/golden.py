@@ -33,6 +33,13 @@ def wave(shape: torch.Size, function: torch.nn.Module) -> torch.Tensor:
     return function((1 + i + 2 * r + 3 * c).double()).float().view(shape)
 
 
+def set_waves(model: MoEModel) -> None:
+    """Give every adapter of `model` its values by the formula, in place."""
+    for m in adapters(model).values():
+        m.lora.A.data = 0.1 * wave(m.lora.A.shape, torch.sin)
+        m.lora.B.data = 0.01 * wave(m.lora.B.shape, torch.cos)
+
+
 def golden() -> dict:
     """All numbers."""
     model, tokenizer = MoEModel.from_pretrained("tiny"), load_tokenizer(locate("tiny"))
@@ -61,9 +68,7 @@ def golden() -> dict:
     found["2 hot experts"] = hot
 
     attach(model, parse_method("hellora"), hot, RANK, ALPHA)
-    for m in adapters(model).values():
-        m.lora.A.data = 0.1 * wave(m.lora.A.shape, torch.sin)
-        m.lora.B.data = 0.01 * wave(m.lora.B.shape, torch.cos)
+    set_waves(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), LR, weight_decay=0.0)
     before = loss()

@@ -1,0 +1,240 @@
+"""The numbers of docs/walkthrough.md: one token's way through a HELLoRA layer of the embedded model.
+
+python -m paper.walkthrough        # measure, and write the page's blocks anew
+
+The page is its own template. A block that starts with "```text NAME" holds what the function NAME of BLOCKS
+prints; all else is prose and quoted code. Nothing is trained or drawn: A and B are examples/golden.py's
+waves. The terms are computed by hand, from the equations; test_walkthrough.py holds them to the modules.
+"""
+
+import re
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from catcher import Catcher, count_visits, visited_share
+from checkpoint import locate
+from data import TASKS, Encoded, collate, encode, load_examples
+from dispatch import Rows, sort_by_expert
+from examples.golden import ALPHA, COUNTED, RANK, K, set_waves
+from hellora import LowRank, attach, count_params, merge, parse_method
+from lori import lori_masks
+from moe_model import Block, MoEModel, Routing, load_balancing_loss, positions
+from run import command
+from tokenizer import load_tokenizer
+
+PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
+LAYER, TOKEN = 1, 14  # the layer and the place in the first training problem that are looked at
+
+
+class Scene(NamedTuple):
+    """A model with adapters, and what the chosen token meets in the chosen layer."""
+
+    model: MoEModel
+    layer: Block
+    data: list[Encoded]
+    word: str  # the token as text
+    visits: Catcher
+    hot: dict[int, list[int]]
+    attn_in: Tensor  # [D] what q, k and v read of the token
+    moe_in: Tensor  # [1, T, D] what router and experts read of all tokens
+    moe_out: Tensor  # [D] what the experts add to the token
+    routing: Routing  # of the layer
+    rows: Rows
+
+
+@cache
+@torch.no_grad()
+def scene() -> Scene:
+    """Count, choose, attach, and run the first problem up to the chosen layer."""
+    model, tokenizer = MoEModel.from_pretrained("tiny"), load_tokenizer(locate("tiny"))
+    examples = load_examples("tiny-math", TASKS["tiny-math"].train.fetch(), "plain")[:COUNTED]
+    data = encode(examples, tokenizer, model.cfg.max_len)
+    visits = count_visits(model, data, 16, "count")
+    hot = visits.choose(rule="hot", model="tiny", task="tiny-math", catcher="forward", score="count", k=K,
+                        coverage=None, seed=0).experts  # fmt: skip
+    attach(model, parse_method("hellora"), hot, RANK, ALPHA)
+    set_waves(model)
+
+    tokens, layer = torch.tensor([data[0].ids]), model.layers[LAYER]
+    at = positions(model.cfg, tokens.shape[1], None, model.device)
+    x = model.embed(tokens)
+    for before in model.layers[:LAYER]:
+        x, _ = before(x, at, None)
+    attn_in = layer.attn_norm(x)
+    moe_in = layer.mlp_norm(x + layer.attn(attn_in, at, None))
+    moe_out, routing = layer.moe(moe_in)
+    rows = sort_by_expert(routing.expert_ids[0], model.cfg.n_experts, layer.moe.adapted, layer.moe.matmul)
+    return Scene(model, layer, data, tokenizer.decode([data[0].ids[TOKEN]]), visits, hot, attn_in[0, TOKEN],
+                 moe_in, moe_out[0, TOKEN], routing, rows)  # fmt: skip
+
+
+def line(name: str, values: Tensor | list[float], more: str = "...") -> str:
+    """One line of a block: a name and the first four numbers."""
+    return f"{name:24s}" + " ".join(f"{v:+.3f}" for v in list(values)[:4]) + f" {more}".rstrip()
+
+
+def update(lora: LowRank, x: Tensor, i: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eq. 2 and 3 by hand for one vector [in]: A x [r] and scale * B (A x) [out]; i: which of a stack."""
+    a, b = (lora.A, lora.B) if i is None else (lora.A[i], lora.B[i])
+    return a @ x, lora.scale * (b @ (a @ x))
+
+
+def count(s: Scene) -> list[str]:
+    """Visits of the layer's experts."""
+    visits = s.visits.scores("count")[LAYER]
+    top = sorted(s.hot[LAYER], key=lambda e: -visits[e])
+    share = visited_share({LAYER: visits}, {LAYER: s.hot[LAYER]})[LAYER]
+    return [
+        f"{int(s.visits.n_tokens):,} tokens x {K} choices = {int(visits.sum()):,} visits in layer {LAYER}",
+        "most visited            " + "  ".join(f"{e}: {int(visits[e])}" for e in top),
+        f"hot experts             {s.hot[LAYER]}",
+        f"their share of visits   {share:.3f} (uniform: {K / s.model.cfg.n_experts:.3f})",
+    ]
+
+
+def freeze(s: Scene) -> list[str]:
+    """What is trained."""
+    trained, stored = count_params(s.model, parse_method("hellora"))
+    return [f"{trained:,} of {stored:,} numbers are trained ({trained / stored:.2%})"]
+
+
+def attention(s: Scene) -> list[str]:
+    """Eq. 3 in q."""
+    q = s.layer.attn.q
+    low, delta = update(q.lora, s.attn_in)
+    return [
+        line(f"x of {s.word!r}", s.attn_in, f"... {len(s.attn_in)} numbers"),
+        line("W x", q.weight @ s.attn_in),
+        line("A x", low, f"... {len(low)} numbers"),
+        line("(alpha / r) B (A x)", delta),
+        line("their sum", q.weight @ s.attn_in + delta),
+        line("what q returns", q(s.attn_in[None])[0]),
+    ]
+
+
+def choices(s: Scene) -> list[tuple[int, float, int]]:
+    """The token's choices: (expert, gate, row among those sorted by expert)."""
+    of = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], s.rows.place[TOKEN]
+    return list(zip(*(t.tolist() for t in of), strict=True))
+
+
+def router(s: Scene) -> list[str]:
+    """The token's experts."""
+    lines = ["expert   gate   row   is it hot?"]
+    for expert, gate, row in choices(s):
+        lines.append(f"{expert:6d}  {gate:.3f}  {row:4d}   {'hot' if expert in s.hot[LAYER] else '-'}")
+    n_tokens = s.moe_in.shape[1]
+    return [
+        *lines,
+        f"{n_tokens} tokens make {len(s.rows.token)} rows; {len(s.rows.adapted)} visit hot experts",
+    ]
+
+
+@torch.no_grad()
+def expert_out(s: Scene, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert by hand: gate without the update [F], gate [F], and down(silu(gate) * up) [D]."""
+    experts, i = s.layer.moe.experts, s.hot[LAYER].index(expert) if expert in s.hot[LAYER] else None
+
+    def linear(m: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        base = m.weight[expert] @ x
+        return base, base if i is None else base + update(m.lora, x, i)[1]
+
+    x = s.moe_in[0, TOKEN]
+    base, gate = linear(experts.gate, x)
+    return base, gate, linear(experts.down, F.silu(gate) * linear(experts.up, x)[1])[1]
+
+
+def expert(s: Scene) -> list[str]:
+    """A hot expert has an update, another none."""
+    lines = []
+    for kind in (True, False):
+        e = next(e for e, *_ in choices(s) if (e in s.hot[LAYER]) == kind)
+        base, gate, out = expert_out(s, e)
+        name = f"expert {e} ({'hot' if kind else 'not hot'})"
+        lines += [
+            name,
+            line("  gate: W x", base),
+            line("  gate: with its update", gate),
+            line("  its output", out),
+        ]
+    return lines
+
+
+def combine(s: Scene) -> list[str]:
+    """The weighted sum."""
+    total = sum(gate * expert_out(s, e)[2] for e, gate, _ in choices(s))
+    return [
+        f"sum of the {K} gates      {sum(gate for _, gate, _ in choices(s)):.3f}",
+        line("sum of gate x output", total),
+        line("what the layer adds", s.moe_out),
+    ]
+
+
+def mask(s: Scene) -> list[str]:
+    """Eq. 4 in q."""
+    q = s.layer.attn.q
+    kept = lori_masks({"q": q.lora.B}, 0.1, "matrix")["q"]
+    masked = q.lora.scale * (q.lora.B * kept) @ (q.lora.A @ s.attn_in)
+    return [
+        f"{int(kept.sum())} of {kept.numel()} entries of q's B are kept",
+        line("(alpha / r) B (A x)", update(q.lora, s.attn_in)[1]),
+        line("with B * mask for B", masked),
+    ]
+
+
+@torch.no_grad()
+def balance(s: Scene) -> list[str]:
+    """Eq. 1 over the first problems."""
+    batch = collate(s.data[:8], "cpu")
+    routing = s.model.trunk(batch.tokens)[1]
+    n, n_experts = int(batch.real.sum()) * len(routing), s.model.cfg.n_experts
+    visits = torch.cat([r.expert_ids[batch.real] for r in routing.values()]).flatten()
+    f = torch.bincount(visits, minlength=n_experts) / n
+    p = torch.cat([r.logits[batch.real] for r in routing.values()]).softmax(-1).mean(0)
+    return [
+        f"{n:,} tokens, those of all layers together",
+        line("f of experts 0 to 3", f, f"... sum {f.sum():.3f}"),
+        line("P of experts 0 to 3", p, f"... sum {p.sum():.3f}"),
+        f"E * sum of f P          {n_experts * (f * p).sum():.3f}",
+        f"load_balancing_loss     {load_balancing_loss(routing, batch.real):.3f} (least: {K})",
+    ]
+
+
+@torch.no_grad()
+def folded(s: Scene) -> list[str]:
+    """Logits with the adapters live, and folded in."""
+    tokens, merged = torch.tensor([s.data[0].ids]), deepcopy(s.model)
+    merge(merged)
+    return [
+        line("logits, adapters live", s.model(tokens)[0][0, TOKEN]),
+        line("logits, merged", merged(tokens)[0][0, TOKEN]),
+    ]
+
+
+BLOCKS = {f.__name__: f for f in (count, freeze, attention, router, expert, combine, mask, balance, folded)}
+
+
+def filled(page: str) -> str:
+    """The page with every block measured now."""
+    measured = {name: "\n".join(block(scene())) for name, block in BLOCKS.items()}
+    return re.sub(
+        r"^```text (\w+)\n.*?^```$",
+        lambda found: f"```text {found[1]}\n{measured[found[1]]}\n```",
+        page,
+        flags=re.M | re.S,
+    )
+
+
+def main() -> None:
+    """Write the page anew."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main)
