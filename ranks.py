@@ -124,21 +124,22 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | No
         fully_shard(part, mp_policy=policy)
 
 
-def traffic(model: nn.Module) -> int:
-    """Bytes that a rank gets from the others in a micro-batch (full), or in a step (none).
+def traffic(model: nn.Module, n: int, cut: bool) -> int:
+    """Bytes that each of n ranks gets from the others: in a micro-batch if `model` is cut up, else in a step.
 
-    full: a layer is put together in the forward and again in the backward pass, the rest (embedding, head)
-    once, and each rank gets its part of the gradients' sum. none: a ring all-reduce of the gradients.
+    Cut up, a layer is put together in the forward and again in the backward pass, the rest (embedding, head)
+    once, and each rank gets its part of the gradients' sum. Else the gradients go round in a ring, twice.
     """
-    cut, all_of_it = is_cut(model), 0
-    all_trained = all(p.requires_grad for p in model.parameters())  # full fine-tuning is sent as computed
-    for name, p in model.named_parameters():
-        rows = -(-p.shape[0] // world()) * world() if cut else p.shape[0]  # FSDP2 sends parts of equal size
-        numel = rows * math.prod(p.shape[1:])
-        gathers = (2 if name.startswith("layers.") else 1) if cut else 0
-        all_of_it += gathers * numel * (model.dtype if all_trained else p.dtype).itemsize
-        all_of_it += (1 if cut else 2) * numel * 4 * p.requires_grad
-    return all_of_it * (world() - 1) // world()
+    params = list(model.named_parameters())
+    full = all(p.requires_grad for _, p in params)  # full fine-tuning: weights are sent as they are computed
+    size = 0
+    for name, p in params:
+        numel = -(-p.shape[0] // n) * n * math.prod(p.shape[1:]) if cut else p.numel()  # parts of equal size
+        if cut:
+            times = 2 if name.startswith("layers.") else 1
+            size += times * numel * (model.dtype if full else p.dtype).itemsize
+        size += numel * 4 * p.requires_grad * (1 if cut else 2)
+    return size * (n - 1) // n
 
 
 def mine(t: Tensor) -> Tensor:

@@ -215,8 +215,9 @@ def main() -> None:
         name = job.settings["method"]
         print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
         if ranks.world() > 1:
-            per = f"{ranks.traffic(model):,} bytes a {'micro-batch' if ranks.is_cut(model) else 'step'}"
-            print(f"{ranks.world()} ranks, --shard {job.shard}: each gets {per} from the others")
+            n, cut = ranks.world(), ranks.is_cut(model)
+            per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
+            print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
         record |= {"trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)

@@ -52,7 +52,8 @@ def fitting(model, job, folder):
     """train.fit, watched."""
     with Wire() as wire:
         visits = fit(model, job, folder)
-    counted = {"sent": wire.bytes, "said": ranks.traffic(model), "read": ranks.gathered(read[-1])}
+    said = ranks.traffic(model, ranks.world(), ranks.is_cut(model))
+    counted = {"sent": wire.bytes, "said": said, "read": ranks.gathered(read[-1])}
     if not ranks.rank():
         (folder / "counted.json").write_text(json.dumps(counted))
     return visits

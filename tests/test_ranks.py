@@ -21,6 +21,11 @@ ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#
 METHODS = ["fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"]
 
 
+def launched(n):
+    """The words before a script that start it on n processes."""
+    return [sys.executable] if n == 1 else [*LAUNCH, str(n)]
+
+
 @pytest.fixture
 def ranks(toy, tmp_path):
     """ranks(n, {folder: flags}): train.py with each of these flags, on n processes -> {folder: metrics}."""
@@ -34,7 +39,7 @@ def ranks(toy, tmp_path):
         todo = tmp_path / "todo.json"
         todo.write_text(json.dumps([[str(word) for word in line] for line in lines]))
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        words = [*(LAUNCH + [str(n)] if n > 1 else LAUNCH[:1]), ROOT / "tests" / "ranks_driver.py", todo]
+        words = [*launched(n), ROOT / "tests" / "ranks_driver.py", todo]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
         return {out: read(tmp_path / out) for out in flags_of}
@@ -115,7 +120,7 @@ def test_what_two_ranks_saved_one_goes_on_from_and_the_reverse(ranks, tmp_path, 
 
 @pytest.mark.slow
 def test_bytes_read_and_sent_are_those_that_were_said(ranks, toy, tmp_path):
-    """5 %: besides parameters and gradients there are a few numbers to agree on, and the catcher's counts.
+    """5 %: besides parameters and gradients a few numbers are sent to agree on, and the catcher's counts.
 
     On two ranks three experts are cut into two and one: parts of equal size are sent all the same. To load the
     model each rank reads its own half of it alone; the 2 % are what reading the count itself takes.
@@ -141,7 +146,7 @@ def two(toy, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
     def run(out, n=2):
-        command = [*(LAUNCH + [str(n)] if n > 1 else LAUNCH[:1]), ROOT / "train.py", *words, "--out", out]
+        command = [*launched(n), ROOT / "train.py", *words, "--out", out]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=env, **pipes)
 

@@ -1,0 +1,132 @@
+"""What fits where, and what goes over the wire: arithmetic on the shapes alone, for any number of GPUs.
+
+python -m paper.plan --model mixtral-8x7b --gpus 8
+python -m paper.plan --page         writes the tables of docs/scaling.md anew
+
+Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW. Exact, but for two
+things: of activations only what --recompute keeps is counted, and nothing of what CUDA takes for itself.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+import hellora
+import ranks
+from catcher import check_k, default_k
+from checkpoint import BACKBONES, MoEConfig, locate, read_config
+from hellora import METHODS, parse_method
+from moe_model import MoEModel, empty_model
+from run import Parser, above_0, command
+
+PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of the GPUs there are
+FREE = 0.1  # of a card, left for what is not counted
+WIRES = {"NVLink, 450 GB/s": 450e9, "network, 400 Gbit/s": 50e9, "network, 25 Gbit/s": 3.125e9}
+HELD = ("weights", "gradients", "AdamW", "two layers and the rest, put together", "inputs of the layers")
+
+
+def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
+    """The model without memory, in the dtypes that training has."""
+    how = parse_method(method)
+    model = empty_model(cfg, torch.bfloat16).to(torch.float32 if how.train_base else torch.bfloat16)
+    experts = list(range(cfg.n_experts if how.rule == "all" else k))
+    hellora.attach(model, how, dict.fromkeys(cfg.moe_layers, experts), 32, 64)
+    return model
+
+
+def held(model: MoEModel, n: int, cut: bool, tokens: int) -> dict[str, int]:
+    """Bytes on each of n GPUs at the worst moment, `tokens` in a micro-batch.
+
+    Cut up, a GPU holds its n-th part, and besides the layer that is computed, the next one on its way, and
+    the rest (embedding, norm, head) in one piece.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    full = all(p.requires_grad for p in model.parameters())
+    sent = {name: p.numel() * (2 if full else p.element_size()) for name, p in model.named_parameters()}
+    rest = sum(size for name, size in sent.items() if not name.startswith("layers."))
+    layers = [
+        sum(s for name, s in sent.items() if name.startswith(f"layers.{i}."))
+        for i in range(len(model.layers))
+    ]
+    parts = n if cut else 1
+    inputs = len(model.layers) * tokens * model.cfg.dim * 2
+    sizes = (
+        stored // parts,
+        4 * trained // parts,
+        8 * trained // parts,
+        cut * (rest + 2 * max(layers)),
+        inputs,
+    )
+    return dict(zip(HELD, sizes, strict=True))
+
+
+def show(name: str, cfg: MoEConfig, method: str, k: int, n: int, tokens: int) -> str:
+    """A table: of several GPUs --shard full beside --shard none."""
+    model = shapes(cfg, method, k)
+    ways = {"--shard full": True, "--shard none": False} if n > 1 else {"one GPU": False}
+    columns = [held(model, n, cut, tokens) for cut in ways.values()]
+    wires = [ranks.traffic(model, n, cut) for cut in ways.values()]
+    adapts = f", k = {k}" if parse_method(method).rule not in (None, "all") else ""
+    sums = [sum(column.values()) for column in columns]
+    rows = [("", list(ways))]
+    rows += [(what, [f"{column[what] / 1e9:.2f}" for column in columns]) for what in HELD]
+    rows += [("together", [f"{total / 1e9:.2f}" for total in sums])]
+    rows += [("the smallest card for it, GB", [card(total) for total in sums])]
+    if n > 1:
+        rows += [("got from others: GB a micro-batch; a step", [f"{wire / 1e9:.3f}" for wire in wires])]
+        rows += [(f"  seconds by {wire}", [f"{w / rate:.3f}" for w in wires]) for wire, rate in WIRES.items()]
+    head = f"{name}, {method}{adapts}, {n} GPUs, {tokens:,} tokens a micro-batch; GB on each GPU"
+    return "\n".join(
+        [head, *(f"{what:44s}" + "".join(f"{cell:>14s}" for cell in cells) for what, cells in rows)]
+    )
+
+
+def card(size: float) -> str:
+    """GB of the smallest card on which that fits."""
+    return next((str(gb) for gb in CARDS if size <= (1 - FREE) * gb * 1e9), "none")
+
+
+def page(text: str) -> str:
+    """docs/scaling.md with each block that begins "```text FLAGS" made anew."""
+
+    def block(match: re.Match) -> str:
+        return f"```text {match[1]}\n{run(parse_args(match[1].split()))}\n```"
+
+    return re.sub(r"^```text (--model .*)\n(?:.*\n)*?```$", block, text, flags=re.M)
+
+
+def run(args: argparse.Namespace) -> str:
+    """What the flags ask for."""
+    cfg = BACKBONES[args.model].cfg if args.model in BACKBONES else read_config(locate(args.model))
+    k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
+    return show(args.model, cfg, args.method, k, args.gpus, args.tokens)
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--model", default="olmoe-1b-7b", help=f"{', '.join(BACKBONES)} (no download), or a folder")
+    add("--method", default="hellora", help=f"{', '.join(METHODS)}, and suffixes (default hellora)")
+    add("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
+    add("--gpus", type=above_0(int), default=1, metavar="N", help="default 1")
+    add("--tokens", type=above_0(int), default=8192, help="of a micro-batch, on each GPU (default 8192)")
+    add("--page", action="store_true", help="write the tables of docs/scaling.md anew")
+    return p.parse_args(words)
+
+
+def main() -> None:
+    """Print a plan, or write the page."""
+    args = parse_args()
+    if args.page:
+        PAGE.write_text(page(PAGE.read_text()))
+    else:
+        print(run(args))
+
+
+if __name__ == "__main__":
+    command(main)
