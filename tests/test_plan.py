@@ -15,7 +15,7 @@ def test_the_page_has_the_tables_that_the_command_makes():
 
 @pytest.mark.parametrize("method", ["fft", "lora", "hellora", "lori-d"])
 def test_what_a_gpu_holds_is_what_the_parameters_take(method):
-    """16 bytes for each trained number, with its gradient and AdamW; a frozen weight takes 2, a frozen A 4."""
+    """Each trained number takes 16 bytes, with gradient and AdamW; a frozen weight 2, a frozen A 4."""
     model = plan.shapes(BACKBONES["olmoe-1b-7b"].cfg, method, 8)
     trained, _ = hellora.count_params(model, hellora.parse_method(method))
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
