@@ -122,8 +122,8 @@ def test_what_two_ranks_saved_one_goes_on_from_and_the_reverse(ranks, tmp_path, 
 def test_bytes_read_and_sent_are_those_that_were_said(ranks, toy, tmp_path):
     """5 %: besides parameters and gradients a few numbers are sent to agree on, and the catcher's counts.
 
-    On two ranks three experts are cut into two and one: parts of equal size are sent all the same. To load the
-    model each rank reads its own half of it alone; the 2 % are what reading the count itself takes.
+    On two ranks three experts are cut into two and one: parts of equal size are sent all the same. To load
+    the model each rank reads its own half of it alone; the 2 % are what reading the count itself takes.
     """
     weights = (toy / "model.safetensors").stat().st_size
     few = ["--batch-size", 4, "--micro-batch", 1, "--epochs", 1, "--k", 3, "--no-eval"]
