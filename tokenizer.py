@@ -125,10 +125,9 @@ def set_special_ids(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         found.append(ids if isinstance(ids, list) else [ids])
         known = all(type(i) is int and i in tokenizer.token_bytes for i in found[-1])
         want(known, f"{key} is {ids}: want ids that the tokenizer has, below {tokenizer.vocab_size}")
-    rows = config.get("vocab_size", tokenizer.vocab_size)
+    rows, last = config.get("vocab_size") or tokenizer.vocab_size, tokenizer.vocab_size - 1
     want(
-        tokenizer.vocab_size <= rows,
-        f"vocab_size is {rows}: the tokenizer has ids up to {tokenizer.vocab_size - 1}",
+        last < rows, f"vocab_size is {rows}, but the tokenizer has ids up to {last}: want files of one model"
     )
     bos, stops, pad = found
     want(stops, f"nothing ends a text: want eos_token_id here or a token of {SPECIAL_NAMES['eos_token_id']}")
