@@ -152,6 +152,7 @@ def write_json(path: Path, value: object) -> None:
 
 LARGEST_JSON = 1 << 24  # bytes read at once: as Python objects they may take a hundred times as many
 COUNT, POSITIVE = range(2**53), range(1, 2**31)  # integers in JSON
+WORDS = {str: "text of one line", float: "a finite number", None: "nothing"}  # forms that say too little
 
 
 def read_json(path: Path, want: str, form: object = {}) -> dict:
@@ -215,7 +216,6 @@ def in_words(form: object) -> str:
     return "a list" if isinstance(form, list) else WORDS[form] if form in WORDS else json.dumps(form)
 
 
-WORDS = {str: "text of one line", float: "a finite number", None: "nothing"}
 RUN = {  # run.json, as far as it is read again
     "model": str, "task": str, "method": str, "dtype": tuple(DTYPES), "finished": (True, False),
     "k": (None, POSITIVE), "rank": (None, POSITIVE), "alpha": (None, float), "seed": (None, COUNT),
