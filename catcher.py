@@ -20,6 +20,7 @@ from checkpoint import MoEConfig, locate, read_config
 from data import TASKS, Encoded, collate, default_task, encode, load_examples, micro_batches
 from moe_model import IGNORE, MoEModel, Routing
 from run import (
+    COUNT,
     Parser,
     above_0,
     add_compute_flags,
@@ -175,7 +176,7 @@ class HotList:
         counts = {layer: torch.tensor(visits) for layer, visits in self.counts.items()}
         lines, levels = [], " ▁▂▃▄▅▆▇█"
         for layer, share in visited_share(counts, self.experts).items():
-            height = (counts[layer] / counts[layer].max() * (len(levels) - 1)).ceil().int()
+            height = (counts[layer] / counts[layer].max().clamp(min=1) * (len(levels) - 1)).ceil().int()
             row = "".join(levels[h] for h in height)
             lines.append(f"layer {layer:2d} │{row}│ {share:5.1%} of visits go to {self.experts[layer]}")
         lines.append(
@@ -196,24 +197,17 @@ class HotList:
     @classmethod
     def read(cls, path: Path, cfg: MoEConfig) -> "HotList":
         """Raises FileNotFoundError, or ValueError if the file is damaged or was made for another model."""
-        saved = read_json(path, "a hot_experts.json, as catcher.py --out writes it")
-        try:
-            known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
-            known["experts"] = {int(i): sorted(set(map(int, ids))) for i, ids in saved["experts"].items()}
-            known["counts"] = {int(i): visits for i, visits in saved.get("counts", {}).items()}
-            found = cls(**known)
-            found.show()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is no list of hot experts ({error!r}): make one with catcher.py"
-            ) from error
-        ids = [e for chosen in found.experts.values() for e in chosen]
-        if set(found.experts) != set(cfg.moe_layers) or not all(0 <= e < cfg.n_experts for e in ids):
-            raise ValueError(
-                f"{path} lists experts up to {max(ids, default=-1)} in {len(found.experts)} layers, but the "
-                f"model has {cfg.n_experts} in each of {len(cfg.moe_layers)}: want a list made for this model"
-            )
-        return found
+        form = {f.name: (None, COUNT if f.type is int else str) for f in fields(cls)}
+        form |= {"experts": {str: [COUNT]}, "counts": (None, {str: [COUNT]})}
+        saved = read_json(path, "a hot_experts.json, as catcher.py --out writes it", form)
+        known = {f.name: saved[f.name] for f in fields(cls) if saved.get(f.name) is not None}
+        known["experts"] = cfg.by_layer(saved["experts"], path)
+        visits, everywhere = known.get("counts", {}), {str(i): cfg.n_experts for i in cfg.moe_layers}
+        sizes = {i: len(of) for i, of in visits.items()} or everywhere
+        if saved["experts"].keys() != everywhere.keys() or sizes != everywhere:
+            raise ValueError(f"{path} lacks experts or visits of a layer: want a list made for this model")
+        known["counts"] = {int(i): of for i, of in visits.items()}
+        return cls(**known)
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,18 +8,21 @@ import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from run import read_json, sha256
+from run import LARGEST_JSON, read_json, sha256
 
 BESIDE = (  # of a model's files, besides its weights; nothing here runs the Python ones
     "*.json", "tokenizer.model", "merges.txt", "*.jinja", "configuration_*.py", "modeling_*.py", "LICENSE*",
 )  # fmt: skip
 CHECKPOINT = "a folder with config.json and model.safetensors (or shards and their index), as on the Hub"
+
+LARGEST = {"n_layers": 200, "n_experts": 1000, "n_shared": 1000}  # more would only take time and memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +53,10 @@ class MoEConfig:
             value, may_be_0 = getattr(self, name), name in ("n_shared", "n_dense", "dense_dim")
             good = isinstance(value, (int, float) if kind is float else kind)
             if kind in (int, float) and good:
-                good = not isinstance(value, bool) and (0 < value < 1e9 or (may_be_0 and value == 0))
+                largest = LARGEST.get(name, 1e9 if kind is float else 2**24)
+                good = not isinstance(value, bool) and (0 < value <= largest or (may_be_0 and value == 0))
             if not good:
-                raise ValueError(f"config.json: {name} is {value!r}, want a sensible {kind.__name__}")
+                raise ValueError(f"config.json: {name} is {short(value)}, want a sensible {kind.__name__}")
         for whole, part in ((self.dim, 2 * self.n_heads), (self.n_heads, self.n_kv_heads)):
             if whole % part:  # rotary embedding turns pairs of channels, hence the 2
                 raise ValueError(f"config.json: {whole} is no multiple of {part}, the heads need that")
@@ -74,6 +78,17 @@ class MoEConfig:
     def moe_layers(self) -> range:
         """The layers with experts."""
         return range(self.n_dense, self.n_layers)
+
+    def by_layer(self, lists: dict[str, list[int]], path: Path) -> dict[int, list[int]]:
+        """{layer: ids, ascending} of the experts in `path`. Raises ValueError if they are another model's."""
+        found = {layer: sorted(set(lists.get(str(layer), []))) for layer in self.moe_layers}
+        highest = max((ids[-1] for ids in found.values() if ids), default=0)
+        if not lists.keys() <= {str(layer) for layer in found} or highest >= self.n_experts:
+            raise ValueError(
+                f"{path} lists experts up to {highest} in layers {short([*lists])}, but the model has "
+                f"{self.n_experts} in each of {len(found)}: want a list made for this model"
+            )
+        return {layer: ids for layer, ids in found.items() if str(layer) in lists}
 
 
 # Our field -> (key of config.json, the family's class default when the key is absent); key "": it is fixed.
@@ -249,7 +264,6 @@ class Stored(NamedTuple):
 
 
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's limit, too
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -262,7 +276,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             n = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size - 8 - n  # of the tensors
-            if size < 0 or n > LONGEST_HEADER:
+            if size < 0 or n > LARGEST_JSON:
                 raise ValueError(f"a header of {n} bytes")
             entries = json.loads(file.read(n).decode("utf-8"), object_pairs_hook=unique)
         entries.pop("__metadata__", None)
@@ -295,7 +309,7 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 
 def fingerprint(folder: Path) -> str:
     """sha256 of a model: config.json and all weights."""
-    return sha256(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    return sha256(folder / "config.json", *shard_paths(folder))
 
 
 class Checkpoint:

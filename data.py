@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -23,6 +25,8 @@ from run import write_atomically
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
+LARGEST_UNPACKED = 1 << 27  # bytes
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON's \\u can name it, no file can hold it
 
 
 class Source(NamedTuple):
@@ -207,6 +211,15 @@ TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {  # (kind
 }
 
 
+def unpacked(path: Path) -> bytes:
+    """What a .gz holds. Raises ValueError if that is too much: a small file may unpack to any size."""
+    with gzip.open(path) as file:
+        body = file.read(LARGEST_UNPACKED + 1)
+    if len(body) > LARGEST_UNPACKED:
+        raise ValueError(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes: gunzip it first")
+    return body
+
+
 def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     """Rows of a .json list, or of JSON lines, either also as .gz; each with text in all `fields`.
 
@@ -215,8 +228,8 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines")
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    except (OSError, EOFError, ValueError) as error:
+        text = (unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as text ({error}): want JSON lines or a JSON list"
         ) from error
@@ -234,6 +247,8 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
                     f"{path}, row {n} has no text in {field!r} (its fields: {', '.join(names) or 'none'}): "
                     f"want {', '.join(fields)} in each row, empty where there is nothing to say"
                 )
+            if SURROGATE.search(row[field]):
+                raise ValueError(f"{path}, row {n} has half a character in {field!r}: want Unicode text")
         yield row
     if n == 0:
         raise ValueError(f"{path} holds no rows: want JSON lines or a JSON list with {', '.join(fields)}")

@@ -214,9 +214,9 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
 
 def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
     """Raise ValueError or FileNotFoundError for what cannot be written, before anything is."""
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, "hashes", "adapted") for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
-        if not (run["finished"] and {"hashes", "rank", "alpha", "adapted"} <= run.keys()):
+        if not run["finished"]:
             raise ValueError(f"{folder}: not finished, want runs that are done")
         read_adapter(folder)
     methods = [parse_method(run["method"]) for run in runs]

@@ -301,12 +301,12 @@ def adapter_state(model: MoEModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: MoEModel, saved: dict[str, Tensor]) -> None:
-    """Put an adapter_state back. Raises ValueError unless it has exactly the model's names and shapes."""
+def fill(model: MoEModel, saved: dict[str, Tensor], folder: Path) -> None:
+    """Put back the adapter_state of `folder`. Raises ValueError for other names or shapes."""
     state = adapter_state(model)
     wrong = saved.keys() ^ state.keys() or {n for n in state if state[n].shape != saved[n].shape}
     if wrong:
-        raise ValueError(f"the saved adapter does not fit this model, as {min(wrong)} shows: train again")
+        raise ValueError(f"the adapter saved in {folder} does not fit, as {min(wrong)} shows: train again")
     for name, value in saved.items():
         put(state[name], value)
 
@@ -332,15 +332,17 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 def attach_run(model: MoEModel, folder: Path) -> dict:
     """Put the adapters of a finished run of train.py, with their values, on its base model; its run.json."""
-    run, saved = read_run(folder), read_adapter(folder)
-    if "adapted" not in run:
-        raise ValueError(f"{folder} has not got as far as its adapters: finish that run first")
-    experts = {int(layer): ids for layer, ids in run["adapted"].items()}
+    run, saved = read_run(folder, "adapted", "rank", "alpha"), read_adapter(folder)
+    if {tuple(t.shape[-2:-1]) for name, t in saved.items() if name.endswith(".lora.A")} - {(run["rank"],)}:
+        raise ValueError(
+            f"{folder / 'run.json'}: rank is {run['rank']}, but not that of the adapter: train again"
+        )
+    experts = model.cfg.by_layer(run["adapted"], folder / "run.json")
     attach(model, parse_method(run["method"]), experts, run["rank"], run["alpha"])
     for m in adapters(model).values():  # of a model of shapes, the adapters alone get memory
         if m.lora.B.is_meta:
             m.lora.to_empty(device="cpu")
-    fill(model, saved)
+    fill(model, saved, folder)
     return run
 
 

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
         flags["mask_scope"] = flags["redraw_a"] = None
     if args.model != "tiny" and Path(args.model).is_dir():
         flags["model"] = Path(args.model)
-    flags |= {name: str(path.resolve()) for name, path in flags.items() if isinstance(path, Path)}
+    flags |= {name: os.path.realpath(path) for name, path in flags.items() if isinstance(path, Path)}
     settings = flags | {name: value for name, value in own.items() if flags.get(name) is None}
     check_k(settings["k"], cfg.n_experts)
     return settings
@@ -236,7 +237,7 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
     if settings["hot_experts"]:
         raise ValueError("--hot-experts and --mask-from both name experts: omit --hot-experts")
     if method.rule not in (None, "all"):
-        settings["hot_experts"] = str((mask_from / "hot_experts.json").resolve())
+        settings["hot_experts"] = os.path.realpath(mask_from / "hot_experts.json")
     return lori_start(mask_from, settings, method, settings["mask_scope"], settings["redraw_a"])
 
 
@@ -267,7 +268,7 @@ def open_record(job: Job, folder: Path) -> dict:
     new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
     if not (folder / "run.json").exists():
         return new
-    saved = read_run(folder)
+    saved = read_run(folder, "hashes")
     if saved["finished"]:
         raise ValueError(f"the run in {folder} has just been finished by another process: want another --out")
     changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
@@ -280,5 +281,5 @@ def open_record(job: Job, folder: Path) -> dict:
             f"{folder} is already at step {saved_state.step}: want more --steps or --epochs than that"
         )
     if differ := differences(saved, job.settings):
-        new["overrides"] = [*saved.get("overrides", []), differ]
+        new["overrides"] = [*(saved.get("overrides") or []), differ]
     return saved | new

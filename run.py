@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as short
 from typing import IO, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 import ranks
+
+LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
 
 
 def command(main: Callable[[], None]) -> NoReturn:
@@ -41,7 +44,8 @@ def _fail(error: Exception) -> int:
     if os.environ.get("HELLORA_TRACEBACK"):  # for whoever suspects a fault of ours behind the message
         raise error
     who = f"rank {ranks.rank()}: " if ranks.rank() else ""
-    print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split())[:LONGEST_LINE])
+    print(f"error: {who}{line}", file=sys.stderr)
     return 2
 
 
@@ -171,24 +175,89 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path, want: str) -> dict:
-    """A JSON object. Raises FileNotFoundError or ValueError that name the path and say what is wanted."""
+LARGEST_JSON = 1 << 24  # bytes read at once: as Python objects they may take a hundred times as many
+COUNT, POSITIVE = range(2**53), range(1, 2**31)  # integers in JSON
+WORDS = {str: "text of one line", float: "a finite number", None: "nothing"}  # forms that say too little
+
+
+def read_json(path: Path, want: str, form: object = {}) -> dict:
+    """A JSON object of this `form` (misfit).
+
+    Raises FileNotFoundError or ValueError that name the path and say what is wanted.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: want {want}")
+        raise FileNotFoundError(f"{path} is missing, or no file: want {want}")
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes are too many")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): want {want}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: want {want}")
+    if fault := misfit(value, form):
+        raise ValueError(f"{path}: {fault}: want {want}")
     return value
 
 
-def read_run(folder: Path) -> dict:
-    """The run.json of a run's folder. Raises FileNotFoundError or ValueError that say what to do."""
-    run = read_json(folder / "run.json", "the folder of a run of train.py")
-    if not {"model", "task", "method", "dtype", "finished"} <= run.keys():
-        raise ValueError(f"{folder / 'run.json'} is not of a run of train.py: want the folder of one")
+def misfit(value: object, form: object, at: str = "") -> str:
+    """The first thing in a value from JSON that is not of the `form`, in words; "" if there is none.
+
+    form: str (text of one line), float (a finite number), a range (an integer in it), or the value itself; a
+    tuple: one of several; [form]: a list of such; {str: form}: an object of such, under any keys; {key: form}
+    an object with these and any other keys. A key that is absent has the value None.
+    """
+    if isinstance(form, dict) and isinstance(value, dict):
+        of = dict.fromkeys(value, form[str]) if str in form else form
+        faults = (misfit(value.get(key), one, f"{at}.{key}") for key, one in of.items())
+    elif isinstance(form, list) and isinstance(value, list):
+        faults = (misfit(one, form[0], f"{at}[{i}]") for i, one in enumerate(value))
+    elif fits(value, form):
+        faults = ()
+    else:
+        faults = (f"{at.lstrip('.') or 'it'} is {short(value)}, want {in_words(form)}",)
+    return next(filter(None, faults), "")
+
+
+def fits(value: object, form: object) -> bool:
+    """Whether a value is of a `form`, as `misfit` has them, without parts."""
+    if isinstance(form, tuple):
+        return any(not misfit(value, one) for one in form)
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if form is float:
+        return type(value) in (int, float) and abs(value) < 1e300  # not so NaN
+    if form is str:
+        return isinstance(value, str) and value.isprintable()
+    return type(value) is type(form) and value == form
+
+
+def in_words(form: object) -> str:
+    """What `form` wants."""
+    if isinstance(form, tuple):
+        return " or ".join(map(in_words, form))
+    if isinstance(form, range):
+        return f"an integer from {form[0]} to {form[-1]}"
+    if isinstance(form, dict):
+        return f"an object with {', '.join(form)}" if form and str not in form else "an object"
+    return "a list" if isinstance(form, list) else WORDS[form] if form in WORDS else json.dumps(form)
+
+
+RUN = {  # run.json, as far as it is read again
+    "model": str, "task": str, "method": str, "dtype": tuple(DTYPES), "finished": (True, False),
+    "k": (None, POSITIVE), "rank": (None, POSITIVE), "alpha": (None, float), "seed": (None, COUNT),
+    "template": (None, str), "eval_data": (None, str), "eval_limit": (None, POSITIVE),
+    "hashes": (None, {"model": str, "data": str}), "adapted": (None, {str: [COUNT]}),
+    "overrides": (None, [[str]]),
+}  # fmt: skip
+
+
+def read_run(folder: Path, *parts: str) -> dict:
+    """The run.json of a run's folder, with these `parts` that only a run has that got as far.
+
+    Raises FileNotFoundError or ValueError that say what to do.
+    """
+    run = read_json(folder / "run.json", "the folder of a run of train.py", RUN)
+    if missing := [part for part in parts if run.get(part) is None]:
+        raise ValueError(f"{folder / 'run.json'} has no {missing[0]} yet: finish that run first")
     return run
 
 
@@ -283,12 +352,12 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         """Go on after `step` steps: later lines, of work that a stop has lost, are dropped."""
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         kept = []
         for line in lines:
-            with suppress(ValueError):  # the last line may be torn
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
+            with suppress(ValueError, RecursionError):  # the last line may be torn, others damaged
+                kept += [] if misfit(json.loads(line), {"step": range(step + 1)}) else [line]
+        write_atomically(path, lambda draft: draft.write_bytes(b"".join(line + b"\n" for line in kept)))
         self.file = (Path(os.devnull) if ranks.rank() else path).open("a", buffering=1)
 
     def add(self, **values: float) -> None:
@@ -305,8 +374,8 @@ def update_results(folder: Path, task: str, values: dict) -> None:
 
 def read_results(folder: Path) -> dict:
     """results.json, {task: {"accuracy": ..., ...}}; empty if nothing has been scored."""
-    path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path, scores = folder / "results.json", {"accuracy": (None, float), "base_accuracy": (None, float)}
+    return read_json(path, "what evaluations wrote, or no such file", {str: scores}) if path.exists() else {}
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -58,14 +58,16 @@ def load(folder: Path) -> Save | None:
     """The last save that is sound; None if there is none at all. Raises ValueError if all are damaged."""
     damaged = []
     for path in (folder / NEW, folder / LAST, folder / BEFORE):
-        if not path.exists():
+        if not (path.exists() or path.is_symlink()):
             continue
         try:
+            if not path.is_file():
+                raise ValueError("it is no file")
             with safe_open(path, framework="pt") as file:
                 about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = Save(int(about["step"]), tensors)
-            if state.checksum() != about["sha256"]:
-                raise ValueError("its checksum is another")
+            if state.checksum() != about["sha256"] or state.step < 1:
+                raise ValueError("its checksum or its step is wrong")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{path} is damaged ({error})")
             print(f"{damaged[-1]}: looking for the save before it")
@@ -74,6 +76,21 @@ def load(folder: Path) -> Save | None:
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
     return None
+
+
+def check_moments(of: dict[str, dict[str, Tensor]], model: MoEModel, folder: Path) -> None:
+    """Raise ValueError unless every parameter has all that AdamW keeps for it, in its shape, or nothing.
+
+    Nothing: it is not trained, or has had no gradient yet. of: {AdamW's key: {parameter: value}}.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    for name in set().union(*of.values()):
+        found = {key: values[name].shape for key, values in of.items() if name in values}
+        shape = shapes.get(name)
+        if shape is None or found != {"step": torch.Size([]), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(
+                f"the last save in {folder} has not what AdamW keeps for {name}: delete it to start over"
+            )
 
 
 @torch.no_grad()
@@ -86,7 +103,8 @@ def resume(folder: Path, model: MoEModel, optimizer: torch.optim.Optimizer) -> i
     for place, t in saved.tensors.items():
         key, _, name = place.partition("/")
         of.setdefault(key, {})[name] = t
-    hellora.fill(model, of.pop(WEIGHTS))
+    hellora.fill(model, of.pop(WEIGHTS), folder)
+    check_moments(of, model, folder)
     for key, values in of.items():
         for name, value in values.items():
             param = model.get_parameter(name)

@@ -32,6 +32,7 @@ SPECIAL_NAMES = {  # what the families call them, for a folder whose config.json
 }
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # HF's ByteLevel
 WORD_PIECES = "▁*[^▁]+|▁+"  # SentencePiece does not cut, but no token reaches from one of these into the next
+LARGEST_FILE = 1 << 24  # bytes; the families' have 5 million at most
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 MODEL_SETTINGS = {  # (message, field) of sentencepiece_model.proto: its default, what we can follow, in words
     (2, 3): (1, 2, "model_type BPE"),
@@ -102,6 +103,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if path is None:
         raise FileNotFoundError(f"no tokenizer in {folder}: want its tokenizer.json or tokenizer.model there")
     try:
+        want(path.stat().st_size <= LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: want a tokenizer")
         tokenizer = readers[path.name](path.read_bytes())
         path = Path(folder, "config.json")
         set_special_ids(tokenizer, json.loads(path.read_bytes()) if path.is_file() else {})
@@ -123,6 +125,10 @@ def set_special_ids(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         found.append(ids if isinstance(ids, list) else [ids])
         known = all(type(i) is int and i in tokenizer.token_bytes for i in found[-1])
         want(known, f"{key} is {ids}: want ids that the tokenizer has, below {tokenizer.vocab_size}")
+    rows, last = config.get("vocab_size") or tokenizer.vocab_size, tokenizer.vocab_size - 1
+    want(
+        last < rows, f"vocab_size is {rows}, but the tokenizer has ids up to {last}: want files of one model"
+    )
     bos, stops, pad = found
     want(stops, f"nothing ends a text: want eos_token_id here or a token of {SPECIAL_NAMES['eos_token_id']}")
     tokenizer.bos, tokenizer.eos, tokenizer.pad = (bos or [None])[0], stops[0], (pad or stops)[0]

@@ -26,7 +26,7 @@ LEFT_OUT = {
 
 def summary(folders: list[Path]) -> dict:
     """Settings in common, the results of each seed, and mean and standard deviation of every accuracy."""
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, "seed", "hashes") for folder in folders]
     if unfinished := [str(f) for f, run in zip(folders, runs, strict=True) if not run["finished"]]:
         raise ValueError(f"{', '.join(unfinished)}: not finished, want runs that are done")
     if len({run["seed"] for run in runs}) < len(runs):

@@ -113,8 +113,6 @@ def score(
     Pass@k is the mean over the problems that have samples; None if one of them has fewer than k.
     """
     began = time.perf_counter()
-    if unknown := {s["task_id"] for s in samples} - problems.keys():
-        raise ValueError(f"there are samples of {min(unknown)!r}, which is no problem here: want its --data")
     chosen = [problems[s["task_id"]] for s in samples]
     programs = [f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)]
     outcomes = run_programs(programs, seconds, workers)
@@ -171,6 +169,8 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     samples = list(read_rows(path, ("task_id", "completion")))
     task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
     problems = load_problems(task, args.data or SOURCES[task].fetch())
+    if unknown := {s["task_id"] for s in samples} - problems.keys():
+        raise ValueError(f"{path} has samples of {min(unknown)!r}, which is no problem here: want its --data")
     result, records = score(problems, samples, args.seconds, args.workers)
     write_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)

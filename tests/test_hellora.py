@@ -162,10 +162,10 @@ def test_an_adapter_file_gives_the_same_model_back(olmoe, tmp_path, name):
     model = adapted(olmoe, name)
     save_adapter(tmp_path, model)
     fresh = adapted(olmoe, name, seed=5)
-    fill(fresh, read_adapter(tmp_path))
+    fill(fresh, read_adapter(tmp_path), tmp_path)
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(ValueError, match="does not fit"):
-        fill(adapted(olmoe, "hellora_gate"), read_adapter(tmp_path))
+        fill(adapted(olmoe, "hellora_gate"), read_adapter(tmp_path), tmp_path)
 
 
 def test_a_damaged_adapter_file_is_refused(olmoe, tmp_path):
