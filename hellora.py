@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from checkpoint import locate
 from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
 from ranks import on_rank_0, put, whole
-from run import read_run, write_atomically
+from run import read_run, sha256, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
@@ -318,16 +318,24 @@ def save_adapter(folder: Path, model: MoEModel) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What save_adapter wrote. Raises FileNotFoundError, or ValueError if it is damaged."""
-    path = folder / "adapter.safetensors"
+    """What save_adapter wrote, or if that is damaged the same from the last save.
+
+    Raises FileNotFoundError, or ValueError if both are damaged.
+    """
+    path, last = folder / "adapter.safetensors", folder / "state.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: want the folder of a run that has been trained to its end"
-        )
+        raise FileNotFoundError(f"{path} is missing: want the folder of a run that was trained to its end")
     try:
+        if (read_run(folder).get("hashes") or {}).get("adapter") not in (None, sha256(path)):
+            raise ValueError("its checksum is wrong")
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}): train again") from error
+    except (SafetensorError, ValueError) as error:
+        print(f"{path} is truncated or corrupt ({error}): taking {last}")
+    try:
+        saved = load_file(last)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} and {last} are truncated or corrupt ({error}): train again") from error
+    return {name.removeprefix("weights/"): t for name, t in saved.items() if name.startswith("weights/")}
 
 
 def attach_run(model: MoEModel, folder: Path) -> dict:

@@ -141,9 +141,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             if not math.isfinite(loss + norm):
                 skipped.append(step)
                 if skipped[-1 - MAX_SKIPPED :] == [*range(step - MAX_SKIPPED, step + 1)]:
-                    raise ValueError(
-                        f"no finite loss or gradient in {MAX_SKIPPED + 1} steps: want a lower --lr"
-                    )
+                    raise ValueError(f"{MAX_SKIPPED + 1} steps without a finite loss: want a lower --lr")
 
             spent = time.perf_counter() - began
             n_tokens = sum(len(e.ids) for e in examples)
@@ -207,9 +205,7 @@ def main() -> None:
         experts = catch(job, folder)
         adapted = {str(layer): ids for layer, ids in experts.items()}  # as JSON has it
         if record.setdefault("adapted", adapted) != adapted:
-            raise ValueError(
-                f"{folder / 'hot_experts.json'} changed since training began: want another --out"
-            )
+            raise ValueError(f"{folder}/hot_experts.json changed since training began: want another --out")
         model = job.build(job.method, experts)
         trained, stored = hellora.count_params(model, job.method)
         name = job.settings["method"]
@@ -229,6 +225,7 @@ def main() -> None:
             hellora.merge(model)
         if job.tests:
             score(job, model, folder, "after")
+        record["hashes"]["adapter"] = run.sha256(folder / "adapter.safetensors")
         run.write_json(folder / "run.json", record | {"finished": True})
         ranks.wait()  # no rank ends before the files are there
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)

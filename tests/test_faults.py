@@ -136,5 +136,5 @@ def test_a_poisoned_row_costs_its_step_and_many_end_the_run(cli, toy, tmp_path, 
         assert all(t.isfinite().all() for t in load_file(tmp_path / "r" / "adapter.safetensors").values())
     else:
         assert code == 2
-        assert "no finite loss or gradient in 11 steps" in err
+        assert "11 steps without a finite loss" in err
         assert (tmp_path / "r" / "state.safetensors").exists()

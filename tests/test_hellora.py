@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import HUB, write_checkpoint
 
+import run
+import state
 from checkpoint import BACKBONES
 from hellora import (
     METHODS,
@@ -22,6 +24,14 @@ from hellora import (
 from moe_model import MoEModel, empty_model
 
 NAMES = ["lora", "hellora", "hellora_m", "hellora_c", "hellora_pure", "hellora_gate", "hellora_pure_c"]
+
+
+def saved_run(folder, model):
+    """What a run leaves: its adapter, and a run.json that knows the checksum."""
+    save_adapter(folder, model)
+    record = {"model": "x", "task": "tiny-math", "method": "hellora", "dtype": "fp32", "finished": True}
+    sums = {"model": "x", "data": "x", "adapter": run.sha256(folder / "adapter.safetensors")}
+    run.write_json(folder / "run.json", record | {"hashes": sums})
 
 
 def tokens(*shape, seed=1):
@@ -160,7 +170,7 @@ def test_the_start_of_a_depends_on_seed_and_place_only(olmoe):
 @pytest.mark.parametrize("name", ["hellora", "lora", "hellora_pure_c"])
 def test_an_adapter_file_gives_the_same_model_back(olmoe, tmp_path, name):
     model = adapted(olmoe, name)
-    save_adapter(tmp_path, model)
+    saved_run(tmp_path, model)
     fresh = adapted(olmoe, name, seed=5)
     fill(fresh, read_adapter(tmp_path), tmp_path)
     assert torch.equal(logits(fresh), logits(model))
@@ -168,10 +178,20 @@ def test_an_adapter_file_gives_the_same_model_back(olmoe, tmp_path, name):
         fill(adapted(olmoe, "hellora_gate"), read_adapter(tmp_path), tmp_path)
 
 
-def test_a_damaged_adapter_file_is_refused(olmoe, tmp_path):
-    save_adapter(tmp_path, adapted(olmoe, "hellora"))
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(olmoe, tmp_path, how, capsys):
+    model = adapted(olmoe, "hellora")
+    saved_run(tmp_path, model)
+    state.save(tmp_path, 1, model, torch.optim.AdamW(model.parameters()))
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
+    want = {name: t.clone() for name, t in read_adapter(tmp_path).items()}  # not a map of the file
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-7] if how == "cut" else raw[:-7] + bytes([raw[-7] ^ 1]) + raw[-6:])
+    got = read_adapter(tmp_path)
+    assert "truncated or corrupt" in capsys.readouterr().out
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], t) for name, t in want.items())
+    (tmp_path / "state.safetensors").unlink()
     with pytest.raises(ValueError, match="truncated or corrupt"):
         read_adapter(tmp_path)
     path.unlink()
