@@ -117,9 +117,12 @@ def score(
         raise ValueError(f"there are samples of {min(unknown)!r}, which is no problem here: want its --data")
     chosen = [problems[s["task_id"]] for s in samples]
     programs = [f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)]
-    outcomes = run_programs(programs, seconds, workers)
+    different = list(dict.fromkeys(programs))  # a model that is sure repeats itself: each runs once
+    outcomes = tqdm(run_programs(different, seconds, workers), "test", len(different), leave=False)
+    outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
-    for sample, outcome in zip(samples, tqdm(outcomes, "test", len(samples), leave=False), strict=True):
+    for sample, program in zip(samples, programs, strict=True):
+        outcome = outcome_of[program]
         records.append(sample | {"passed": outcome == "passed", "result": outcome})
         passed[sample["task_id"]].append(outcome == "passed")
     fewest = min(map(len, passed.values()))

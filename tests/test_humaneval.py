@@ -467,6 +467,24 @@ def test_a_run_is_sampled_and_scored_at_once(cli, run_folder, two_rows):
     assert read_results(run_folder)["tiny-code"]["temperature"] == 0
 
 
+def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(monkeypatch):
+    ran = []
+
+    def run_each(programs, *limits):
+        ran.extend(programs)
+        return run_programs(programs, *limits)
+
+    monkeypatch.setattr("paper.eval_humaneval.run_programs", run_each)
+    name, other = list(TINY)[:2]
+    texts = [TINY_ROWS[0]["output"]] * 3 + ["", ""]
+    samples = [{"task_id": name, "completion": text} for text in texts]
+    samples += [{"task_id": other, "completion": TINY_ROWS[0]["output"]}]  # the same text, another's test
+    result, records = score(TINY, samples, 10, None)
+    assert [r["passed"] for r in records] == [True, True, True, False, False, False]
+    assert len(ran) == 3
+    assert (result["correct"], result["samples"]) == (3, 6)
+
+
 def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(human_eval, tmp_path, cli, toy, monkeypatch):
     monkeypatch.chdir(tmp_path)
     problem = load_problems("humaneval", human_eval.path)["HumanEval/1"]
