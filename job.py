@@ -64,6 +64,11 @@ SCORED_BY = {  # kind of task -> the command that scores a run
     "code": "python -m paper.eval_humaneval --run {} --allow-code-execution",
     "safety": "python -m paper.eval_safety --run {}",
 }
+SCORES = {  # kind of task -> what of results.json tells how it went, the first in one number
+    "math": ("accuracy",),
+    "code": ("pass@1", "pass@5", "pass@10"),
+    "safety": ("refusal_rate", "harmless_refused", "harmless_total"),
+}
 SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compared before a run is gone on with
     "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage", "rank",
     "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a", "epochs", "steps",
