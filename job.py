@@ -256,18 +256,18 @@ def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
         raise ValueError(f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}")
 
 
-def hashes(job: Job) -> dict[str, str]:
+def hashes(source: Path, data: list[Encoded]) -> dict[str, str]:
     """sha256 of what the numbers rest on: model, code, and training data as token ids."""
     return {
-        "model": fingerprint(job.source),
+        "model": fingerprint(source),
         "code": sha256(*sorted(Path(__file__).parent.glob("*.py"))),
-        "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
+        "data": hashlib.sha256(repr(data).encode()).hexdigest(),
     }
 
 
 def open_record(job: Job, folder: Path) -> dict:
     """The content of run.json, new or as it was saved. Raises ValueError if the model or the data changed."""
-    now = hashes(job)
+    now = hashes(job.source, job.data)
     new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
     new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
     if not (folder / "run.json").exists():
