@@ -2,12 +2,13 @@
 
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 import job
-from paper import grid, methods, reproduce
+from paper import grid, methods, reproduce, transfer
 from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -210,3 +211,29 @@ def test_a_failing_cell_ends_with_its_command_and_its_last_line():
     with pytest.raises(OSError, match=r"exit code 1: python -c import .*\(error: k is 0\)$") as raised:
         grid.python("-c", fails)
     assert "\n" not in str(raised.value)
+
+
+# ---- table 8 -------------------------------------------------------------------------------------------
+
+
+def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_choices():
+    choices = [set(c) for c in combinations(range(6), 2)]
+    pairs = [len(a & b) / len(a | b) for a in choices for b in choices]
+    assert transfer.chance(2, 6) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seeds():
+    hot = {"a": [{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}], "b": [{"0": [1, 3]}] * 3}
+    assert transfer.overlap_row("a", "b", hot)["mean"] == pytest.approx(1 / 3)  # 1 of 3, three times
+    assert transfer.overlap_row("a", "a", hot)["mean"] == pytest.approx((1 + 0 + 0) / 3)
+
+
+def test_a_row_has_mean_spread_and_the_least_gain_over_the_untrained_model():
+    def scored(x):
+        scores = {name: {task: x} for name, task in transfer.COLUMNS.items()}
+        return scores | {name: {"tiny-safety": 3} for name in ("harmless_refused", "harmless_total")}
+
+    row = transfer.row("tiny-code", [scored(0.5), scored(0.7)], scored(0.1))
+    cell = row["pass@5"]
+    assert cell.pop("seeds") == [0.5, 0.7]
+    assert cell == pytest.approx({"mean": 0.6, "std": 0.02**0.5, "least_gain": 0.4, "paper": 22.04})
