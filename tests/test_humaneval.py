@@ -269,6 +269,13 @@ def test_the_token_holds_in_every_mode(mode, nothing_left):
         assert run_program(HOSTILE[name] + "\nassert False", 10, mode) == "failed", name
 
 
+@pytest.mark.parametrize("mode", OURS)
+def test_folders_nested_thousands_deep_go_away_in_every_mode(mode, nothing_left):
+    if mode.startswith("namespaces") and not NAMESPACES:
+        pytest.skip("this system gives us no namespaces")
+    assert run_program(HOSTILE["folders without end"], 0.3, mode) != "passed"
+
+
 def test_what_waits_is_told_from_what_fails():
     assert run_program("while True: pass", 0.3) == "timed out"
     assert run_program("assert False", 10) == "failed"
