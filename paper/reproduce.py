@@ -3,7 +3,7 @@
 python -m paper.reproduce params [--json]     every Params cell of Tables 2, 3, 5 and 7; seconds, no weights
 python -m paper.reproduce flops [--json]      adapter FLOPs a token, by formula and as counted
 python -m paper.reproduce methods [--json]    every method on the tiny model; runs what is missing, hours
-python -m paper.reproduce --table 8 [--json]  tuned on one task, scored on all three; tiny model, an hour
+python -m paper.reproduce --table 8 [--json]  tuned on one task, scored on all three; tiny model, hours
 """
 
 import argparse
