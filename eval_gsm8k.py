@@ -110,6 +110,15 @@ def evaluate(
     }, records
 
 
+def kept_in(folder: Path | None, args: argparse.Namespace) -> Path | None:
+    """Where results are kept: in a run's own folder; of --model, in --out, or nowhere."""
+    if folder and args.out:
+        raise ValueError("--out is for --model: the results of a run are kept in its own folder; omit it")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    return folder or args.out
+
+
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
     """answers-TASK.jsonl: what was generated for each problem."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -147,6 +156,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument(
         "--max-new", type=above_0(int), help="tokens generated at most (default: the task's; 512 for gsm8k)"
     )
+    p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
     p.add_argument("--factored", action="store_true", help="keep the adapters apart in place of merging them")
     add_compute_flags(p.add_argument)
     return p.parse_args()
@@ -164,6 +174,7 @@ def main() -> None:
     args = parse_args()
     asked = (args.data, args.limit, args.shots, args.max_new, args.template)
     for folder in args.run or [None]:
+        place = kept_in(folder, args)
         device, dtype = compute(args.device, args.dtype or (read_run(folder)["dtype"] if folder else None))
         if folder:
             model, tokenizer, run = load_run(folder, not args.factored, dtype, device)
@@ -186,9 +197,9 @@ def main() -> None:
             f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} (flexible "
             f"{result['accuracy_flexible']:.1%}) on {result['total']} problems in {result['seconds']} s"
         )
-        if folder and not any(asked):  # else it is not what results.json means
-            update_results(folder, task, result)
-            write_answers(folder, task, records)
+        if place and not any(asked):  # else it is not what results.json means
+            update_results(place, task, result)
+            write_answers(place, task, records)
 
 
 if __name__ == "__main__":

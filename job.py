@@ -65,6 +65,11 @@ SCORED_BY = {  # kind of task -> the command that scores a run
     "code": "python -m paper.eval_humaneval --run {} --allow-code-execution",
     "safety": "python -m paper.eval_safety --run {}",
 }
+SCORES = {  # kind of task -> what of results.json tells how it went, the first in one number
+    "math": ("accuracy",),
+    "code": ("pass@1", "pass@5", "pass@10"),
+    "safety": ("refusal_rate", "harmless_refused", "harmless_total"),
+}
 SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compared before a run is gone on with
     "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage", "rank",
     "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a", "epochs", "steps",
@@ -252,18 +257,18 @@ def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
         raise ValueError(f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}")
 
 
-def hashes(job: Job) -> dict[str, str]:
+def hashes(source: Path, data: list[Encoded]) -> dict[str, str]:
     """sha256 of what the numbers rest on: model, code, and training data as token ids."""
     return {
-        "model": fingerprint(job.source),
+        "model": fingerprint(source),
         "code": sha256(*sorted(Path(__file__).parent.glob("*.py"))),
-        "data": hashlib.sha256(repr(job.data).encode()).hexdigest(),
+        "data": hashlib.sha256(repr(data).encode()).hexdigest(),
     }
 
 
 def open_record(job: Job, folder: Path) -> dict:
     """The content of run.json, new or as it was saved. Raises ValueError if the model or the data changed."""
-    now = hashes(job)
+    now = hashes(job.source, job.data)
     new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
     new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
     if not (folder / "run.json").exists():

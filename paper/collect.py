@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 
+from job import SCORES
 from run import Parser, command, read_json, read_results, read_run, write_json
 
 # what differs from run to run, or would name a folder of the machine it ran on
@@ -25,7 +26,7 @@ LEFT_OUT = {
 
 
 def summary(folders: list[Path]) -> dict:
-    """Settings in common, the results of each seed, and mean and standard deviation of every accuracy."""
+    """Settings in common, the results of each seed, and mean and standard deviation of each task's score."""
     runs = [read_run(folder, "seed", "hashes") for folder in folders]
     if unfinished := [str(f) for f, run in zip(folders, runs, strict=True) if not run["finished"]]:
         raise ValueError(f"{', '.join(unfinished)}: not finished, want runs that are done")
@@ -45,18 +46,22 @@ def summary(folders: list[Path]) -> dict:
         for folder, run in zip(folders, runs, strict=True)
         if (folder / "hot_experts.json").exists()
     }
-    spread = {}
-    for task in next(iter(results.values())):
-        if not all("accuracy" in of.get(task, {}) for of in results.values()):
+    spread: dict[str, dict] = {}  # score -> task -> mean, std
+    for task, entry in next(iter(results.values())).items():
+        score = next((first for first, *_ in SCORES.values() if first in entry), None)
+        if not all(score in of.get(task, {}) for of in results.values()):
             raise ValueError(
                 f"not all of the runs have been scored on {task}: score them, or leave that one out"
             )
-        values = [of[task]["accuracy"] for of in results.values()]
-        spread[task] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+        values = [of[task][score] for of in results.values()]
+        spread.setdefault(score, {})[task] = {
+            "mean": mean(values),
+            "std": stdev(values) if len(values) > 1 else None,
+        }
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "run": common,
-        "accuracy": spread,
+        **spread,
         "seeds": results,
         "hot_experts": hot,
     }
@@ -73,9 +78,10 @@ def main() -> None:
     value = summary(args.runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, value)
-    for task, of in value["accuracy"].items():
-        spread = "" if of["std"] is None else f" +- {of['std']:.1%}"
-        print(f"{task}: accuracy {of['mean']:.1%}{spread} over {len(args.runs)} runs -> {args.out}")
+    for score in value.keys() & {first for first, *_ in SCORES.values()}:
+        for task, of in value[score].items():
+            spread = "" if of["std"] is None else f" +- {of['std']:.1%}"
+            print(f"{task}: {score} {of['mean']:.1%}{spread} over {len(args.runs)} runs -> {args.out}")
 
 
 if __name__ == "__main__":

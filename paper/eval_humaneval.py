@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import locate
 from data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
+from eval_gsm8k import kept_in
 from generate import Sampling, generate
 from hellora import load_run
 from moe_model import MoEModel
@@ -115,9 +116,12 @@ def score(
     began = time.perf_counter()
     chosen = [problems[s["task_id"]] for s in samples]
     programs = [f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)]
-    outcomes = run_programs(programs, seconds, workers)
+    different = list(dict.fromkeys(programs))  # a model that is sure repeats itself: each runs once
+    outcomes = tqdm(run_programs(different, seconds, workers), "test", len(different), leave=False)
+    outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
-    for sample, outcome in zip(samples, tqdm(outcomes, "test", len(samples), leave=False), strict=True):
+    for sample, program in zip(samples, programs, strict=True):
+        outcome = outcome_of[program]
         records.append(sample | {"passed": outcome == "passed", "result": outcome})
         passed[sample["task_id"]].append(outcome == "passed")
     fewest = min(map(len, passed.values()))
@@ -142,6 +146,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, str]:
     """Draw the samples of a run, or of --model. Their file, and the task."""
+    place = kept_in(folder, args)
     run = read_run(folder) if folder else {"task": default_task(args.model), "dtype": None}
     task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
     template = run.get("template") if run["task"] == task else None
@@ -155,8 +160,8 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
-    name = f"samples-{task}" + ("" if folder else f"-{Path(args.model).name}") + ("-part" if part else "")
-    path = (folder or Path()) / f"{name}.jsonl"
+    name = f"samples-{task}" + ("" if place else f"-{Path(args.model).name}") + ("-part" if part else "")
+    path = (place or Path()) / f"{name}.jsonl"
     write_lines(path, samples)
     return path, task
 
@@ -164,7 +169,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
 def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     """Score a samples file: a line of the table, the outcomes beside it, and the results of its run.
 
-    results.json is left alone unless the file is the run's own, with samples of all the task's problems.
+    results.json is left alone unless the file is the run's own (or in --out), with samples of all problems.
     """
     samples = list(read_rows(path, ("task_id", "completion")))
     task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
@@ -179,8 +184,8 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         f" {result['samples']} samples of {result['total']} of {len(problems)} problems,",
         f"{result['timed_out']} timed out",
     )
-    own = path.name == f"samples-{task}.jsonl" and (path.parent / "run.json").exists()
-    if own and result["total"] == len(problems):
+    kept = path.parent == args.out or (path.parent / "run.json").exists()
+    if kept and path.name == f"samples-{task}.jsonl" and result["total"] == len(problems):
         names = ("temperature", "top_p", "seed")
         drawn = {name: None if args.score else getattr(args, name) for name in names}  # a file does not say
         update_results(path.parent, task, result | drawn)
@@ -198,6 +203,7 @@ def parse_args() -> argparse.Namespace:
     add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
     add("--data", type=Path, metavar="FILE", help="problems in place of the task's, .jsonl or .jsonl.gz")
     add("--limit", type=above_0(int), metavar="N", help="the first N problems (default: all)")
+    add("--out", type=Path, metavar="DIR", help="with --model: keep samples and results here")
     add("--n", type=above_0(int), default=20, help="samples of a problem (default 20)")
     add("--temperature", type=at_least_0, default=0.2, help="default 0.2; 0: the likeliest token, with --n 1")
     add("--top-p", type=share_of_1, default=0.95, help="draw from this share of each choice (default 0.95)")

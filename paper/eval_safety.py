@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from checkpoint import locate
 from data import TASKS, TEMPLATES, read_rows
-from eval_gsm8k import write_answers
+from eval_gsm8k import kept_in, write_answers
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
@@ -83,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--model", help="without adapters: tiny, a backbone's name, a folder, a Hub id")
     p.add_argument("--task", choices=tasks, help="default: the run's, if it is one; else by the model")
     p.add_argument("--data", type=Path, metavar="FILE", help=f"prompts in place of the task's: {WANTED}")
+    p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
     p.add_argument("--rule", choices=RULES, default="qi", help=rules)
     p.add_argument("--template", help="alpaca, lori (another than in training), bare (default: the run's)")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="the first N only; nothing is written")
@@ -135,6 +136,7 @@ def main() -> None:
     width = max(map(len, names))
     print(f"rule {args.rule} ({RULES[args.rule].about}): a rate of keywords, not a guarantee of safety")
     for name, (folder, run) in zip(names, runs, strict=True):
+        place = kept_in(folder, args)
         task, result, records = score(args, run, folder)
         if name == names[0]:
             print(f"{'':{width}}  {'task':11}  {'harmful refused':16}  {'harmless refused':16}  seconds")
@@ -143,10 +145,10 @@ def main() -> None:
         print(f"{name:{width}}  {task:11}  {harmful:16}  {harmless:16}  {result['seconds']:7}")
         for r in records[: args.show]:
             print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
-        if folder and not args.limit:
-            update_results(folder, task, result)
+        if place and not args.limit:
+            update_results(place, task, result)
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
-            write_answers(folder, task, kept)
+            write_answers(place, task, kept)
 
 
 if __name__ == "__main__":

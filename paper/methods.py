@@ -7,9 +7,9 @@ training loss decides.
 
 from statistics import mean, stdev
 
-from paper.grid import DEV, Cell, run_cells
+from paper.grid import Cell, run_cells
 
-TASK = "tiny-math"
+TASK, DEV = "tiny-math", "tiny-math-dev"
 SEEDS = (0, 1, 2)
 RATES = {"fft": (1e-3, 3e-3, 1e-2), "lori": (1e-2, 2e-2, 4e-2)}  # "lori": the methods whose A is frozen
 OTHER_RATES = (5e-3, 1e-2, 2e-2)
@@ -26,7 +26,7 @@ def rates(method: str) -> tuple[float, ...]:
 
 def chosen_rate(results: list[dict]) -> float:
     """The learning rate of the best of these runs, by accuracy on dev, then by training loss."""
-    best = max(results, key=lambda r: (r["accuracy"][DEV[TASK]], -r["final_loss"]))
+    best = max(results, key=lambda r: (r["accuracy"][DEV], -r["final_loss"]))
     return best["lr"]
 
 
@@ -39,13 +39,15 @@ def cell(method: str, lr: float, seed: int, rate_of: dict[str, float]) -> Cell:
 
 def compare(names: tuple[str, ...], jobs: int) -> list[dict]:
     """Run what is missing of the table of these methods; its rows."""
-    rows, rate_of = {}, {}
+    rows, rate_of, tasks = {}, {}, (TASK, DEV)
     for masked in (False, True):  # the methods with a mask come last: they need the others' rates
         some = [name for name in names if ("-s" in name) == masked]
-        tried = run_cells([cell(name, lr, SEEDS[0], rate_of) for name in some for lr in rates(name)], jobs)
+        first = [cell(name, lr, SEEDS[0], rate_of) for name in some for lr in rates(name)]
+        tried = run_cells(first, tasks, jobs)
         of = {name: [r for r in tried if r["method"] == name] for name in some}
         rate_of |= {name: chosen_rate(of[name]) for name in some}
-        seeds = run_cells([cell(name, rate_of[name], seed, rate_of) for name in some for seed in SEEDS], jobs)
+        chosen = [cell(name, rate_of[name], seed, rate_of) for name in some for seed in SEEDS]
+        seeds = run_cells(chosen, tasks, jobs)
         rows |= {name: row(of[name], [r for r in seeds if r["method"] == name]) for name in some}
     return [rows[name] for name in names]
 
@@ -57,7 +59,7 @@ def row(tried: list[dict], seeds: list[dict]) -> dict:
         "method": seeds[0]["method"],
         "trained": seeds[0]["trained"],
         "lr": seeds[0]["lr"],
-        "dev": {f"{r['lr']:g}": r["accuracy"][DEV[TASK]] for r in tried},
+        "dev": {f"{r['lr']:g}": r["accuracy"][DEV] for r in tried},
         "accuracy": {"seeds": accuracy, "mean": mean(accuracy), "std": stdev(accuracy)},
         "final_loss": {"seeds": loss, "mean": mean(loss), "std": stdev(loss)},
     }

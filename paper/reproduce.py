@@ -3,6 +3,7 @@
 python -m paper.reproduce params [--json]     every Params cell of Tables 2 to 5 and 7; seconds, no weights
 python -m paper.reproduce flops [--json]      adapter FLOPs a token, by formula and as counted
 python -m paper.reproduce methods [--json]    every method on the tiny model; runs what is missing, hours
+python -m paper.reproduce --table 8 [--json]  tuned on one task, scored on all three; tiny model, hours
 """
 
 import argparse
@@ -17,7 +18,7 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import methods, tables
+from paper import methods, tables, transfer
 from run import Parser, above_0, command, share_of_1
 
 RANK, ALPHA = 32, 64  # Table 1
@@ -133,25 +134,30 @@ def show_flops(row: dict) -> None:
     )
 
 
+TABLES = {  # what is asked for -> how its numbers come about, and how they are shown
+    "params": (lambda args: params(), show_params),
+    "flops": (lambda args: flops(args.share), show_flops),
+    "methods": (lambda args: methods.compare((*methods.MAIN, *methods.PLACEMENTS), args.jobs), methods.show),
+    "8": (lambda args: transfer.compare(args.jobs), transfer.show),
+}
+
+
 def main() -> None:
     """One table."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["params", "flops", "methods"])
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("what", nargs="?", choices=[name for name in TABLES if not name.isdigit()])
+    what.add_argument(
+        "--table", choices=[name for name in TABLES if name.isdigit()], help="one of the paper's"
+    )
     p.add_argument("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
     p.add_argument(
-        "--jobs",
-        type=above_0(int),
-        default=os.cpu_count(),
-        help="runs at a time for methods (default: one a core)",
+        "--jobs", type=above_0(int), default=os.cpu_count(), help="runs at a time (default: one a core)"
     )
     p.add_argument("--json", action="store_true", help="print JSON in place of a table")
     args = p.parse_args()
-    if args.what == "params":
-        value, show = params(), show_params
-    elif args.what == "flops":
-        value, show = flops(args.share), show_flops
-    else:
-        value, show = methods.compare((*methods.MAIN, *methods.PLACEMENTS), args.jobs), methods.show
+    measure, show = TABLES[args.what or args.table]
+    value = measure(args)
     print(json.dumps(value, indent=1)) if args.json else show(value)
 
 

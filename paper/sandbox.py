@@ -41,10 +41,10 @@ def run_program(program: str, seconds: float = SECONDS, mode: str | None = None)
     It passes when a random token, which is in neither its text, its arguments nor its environment, comes back
     once its last line has run. An exit status counts for nothing: anyone can exit with 0.
     """
-    token = secrets.token_bytes(TOKEN)
+    token, mode = secrets.token_bytes(TOKEN), mode or best_mode()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as reply:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", SCRIPT, folder, str(seconds), mode or best_mode()],
+            [sys.executable, "-I", "-S", SCRIPT, folder, str(seconds), mode],
             stdin=subprocess.PIPE, stdout=reply, stderr=subprocess.DEVNULL,
             env={}, cwd=folder, start_new_session=True,
         )  # fmt: skip
@@ -57,6 +57,11 @@ def run_program(program: str, seconds: float = SECONDS, mode: str | None = None)
             with suppress(ProcessLookupError):  # as it should be
                 os.killpg(child.pid, SIGKILL)
             child.wait()
+            if not mode.startswith("namespaces"):  # else the files went with the namespace
+                subprocess.run(
+                    ["rm", "-rf", folder], stderr=subprocess.DEVNULL
+                )  # however deep, unlike rmtree
+                Path(folder).mkdir(exist_ok=True)
         reply.seek(0)
         right = reply.read(2 * TOKEN) == token
     return "timed out" if late else "passed" if right else "failed"

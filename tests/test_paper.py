@@ -2,11 +2,14 @@
 
 import json
 import sys
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 import job
-from paper import grid, methods, reproduce
+from paper import grid, methods, reproduce, transfer
+from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
 OLMOE = {
@@ -82,8 +85,8 @@ def test_a_grid_runs_what_is_missing_at_the_best_rate_and_takes_masks_from_d_run
     """Which cells are asked for; what a cell shows is made up here, the runs themselves are train.py's."""
     asked = []
 
-    def made_up(cells, jobs):
-        cells = list(cells)
+    def made_up(cells, tasks, jobs):
+        assert tasks == ("tiny-math", "tiny-math-dev")
         asked.extend(cells)
         return [
             result(c.method, c.lr, c.seed, 0.9 if c.lr == 0.02 else 0.5, 0.8 + c.seed / 10) for c in cells
@@ -112,9 +115,125 @@ def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
     assert (args.mask_from is not None) == ("-s" in method)
 
 
-def test_committed_cells_say_what_they_are():
+def cell_of(path):
+    """The cell whose result this file is."""
+    shown = json.loads(path.read_text())
+    if shown["method"] == "base":
+        return grid.Base()
+    mask = shown["mask"] and cell_of(grid.RESULTS / f"{shown['mask']}.json")
+    return grid.Cell(*(shown[name] for name in ("method", "lr", "seed", "k", "task")), mask)
+
+
+def test_committed_cells_are_what_their_command_would_measure_now():
+    sizes = {"tiny-math": 500, "tiny-math-dev": 300, "tiny-code": 300, "tiny-safety": 151}
     for path in grid.RESULTS.glob("*.json"):
-        shown = json.loads(path.read_text())
-        cell = grid.Cell(*(shown[name] for name in ("method", "lr", "seed", "k", "task")))
-        assert path.stem == cell.name
-        assert shown["problems"] == {"tiny-math": 500, "tiny-math-dev": 300}
+        cell = cell_of(path)
+        assert cell.result == path
+        problems = grid.saved(cell)["problems"]
+        assert problems.items() <= sizes.items()
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A cell with a finished run, scored on tiny-math, and its file; measured(scores) is what it says now.
+
+    The evaluations are stood in for by one that writes their kind of results.json; each says it was called.
+    """
+    for name in ("ROOT", "RUNS", "RESULTS"):
+        monkeypatch.setattr(grid, name, tmp_path)
+    cell, called = grid.Cell("hellora", 0.01, 0, task="tiny-code"), []
+    cell.folder.mkdir()
+    run = {"model": "tiny", "task": "tiny-code", "method": "hellora", "dtype": "fp32", "finished": True}
+    run |= {"trained": 1, "stored": 2, "versions": {}, "hashes": grid.now_hashes("tiny-code")}
+    grid.write_json(cell.folder / "run.json", run)
+    (cell.folder / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.0}\n')
+
+    def evaluate(*arguments):
+        called.append(arguments)
+        task, folder = arguments[-1], Path(arguments[arguments.index("--run") + 1])
+        values = {name: len(called) for kind in job.SCORES.values() for name in kind}
+        update_results(folder, task, values | {"total": 9})
+
+    monkeypatch.setattr(grid, "python", evaluate)
+    return cell, called
+
+
+def test_a_cell_is_scored_by_each_tasks_own_command_and_only_where_it_lacks_a_score(measured):
+    cell, called = measured
+    grid.run_cells([cell], ["tiny-math"], 1)
+    before = json.loads(cell.result.read_text())
+    assert (before["accuracy"], before["problems"]) == ({"tiny-math": 1}, {"tiny-math": 9})
+    (shown,) = grid.run_cells([cell], ["tiny-math", "tiny-code", "tiny-safety"], 1)
+    assert [words[0:2] for words in called] == [
+        ("eval_gsm8k.py", "--run"),
+        ("-m", "paper.eval_humaneval"),
+        ("-m", "paper.eval_safety"),
+    ]
+    assert shown["accuracy"] == {"tiny-math": 1}
+    assert shown["pass@10"] == {"tiny-code": 2}
+    assert shown["refusal_rate"] == {"tiny-safety": 3}
+    assert {name: value for name, value in shown.items() if name in before} == before | {
+        "problems": dict.fromkeys(("tiny-math", "tiny-code", "tiny-safety"), 9)
+    }
+    grid.run_cells([cell], ["tiny-safety"], 1)
+    assert len(called) == 3
+
+
+@pytest.mark.parametrize("what", ["command", "model", "data"])
+def test_a_result_of_other_settings_model_or_data_is_refused(measured, what):
+    cell, _ = measured
+    (shown,) = grid.run_cells([cell], ["tiny-math"], 1)
+    shown["hashes"]["code"] = "other code may well measure the same"
+    grid.write_json(cell.result, shown)
+    grid.run_cells([cell], ["tiny-math"], 1)
+    (shown if what == "command" else shown["hashes"])[what] = "other"
+    grid.write_json(cell.result, shown)
+    with pytest.raises(ValueError, match=f"measured with another {what} than now: take the file away"):
+        grid.run_cells([cell], ["tiny-math"], 1)
+
+
+def test_scores_of_two_runs_are_never_mixed_in_one_file(measured):
+    cell, _ = measured
+    grid.run_cells([cell], ["tiny-math"], 1)
+    (cell.folder / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.5}\n')
+    with pytest.raises(ValueError, match="ends with another loss"):
+        grid.run_cells([cell], ["tiny-code"], 1)
+
+
+def test_a_mask_run_at_another_rate_makes_another_cell_of_the_same_name():
+    one, other = (grid.Cell("lori-s", 0.01, 0, mask=grid.Cell("lori-d", lr, 0)) for lr in (0.01, 0.02))
+    assert one.name == other.name
+    assert one.rests_on() != other.rests_on()
+
+
+def test_a_failing_cell_ends_with_its_command_and_its_last_line():
+    fails = "import sys; print('a line', file=sys.stderr); sys.exit('error: k is 0')"
+    with pytest.raises(OSError, match=r"exit code 1: python -c import .*\(error: k is 0\)$") as raised:
+        grid.python("-c", fails)
+    assert "\n" not in str(raised.value)
+
+
+# ---- table 8 -------------------------------------------------------------------------------------------
+
+
+def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_choices():
+    choices = [set(c) for c in combinations(range(6), 2)]
+    pairs = [len(a & b) / len(a | b) for a in choices for b in choices]
+    assert transfer.chance(2, 6) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seeds():
+    hot = {"a": [{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}], "b": [{"0": [1, 3]}] * 3}
+    assert transfer.overlap_row("a", "b", hot)["mean"] == pytest.approx(1 / 3)  # 1 of 3, three times
+    assert transfer.overlap_row("a", "a", hot)["mean"] == pytest.approx((1 + 0 + 0) / 3)
+
+
+def test_a_row_has_mean_spread_and_the_least_gain_over_the_untrained_model():
+    def scored(x):
+        scores = {name: {task: x} for name, task in transfer.COLUMNS.items()}
+        return scores | {name: {"tiny-safety": 3} for name in ("harmless_refused", "harmless_total")}
+
+    row = transfer.row("tiny-code", [scored(0.5), scored(0.7)], scored(0.1))
+    cell = row["pass@5"]
+    assert cell.pop("seeds") == [0.5, 0.7]
+    assert cell == pytest.approx({"mean": 0.6, "std": 0.02**0.5, "least_gain": 0.4, "paper": 22.04})

@@ -173,6 +173,15 @@ def test_a_model_that_really_generates_is_scored_on_the_built_in_rows(cli, train
     assert not (tmp_path / "r" / "results.json").exists()  # a part is not what it stands for
 
 
+def test_an_untrained_models_refusals_are_kept_where_asked(cli, toy, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    what = ("--model", toy, "--task", "tiny-safety", "--data", rows, "--out", tmp_path / "base")
+    code, _, err = cli("paper.eval_safety", *what)
+    assert code == 0, err
+    kept = json.loads((tmp_path / "base" / "results.json").read_text())["tiny-safety"]
+    assert kept["total"] + kept["harmless_total"] == len(ROWS)
+
+
 def test_prompts_are_read_from_hex_phis_csv_too(tmp_path):
     (tmp_path / "category_1.csv").write_text('"First, a thing"\nA second\n\n"Third\nin two lines"\n')
     rows = eval_safety.read_prompts(tmp_path / "category_1.csv")
