@@ -175,7 +175,8 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
     problems = load_problems(task, args.data or SOURCES[task].fetch())
     if unknown := {s["task_id"] for s in samples} - problems.keys():
-        raise ValueError(f"{path} has samples of {min(unknown)!r}, which is no problem here: want its --data")
+        given = args.data or task
+        raise ValueError(f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data")
     result, records = score(problems, samples, args.seconds, args.workers)
     write_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)

@@ -267,7 +267,7 @@ def be_the_command(folder, words, streams):
 def complaints(outcome, path):
     """What is wrong with how a run ended, given the file that was changed."""
     code, _, err, seconds, more = outcome
-    named = {path.name, path.parent.name, "of the data", "a prompt"}  # the last two: rows that are too long
+    named = {path.name, path.parent.name, "of the data", "to score", "a prompt"}  # or a row, if too long
     return [
         *([f"it ended with {code}: {err[-1:]}"] if code not in (0, 2) else []),
         *([f"{len(err)} lines: {err[:3]}"] if (code == 2) != (len(err) == 1) else []),
@@ -499,7 +499,7 @@ CRAFTED = [  # (file, change of its content, what is said of it)
     (SAVE, in_state(lambda step, of: (step, renamed(of, "exp_avg/", "extra/"))), "what AdamW keeps"),
     (METRICS, lambda data: b'[]\n3\n"x"\nnull\n{"step": "1"}\n{"step": NaN}\n\xff\n{"lo' + data, ""),
     (METRICS, lambda data: b"[" * 10**6, ""),
-    ("samples.jsonl", lambda data: b'{"task_id": "y", "completion": ""}\n', "which is no problem here"),
+    ("samples.jsonl", lambda data: b'{"task_id": "y", "completion": ""}\n', "no problem of programs.jsonl"),
     ("samples.jsonl", lambda data: b'{"task_id": 0, "completion": ""}\n', "has no text in 'task_id'"),
 ]  # fmt: skip
 
