@@ -50,9 +50,13 @@ class Rows(NamedTuple):
     )
     adapted_ends: Tensor | None = None  # [k] int32, ends of the adapted experts' segments among those rows
 
-    def pick(self, x: Tensor) -> Tensor:
-        """Rows [N, D] -> those that visit adapted experts [n, D]"""
-        return x if self.adapted is None else x.index_select(0, self.adapted)
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [N, D] -> the same, and those that visit adapted experts [n, D]"""
+        return (x, x) if self.adapted is None else Fork.apply(x, self.adapted)
+
+    def join(self, y: Tensor, low: Tensor) -> Tensor:
+        """Rows [N, D], with what adapters add to theirs [n, D] added in place."""
+        return y.add_(low) if self.adapted is None else Join.apply(y, low, self.adapted)
 
 
 def sort_by_expert(expert_ids: Tensor, n_experts: int, adapted: Tensor, matmul: Callable) -> Rows:
@@ -108,3 +112,64 @@ class Combine(torch.autograd.Function):
         """[M, D] -> [N, D]"""
         (token,) = ctx.saved_tensors
         return grad.index_select(0, token), None, None
+
+
+class Fork(torch.autograd.Function):
+    """Rows [N, D] -> the same, and a copy of those at `index` [n, D]; the transpose of Join.
+
+    Plain indexing would make a whole [N, D] of zeros in the backward pass, for its gradient to be added to.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, D] -> [N, D], [n, D]"""
+        ctx.save_for_backward(index)
+        return x, x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor, grad_copy: Tensor) -> tuple[Tensor, None]:
+        """[N, D], [n, D] -> [N, D]"""
+        (index,) = ctx.saved_tensors
+        return grad.index_add_(0, index, grad_copy), None  # in place: a matmul has just made it, for us alone
+
+
+class Join(torch.autograd.Function):
+    """Rows [N, D] with `low` [n, D] added, in place, to those at `index`; the transpose of Fork.
+
+    index_add_ alone would do, but it keeps `low` for the backward pass, only to know its shape there.
+    """
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor, low: Tensor, index: Tensor) -> Tensor:
+        """[N, D], [n, D] -> [N, D]"""
+        ctx.save_for_backward(index)
+        ctx.mark_dirty(y)
+        return y.index_add_(0, index, low)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """[N, D] -> [N, D], [n, D]"""
+        (index,) = ctx.saved_tensors
+        return grad, grad.index_select(0, index), None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight: what experts hold between their matrices, times the router's weights.
+
+    Of the four [N, F] that autograd would keep it keeps two, and makes silu(gate) again.
+    """
+
+    @staticmethod
+    def forward(ctx: object, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """[N, F], [N, F], [N, 1] -> [N, F]"""
+        ctx.save_for_backward(gate, up, weight)
+        return F.silu(gate).mul_(up).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, F] -> [N, F], [N, F], [N, 1]"""
+        gate, up, weight = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        grad_weight = (grad_up * up).sum(-1, keepdim=True)
+        grad_gate = torch.ops.aten.silu_backward(up.mul(grad).mul_(weight), gate)
+        return grad_gate, grad_up.mul_(weight), grad_weight

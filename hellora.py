@@ -155,12 +155,12 @@ class LoRAGroupedLinear(GroupedLinear):
         z = rows.matmul(hot_x, a, rows.adapted_ends) * self.lora.scale  # [n, r]
         low = rows.matmul(z, b, rows.adapted_ends)  # [n, out]
         if self.lora.magnitude is not None:  # DoRA: (m / length) (y + low) = y + [(m / length) (y + low) - y]
-            hot_y = rows.pick(y)
+            y, hot_y = rows.fork(y)
             ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)  # [k, out]
             sizes = rows.adapted_ends.diff(prepend=rows.adapted_ends.new_zeros(1))
             ratio = ratio.repeat_interleave(sizes, dim=0, output_size=len(low))  # [n, out]
             low = ratio * (hot_y + low) - hot_y
-        return y + low if rows.adapted is None else y.index_add_(0, rows.adapted, low)  # y is ours to change
+        return rows.join(y, low)
 
 
 def sites(layer: Block, method: Method, linear_router: bool) -> list[str]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import ranks
 from checkpoint import BACKBONES, Checkpoint, MoEConfig, hub_names, locate, read_config
-from dispatch import MATMULS, Combine, Dispatch, Rows, sort_by_expert
+from dispatch import MATMULS, Combine, Dispatch, Rows, SwiGLU, sort_by_expert
 
 __all__ = ["BACKBONES", "MoEConfig", "MoEModel"]
 
@@ -83,9 +83,9 @@ class Experts(nn.Module):
 
         The weight is applied to the F-wide activation, which is narrower than the output; `down` is linear.
         """
-        hot_x = rows.pick(x)  # [n, D], once for gate and up
-        hidden = F.silu(self.gate(x, hot_x, rows)) * self.up(x, hot_x, rows) * weight[:, None]  # [N, F]
-        return self.down(hidden, rows.pick(hidden), rows)
+        x, hot_x = rows.fork(x)  # [N, D], [n, D]
+        hidden = SwiGLU.apply(self.gate(x, hot_x, rows), self.up(x, hot_x, rows), weight[:, None])  # [N, F]
+        return self.down(*rows.fork(hidden), rows)
 
 
 class Routing(NamedTuple):

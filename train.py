@@ -202,7 +202,9 @@ def main() -> None:
         if job.tests and "base_accuracy" not in run.read_results(folder).get(job.settings["task"], {}):
             score(job, job.build(), folder, "base")
 
+        began = time.perf_counter()
         experts = catch(job, folder)
+        caught = time.perf_counter() - began
         adapted = {str(layer): ids for layer, ids in experts.items()}  # as JSON has it
         if record.setdefault("adapted", adapted) != adapted:
             raise ValueError(f"{folder}/hot_experts.json changed since training began: want another --out")
@@ -217,6 +219,10 @@ def main() -> None:
         record |= {"trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)
+        seconds = time.perf_counter() - began
+        print(
+            f"the catcher took {caught:.0f} s: {caught / seconds:.1%} of the {seconds:.0f} s since it began"
+        )
         hellora.save_adapter(folder, model)
         if experts and visits.counts:
             report_share(model, visited_share(visits.scores("count"), experts))

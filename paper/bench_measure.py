@@ -4,12 +4,11 @@ import ctypes
 import gc
 import multiprocessing
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from itertools import chain
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -27,46 +26,30 @@ from moe_model import MoEModel
 
 def clock_of(device: torch.device) -> str:
     """Which clock is fair: on one CPU thread CPU time, which neighbours on the machine do not stretch."""
-    if device.type == "cuda":
-        return "CUDA events"
-    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
+    return "CPU time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall time"
 
 
 def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Seconds that `work` takes, the mean of so many times."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
+    """Seconds that `work` takes, the mean of so many times in a row."""
     now = time.process_time if clock_of(device) == "CPU time" else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     began = now()
     for _ in range(times):
         work()
-    if device.type == "cuda":
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000 / times
+    wait()
     return (now() - began) / times
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed: else every step pays for its pages again."""
-    with suppress(OSError, AttributeError):  # another libc
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # no mmap; no trim; top pad 256 MiB
-            libc.mallopt(parameter, value)
-
-
-# ---- the device at its best ----------------------------------------------------------------------------
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, tries: int = 6) -> float:
     """FLOP/s of the best of a few square matrix products."""
-    size = 8192 if device.type == "cuda" else 1024
+    size, times = (8192, 10) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype, device=device)
-    torch.mm(a, b, out=out)
-    return 2 * size**3 / min(timed(device, lambda: torch.mm(a, b, out=out)) for _ in range(tries))
+    out = torch.mm(a, b)
+    return 2 * size**3 / min(timed(device, lambda: torch.mm(a, b, out=out), times) for _ in range(tries))
+
+
+# ---- FLOPs and operations ------------------------------------------------------------------------------
 
 
 def step_flops(model: MoEModel | None, cfg: MoEConfig, method: Method, length: int, shares: dict) -> float:
@@ -85,29 +68,6 @@ def step_flops(model: MoEModel | None, cfg: MoEConfig, method: Method, length: i
     passes = 3 if method.train_a else 2.5  # LoRI: of A no gradient
     return (3 if method.train_base else 2) * forward + 3 * scores + passes * extra
 
-
-def check_grouped_mm(device: torch.device, dtype: torch.dtype, rank: int, width: int = 2048) -> dict:
-    """Is F.grouped_mm right for skinny groups, of unequal size and one empty, forward and backward?"""
-    draw = torch.Generator(device).manual_seed(0)
-    random = {"device": device, "dtype": dtype, "generator": draw}
-    ends = torch.tensor([40, 40, 177, 256], dtype=torch.int32, device=device)
-    stored = torch.randn(4, rank, width, **random) / width**0.5, torch.randn(4, width, rank, **random)
-    x = torch.randn(256, width, **random)
-    results = []
-    for matmul in (grouped_mm, looped_mm):
-        leaves = [t.clone().requires_grad_() for t in (x, *stored)]
-        a, b = (w.transpose(1, 2) for w in leaves[1:])  # strided, as adapters have them
-        y = matmul(matmul(leaves[0], a, ends), b, ends)
-        (y * y).sum().backward()
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    errors = [
-        ((got - want).float().norm() / want.float().norm()).item() for got, want in zip(*results, strict=True)
-    ]
-    worst = max(errors)
-    return {"rank": rank, "relative_error": worst, "ok": worst < (1e-4 if dtype == torch.float32 else 3e-2)}
-
-
-# ---- operations ----------------------------------------------------------------------------------------
 
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_"}
 
@@ -148,7 +108,31 @@ def layer_operations(model: nn.Module, batch: Batch, n_dense: int = 0) -> dict[s
     return {name: dict(two - one) for name, one, two in zip(names, *counted, strict=True)}
 
 
+def check_grouped_mm(device: torch.device, dtype: torch.dtype, rank: int, width: int = 2048) -> dict:
+    """Is F.grouped_mm right for skinny groups, of unequal size and one empty, forward and backward?"""
+    random = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
+    ends = torch.tensor([40, 40, 177, 256], dtype=torch.int32, device=device)
+    stored = torch.randn(4, rank, width, **random) / width**0.5, torch.randn(4, width, rank, **random)
+    x, results = torch.randn(256, width, **random), []
+    for matmul in (grouped_mm, looped_mm):
+        leaves = [t.clone().requires_grad_() for t in (x, *stored)]
+        a, b = (w.mT for w in leaves[1:])  # strided, as adapters have them
+        y = matmul(matmul(leaves[0], a, ends), b, ends)
+        (y * y).sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    worst = max(float((got - want).norm() / want.norm()) for got, want in zip(*results, strict=True))
+    return {"rank": rank, "relative_error": worst, "ok": worst < (1e-4 if dtype == torch.float32 else 3e-2)}
+
+
 # ---- memory --------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed: else every step pays for its pages again."""
+    with suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # no mmap; no trim; top pad 256 MiB
+            libc.mallopt(parameter, value)
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -175,35 +159,10 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def in_own_process(work: Callable[[], object]) -> object:
-    """What `work` returns in a forked process. Raises RuntimeError with its error, or if it died."""
-
-    def child(connection: Connection) -> None:
-        try:
-            connection.send((True, work()))
-        except Exception as error:  # whatever it is, the parent reports it
-            connection.send((False, explain(error)))
-
-    ours, theirs = multiprocessing.Pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork while tqdm's monitor thread runs
-        process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
-        process.start()
-    theirs.close()
-    try:
-        good, value = ours.recv()
-    except EOFError:
-        good, value = False, "its process died (out of memory?)"
-    process.join()
-    if not good:
-        raise RuntimeError(value)
-    return value
-
-
-def explain(error: Exception) -> str:
-    """The class and first line of an error, short enough for a table."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:160]
+def in_own_process(work: Callable, *args: object) -> object:
+    """What `work` returns in a forked process. Raises its error, or BrokenProcessPool if it died."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def resident(kind: str) -> int:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.models.olmoe.modeling_olmoe import OlmoeMLP
 
-from checkpoint import MoEConfig
-from paper.bench_worlds import ALPHA, RANK, World
+from paper.bench_worlds import ALPHA, RANK, World, everywhere
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT = ("gate_proj", "up_proj", "down_proj")
@@ -44,22 +44,18 @@ class Peer(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], max_new: int, stops: tuple[int, ...], batch_size: int
+        self, prompts: list[list[int]], max_new: int, stops: tuple[int, ...], _batch_size: int
     ) -> list[list[int]]:
-        """What generate.generate does, also with prompts of like length in a batch."""
-        done, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen])
-            real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-            out = self.model.generate(
-                input_ids=ids.to(self.device), attention_mask=real.to(self.device), do_sample=False,
-                max_new_tokens=max_new, eos_token_id=list(stops) or None, pad_token_id=0,
-            )  # fmt: skip
-            for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
-                done[i] = row[: next((n for n, t in enumerate(row) if t in stops), max_new)]
-        return [done[i] for i in range(len(prompts))]
+        """What generate.generate does, for prompts of one batch."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=real, do_sample=False, max_new_tokens=max_new,
+            eos_token_id=list(stops) or None, pad_token_id=0,
+        )  # fmt: skip
+        new = out[:, width:].tolist()
+        return [row[: next((n for n, t in enumerate(row) if t in stops), max_new)] for row in new]
 
 
 def transformers_model(world: World, layout: Callable[[World, nn.Module], dict[str, Tensor]]) -> nn.Module:
@@ -98,48 +94,35 @@ def one_by_one(world: World, model: nn.Module) -> dict[str, Tensor]:
     """transformers 4: each expert a module, each matrix a Linear; views of our stacks."""
     with torch.device("meta"):
         for layer in model.model.layers:
-            layer.mlp = SparseMoeBlock(world.cfg)
+            layer.mlp = SparseMoeBlock(model.config)
     model.config.model_type = "olmoe-in-transformers-4"  # else PEFT turns these targets into the fused ones
     stacks = [name for name in world.base if ".experts." in name]
     return {part: value for name in stacks for part, value in world.parts(name)}
 
 
-class ExpertMLP(nn.Module):
-    """transformers 4's OlmoeMLP."""
-
-    def __init__(self, cfg: MoEConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.dim, cfg.expert_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.dim, cfg.expert_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.expert_dim, cfg.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, D] -> [n, D]"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class SparseMoeBlock(nn.Module):
     """transformers 4's OlmoeSparseMoeBlock, operation by operation: every expert is visited, in turn."""
 
-    def __init__(self, cfg: MoEConfig):
+    def __init__(self, config: transformers.OlmoeConfig):
         super().__init__()
-        self.cfg = cfg
-        self.gate = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
-        self.experts = nn.ModuleList(ExpertMLP(cfg) for _ in range(cfg.n_experts))
+        self.n_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.norm_topk = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, self.n_experts, bias=False)
+        self.experts = nn.ModuleList(OlmoeMLP(config) for _ in range(self.n_experts))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        x = hidden.view(-1, self.cfg.dim)
+        x = hidden.flatten(0, 1)
         weights = F.softmax(self.gate(x), dim=1, dtype=torch.float)
-        weights, selected = torch.topk(weights, self.cfg.top_k, dim=-1)
-        if self.cfg.norm_topk:
+        weights, selected = torch.topk(weights, self.top_k, dim=-1)
+        if self.norm_topk:
             weights /= weights.sum(dim=-1, keepdim=True)
         weights = weights.to(x.dtype)
         final = torch.zeros_like(x)
-        mask = F.one_hot(selected, num_classes=self.cfg.n_experts).permute(2, 1, 0)  # [E, K, M]
+        mask = F.one_hot(selected, num_classes=self.n_experts).permute(2, 1, 0)  # [E, K, M]
         for e, expert in enumerate(self.experts):
             choice, token = torch.where(mask[e])
-            current = x[None, token].reshape(-1, self.cfg.dim)
+            current = x[None, token].reshape(-1, x.shape[-1])
             current = expert(current) * weights[token, choice, None]
             final.index_add_(0, token, current.to(x.dtype))
         return final.view_as(hidden)
@@ -169,11 +152,6 @@ def peft_v4(world: World, experts: dict[int, list[int]]) -> Peer:
     always = rf"\d+\.(self_attn\.({'|'.join(ATTENTION)})|mlp\.gate)"
     model = transformers_model(world, one_by_one)
     return with_lora(model, target_modules=rf".*layers\.({experts_too}|{always})")
-
-
-def everywhere(cfg: MoEConfig) -> dict[int, list[int]]:
-    """Every expert of every layer."""
-    return {i: list(range(cfg.n_experts)) for i in cfg.moe_layers}
 
 
 # name -> (how it is built, our method with as many trained numbers, numbers it has fewer than that)

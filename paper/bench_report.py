@@ -12,48 +12,33 @@ REGIMES = {  # name -> LoRA on all experts, on the hot ones
 }
 
 
-def ratios(a: list[float], b: list[float]) -> dict[str, float] | None:
-    """How many times faster b is than a, from seconds, round by round; None if either was not measured."""
-    each = [x / y for x, y in zip(a, b, strict=False)]  # a time budget may end a round in its middle
+def ratios(a: dict, b: dict) -> dict[str, float] | None:
+    """How many times faster row b is than a, round by round; None if either was not measured."""
+    each = [x / y for x, y in zip(a["seconds"], b["seconds"], strict=False)]  # time may end within a round
     return {"median": median(each), "least": min(each), "most": max(each)} if each else None
 
 
 def summarise(record: dict) -> None:
     """Add to the record what follows from it, as far as it goes."""
-    rows, tokens = record["rows"], record.get("world", {}).get("tokens")
-    measured = [name for name, row in rows.items() if row["seconds"]]
-    for name in measured:
-        row, peak = rows[name], record["matmul_flops_per_s"]
-        row["tokens_per_s"] = tokens / median(row["seconds"])
-        row["samples_per_s"] = row["tokens_per_s"] / SAMPLE
-        if peak and row["flops_a_token"]:
-            row["roofline_tokens_per_s"] = peak / row["flops_a_token"]
-            row["utilisation"] = row["tokens_per_s"] / row["roofline_tokens_per_s"]
+    rows = record["rows"]
+    measured = {name: row for name, row in rows.items() if row["seconds"]}
     reference = next((name for name in (*REFERENCES, *measured) if name in measured), None)
-    for name in measured:
-        row = rows[name]
-        row["faster"] = ratios(rows[reference]["seconds"], row["seconds"])
-    record["reference"], record["paper"], record["regimes"] = reference, PAPER, regimes(rows)
+    for row in measured.values():
+        row["tokens_per_s"] = record["world"]["tokens"] / median(row["seconds"])
+        row["samples_per_s"] = row["tokens_per_s"] / SAMPLE
+        row["faster"] = ratios(rows[reference], row)
+        if row["flops_a_token"] and record["matmul_flops_per_s"]:
+            row["roofline_tokens_per_s"] = record["matmul_flops_per_s"] / row["flops_a_token"]
+            row["utilisation"] = row["tokens_per_s"] / row["roofline_tokens_per_s"]
+    record |= {"reference": reference, "paper": PAPER, "regimes": {}}
+    for regime, (everywhere, hot) in REGIMES.items():
+        pair = [rows[name] for name in (everywhere, hot) if rows.get(name, {}).get("operations_a_layer")]
+        if len(pair) == 2:
+            operations = pair[0]["operations_a_layer"] / pair[1]["operations_a_layer"]
+            record["regimes"][regime] = {"operations": operations, "time": ratios(*pair)}
     losses = [row["loss"] for row in rows.values() if "loss" in row]
     if losses:  # adapters start as nothing, so all first losses are the base model's
         record["losses_differ_by"] = (max(losses) - min(losses)) / abs(median(losses))
-
-
-def regimes(rows: dict[str, dict]) -> dict[str, dict]:
-    """LoRA -> HELLoRA in each way of multiplying: in time, and in operations a layer."""
-    out = {}
-    for regime, (everywhere, hot) in REGIMES.items():
-        a, b = rows.get(everywhere, {}), rows.get(hot, {})
-        if a.get("operations_a_layer") and b.get("operations_a_layer"):
-            out[regime] = {"operations": a["operations_a_layer"] / b["operations_a_layer"]}
-            out[regime]["time"] = ratios(a["seconds"], b["seconds"])
-    return out
-
-
-def cell(value: float | None, pattern: str) -> str:
-    """A number, or a dash, as wide as the number would be."""
-    width = len(pattern.format(0))
-    return f"{'-':>{width}}" if value is None else pattern.format(value)
 
 
 COLUMNS = (  # head, pattern, value of a row
@@ -70,51 +55,50 @@ COLUMNS = (  # head, pattern, value of a row
 )
 
 
+def cell(value: float | None, pattern: str) -> str:
+    """A number, or a dash, as wide as the number would be."""
+    return f"{'-':>{len(pattern.format(0))}}" if value is None else pattern.format(value)
+
+
 def show(record: dict) -> None:
-    """Print the table and what follows from it."""
-    rows, world, at = record["rows"], record["world"], record["hardware"]
-    settings, width = record["settings"], max(map(len, record["rows"]))
+    """Print everything, the table last."""
+    rows, world, at, settings = (record[name] for name in ("rows", "world", "versions", "settings"))
+    show_others(record)
+    where = f"{at['device']}, {record['hardware']}, torch {at['torch']}"
+    peak = record.get("matmul_flops_per_s", 0) / 1e12
     print(
         f"\n{settings['model'] or settings['shape']}, {settings['dtype']}, {world['tokens']} tokens a step "
         f"in {world['sequences']} sequences, hot experts get {world['hot_share']:.1%} of the visits; "
-        f"weights {world['weight_bytes'] / 1e9:.2f} GB"
+        f"weights {world['weight_bytes'] / 1e9:.2f} GB\n"
+        f"{where}, {record['date'][:10]}; medians of rounds, {record['clock']}\n"
+        f"the best matrix product makes {peak:.3f} TFLOP/s, to which roofline and MFU refer\n"
+        f"ratio: times as fast as {record['reference']}, in the same round; a sample: {SAMPLE} tokens\n"
+        f"(the paper's samples/s, on two A100: {PAPER['samples_per_s']})"
     )
-    print(
-        f"{at.get('gpu') or at['cpu']}, {at['threads']} threads, {record['date'][:10]}, torch "
-        f"{record['versions']['torch']}; by {record['clock']}, median of rounds"
-    )
-    if peak := record.get("matmul_flops_per_s"):
-        print(f"best matrix product {peak / 1e12:.3f} TFLOP/s, which is what roofline and MFU refer to")
-    decoded(record)
+    width = max(map(len, rows))
     print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))
     for name, row in rows.items():
         print(name.ljust(width) + "".join(cell(value(row), pattern) for _, pattern, value in COLUMNS))
-    for name, row in rows.items():
-        if "failed" in row:
-            print(f"{name} failed at {row['failed']}")
-    theirs = ", ".join(f"{name} {rate}" for name, rate in PAPER["samples_per_s"].items())
-    print(f"ratio: times as fast as {record['reference']}, in the same round")
-    print(f"samples of {SAMPLE} tokens (the paper's rates, on two A100: {theirs})")
-    if "losses_differ_by" in record:
-        print(f"the first losses of all configurations agree to {record['losses_differ_by']:.1e}")
+
+
+def show_others(record: dict) -> None:
+    """Print what was decoded and loaded, what follows from the rows, and what failed."""
+    decoded, loaded = record.get("generate", {}), record.get("load", {})
+    for name, row in decoded.items():
+        if row["seconds"]:
+            faster = ratios(row, decoded[f"{name.partition(':')[0]}: ours"])
+            rate = f"{row['tokens'] / median(row['seconds']):,.0f} tokens/s"
+            beside = f"; ours {faster['median']:.2f} times that" if faster else ""
+            print(f"decode, {name}: {rate}{beside}")
+    for name, row in loaded.items():
+        if row["seconds"]:
+            print(f"load, {name}: {median(row['seconds']):.2f} s")
     for regime, value in record["regimes"].items():
         time = f"{value['time']['median']:.2f}x in time, " if value["time"] else ""
         operations = f"{value['operations']:.2f}x in operations"
         print(f"lora -> hellora, {regime}: {time}{operations} (paper: {PAPER['ratio']}x in time)")
-
-
-def decoded(record: dict) -> None:
-    """Print the rates of decoding and the times of loading."""
-    for name, row in record.get("generate", {}).items():
-        cases = [
-            f"{case} {median(row[f'{case}_rates']):,.0f} tokens/s of {row[f'{case}_mean_length']:.0f} each"
-            for case in ("equal", "uneven")
-            if isinstance(row, dict) and row.get(f"{case}_rates")
-        ]
-        print(f"decode, {name}: {', '.join(cases) or row}")
-    loads = record.get("load", {})
-    for name, row in loads.items():
-        if isinstance(row, dict) and row["seconds"]:
-            print(f"load, {name}: {median(row['seconds']):.2f} s for {loads['bytes'] / 1e9:.2f} GB")
-        elif isinstance(row, dict):
-            print(f"load, {name}: {row}")
+    if "losses_differ_by" in record:
+        print(f"the first losses of all configurations agree to {record['losses_differ_by']:.1e}")
+    for name, row in (record["rows"] | decoded | loaded).items():
+        if "failed" in row:
+            print(f"{name} failed at {row['failed']}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from catcher import choose, count_visits, default_k, visited_share
@@ -22,6 +23,7 @@ from tokenizer import load_tokenizer
 
 RANK, ALPHA = 32, 64  # Table 1
 LR = 1e-6  # so small that every round does the same work, with the same routing
+LOAD_LAYERS = 2  # of a random model, in the checkpoint whose loading is timed
 BIAS_CHANNEL = 0  # of a random model's hidden state: the same in every token, see draw_weights
 
 
@@ -148,6 +150,16 @@ def world_of(model: str, tokens: int, length: int, dtype: torch.dtype, device: t
     return World(hub, cfg, dtype, base, batch, experts, shares, device, source)
 
 
+def write_checkpoint(world: World, folder: Path) -> Path:
+    """The first LOAD_LAYERS layers of a random world as the Hub stores them; the folder itself."""
+    hub = world.hub | {"num_hidden_layers": min(LOAD_LAYERS, world.cfg.n_layers)}
+    names = base_parameters(parse_config(hub))
+    tensors = {hub_name: part.cpu().clone() for name in names for hub_name, part in world.parts(name)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hub))
+    return folder
+
+
 # ---- our methods ---------------------------------------------------------------------------------------
 
 
@@ -161,38 +173,33 @@ def frozen(world: World, experts: str = "grouped", base: dict[str, Tensor] | Non
     return model.requires_grad_(False)
 
 
+def everywhere(cfg: MoEConfig) -> dict[int, list[int]]:
+    """Every expert of every layer."""
+    return {i: list(range(cfg.n_experts)) for i in cfg.moe_layers}
+
+
 def ours(world: World, method: str, experts: str = "grouped", recompute: bool = False) -> MoEModel:
     """Our model, ready to train with `method`; fft takes the weights out of the world, to fp32 masters."""
-    model = BUILDERS.get(method, adapted)(world, method, experts)
+    if method == "fft":
+        base = {name: world.base.pop(name).to(torch.float32, copy=True) for name in list(world.base)}
+        model = frozen(world, experts, base).requires_grad_(True)
+    elif method == "none":  # trains one norm: the backward pass goes through all layers, for input gradients
+        model = frozen(world, experts)
+        norm = model.layers[0].attn_norm
+        norm.weight = nn.Parameter(norm.weight.detach().clone())
+    else:
+        model = adapted(world, method, experts)
     model.recompute = recompute
     return model
 
 
-def without_adapters(world: World, _method: str, experts: str) -> MoEModel:
-    """Trains the first norm alone, so that the backward pass goes through all layers, for input gradients."""
-    model = frozen(world, experts)
-    norm = model.layers[0].attn_norm
-    norm.weight = nn.Parameter(norm.weight.detach().clone())
-    return model
-
-
-def whole(world: World, _method: str, experts: str) -> MoEModel:
-    """Trains every weight."""
-    base = {name: world.base.pop(name).to(torch.float32, copy=True) for name in list(world.base)}
-    return frozen(world, experts, base).requires_grad_(True)
-
-
-def adapted(world: World, method: str, experts: str = "grouped") -> MoEModel:
+def adapted(world: World, method: str, experts: str) -> MoEModel:
     """Trains the adapters of a METHODS row."""
     model, row = frozen(world, experts), parse_method(method)
-    everywhere = {i: list(range(world.cfg.n_experts)) for i in world.cfg.moe_layers}
-    attach(model, row, world.experts if row.rule == "hot" else everywhere, RANK, ALPHA)
+    attach(model, row, world.experts if row.rule == "hot" else everywhere(world.cfg), RANK, ALPHA)
     init_adapters(model, 0)
     for m in adapters(model).values():
         if m.lora.mask is not None:  # no D run has earned it: a random one, of the same size
             draw = torch.Generator(m.lora.mask.device).manual_seed(0)
             m.lora.mask.copy_(torch.empty_like(m.lora.B).uniform_(generator=draw) < row.keep)
     return model
-
-
-BUILDERS = {"none": without_adapters, "fft": whole}  # the others are adapted
