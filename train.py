@@ -220,18 +220,15 @@ def main() -> None:
         run.write_json(folder / "run.json", record)
         visits = fit(model, job, folder)
         seconds = time.perf_counter() - began
-        print(
-            f"the catcher took {caught:.0f} s: {caught / seconds:.1%} of the {seconds:.0f} s since it began"
-        )
         hellora.save_adapter(folder, model)
-        if experts and visits.counts:
+        if job.method.rule not in (None, "all") and visits.counts:
             report_share(model, visited_share(visits.scores("count"), experts))
-
+            print(f"the catcher took {caught:.0f} s, {caught / seconds:.1%} of the time since it began")
         if not ranks.is_cut(model):  # else it is scored with its adapters apart
             hellora.merge(model)
         if job.tests:
             score(job, model, folder, "after")
-        record["hashes"]["adapter"] = run.sha256(folder / "adapter.safetensors")
+        record["hashes"]["adapter"] = ranks.once(lambda: run.sha256(folder / "adapter.safetensors"))
         run.write_json(folder / "run.json", record | {"finished": True})
         ranks.wait()  # no rank ends before the files are there
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
