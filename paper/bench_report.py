@@ -73,7 +73,7 @@ def show(record: dict) -> None:
         f"{where}, {record['date'][:10]}; medians of rounds, {record['clock']}\n"
         f"the best matrix product makes {peak:.3f} TFLOP/s, to which roofline and MFU refer\n"
         f"ratio: times as fast as {record['reference']}, in the same round; a sample: {SAMPLE} tokens\n"
-        f"(the paper's samples/s, on two A100: {PAPER['samples_per_s']})"
+        f"(the paper's samples/s, on two A100: {', '.join(f'{m} {v}' for m, v in PAPER['samples_per_s'].items())})"
     )
     width = max(map(len, rows))
     print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))

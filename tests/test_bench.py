@@ -1,13 +1,16 @@
 """The benchmark: what it counts without a clock, and that its command measures everything."""
 
 import json
+import re
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
 from data import collate
 from paper import bench, bench_measure, bench_worlds
+from paper.bench_report import show
 from paper.bench_worlds import SHAPES, Shape, ours, random_world
 
 CPU = torch.device("cpu")
@@ -143,3 +146,13 @@ def test_a_checkpoint_is_measured_on_text(cli, toy, tmp_path):
 )
 def test_what_is_unknown_is_refused(cli, args):
     assert cli("paper.bench", *args)[0] == 2
+
+
+def test_the_readme_has_the_tables_of_the_committed_measurements(capsys):
+    blocks = re.findall(
+        r"^```text (docs/results/\S+)\n(.*?)\n```$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    assert len(blocks) == 2
+    for file, text in blocks:
+        show(json.loads((ROOT / file).read_text()))
+        assert capsys.readouterr().out.strip() == text
