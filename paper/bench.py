@@ -58,7 +58,7 @@ class Configuration(NamedTuple):
 
     build: Callable[[World], nn.Module]  # the model, ready to train
     method: str  # ours, which says what a step of it has to compute
-    fewer: Callable[[MoEConfig], int] | None = None  # of a peer: trained numbers that it has fewer than ours
+    fewer: Callable[[MoEConfig], int] = lambda cfg: 0  # trained numbers that it has fewer than that
 
 
 def peers() -> ModuleType | None:
@@ -82,14 +82,15 @@ def configurations() -> dict[str, Configuration]:
     return table | {name: Configuration(*row) for name, row in their.items()}
 
 
-def needed(method: str, cfg: MoEConfig, length: int, shares: dict[int, float]) -> tuple[float, int]:
+def needed(config: Configuration, cfg: MoEConfig, length: int, shares: dict) -> tuple[float, int]:
     """FLOPs that a step needs for a token, and the numbers it trains, from shapes alone."""
-    if method == "none":
+    if config.method == "none":
         return measure.step_flops(None, cfg, Method(), length, shares), cfg.dim
-    row = parse_method(method)
-    model = shapes_only(cfg, method, default_k(cfg) if row.rule == "hot" else cfg.n_experts)
+    row = parse_method(config.method)
+    model = shapes_only(cfg, config.method, default_k(cfg) if row.rule == "hot" else cfg.n_experts)
     shares = shares if row.rule == "hot" else dict.fromkeys(shares, 1.0)
-    return measure.step_flops(model, cfg, row, length, shares), count_params(model, row)[0]
+    trained, _ = count_params(model, row)
+    return measure.step_flops(model, cfg, row, length, shares), trained - config.fewer(cfg)
 
 
 class Session:
@@ -103,13 +104,11 @@ class Session:
         """One whole training step, of ours and of a peer alike -> loss per token."""
         return train_step(self.model, self.optimizer, self.batch, len(self.batch), 0.0, self.visits)[0]
 
-    def begin(self, row: dict, fewer: Callable[[MoEConfig], int] | None) -> None:
+    def begin(self, row: dict) -> None:
         """Check what is trained, warm up, count operations, measure memory: the row's first values."""
-        if fewer:
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            if trained != (want := row["trained"] - fewer(self.cfg)):
-                raise ValueError(f"PEFT trains {trained:,} numbers, want {want:,}: it adapts something else")
-            row["trained"] = trained
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if not isinstance(self.model, MoEModel) and trained != (want := row["trained"]):
+            raise ValueError(f"PEFT trains {trained:,} numbers, want {want:,}: it adapts something else")
         row["loss"] = self.step()
         if self.cfg.n_layers > self.cfg.n_dense + 1:
             batch = collate(self.batch, self.model.device)
@@ -234,16 +233,19 @@ class Bench:
             "weight_bytes": sum(t.numel() * t.element_size() for t in world.base.values()),
         }  # fmt: skip
         for name, row in self.rows.items():
-            shapes = self.table[name].method, world.cfg, n_tokens // len(world.batch), world.shares
-            row["flops_a_token"], row["trained"] = attempt(row, "shapes", needed, *shapes) or (None, None)
+            shapes = world.cfg, n_tokens // len(world.batch), world.shares
+            numbers = attempt(row, "shapes", needed, self.table[name], *shapes) or (None, None)
+            row["flops_a_token"], row["trained"] = numbers
 
     def steps(self, names: list[str], world: World, part: str = "step") -> None:
         """Rounds over some configurations, all of them in memory."""
         sessions = {}
         for name in tqdm(names, "prepare", leave=False):
-            row, config = self.rows[name], self.table[name]
-            session = attempt(row, "build", Session, world, config) if self.time_for("fft") else None
-            attempt(row, "first step", session.begin, row, config.fewer) if session else None
+            row = self.rows[name]
+            session = (
+                attempt(row, "build", Session, world, self.table[name]) if self.time_for("fft") else None
+            )
+            attempt(row, "first step", session.begin, row) if session else None
             if session and "failed" not in row:
                 sessions[name] = session
         session = None  # a failed one would keep its memory

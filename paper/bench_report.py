@@ -86,7 +86,8 @@ def show_others(record: dict) -> None:
     decoded, loaded = record.get("generate", {}), record.get("load", {})
     for name, row in decoded.items():
         if row["seconds"]:
-            faster = ratios(row, decoded[f"{name.partition(':')[0]}: ours"])
+            ours = decoded[f"{name.partition(':')[0]}: ours"]
+            faster = ratios(row, ours) if row is not ours else None
             rate = f"{row['tokens'] / median(row['seconds']):,.0f} tokens/s"
             beside = f"; ours {faster['median']:.2f} times that" if faster else ""
             print(f"decode, {name}: {rate}{beside}")

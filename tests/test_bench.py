@@ -72,7 +72,7 @@ def test_needed_flops_are_perf_s_for_olmoe():
     cfg = bench_worlds.parse_config(SHAPES["olmoe"].hub)
     shares = dict.fromkeys(cfg.moe_layers, 0.5)
     for method, want in (("none", 4.81), ("hellora", 4.98), ("lora", 5.09), ("fft", 7.22)):
-        flops, _ = bench.needed(method, cfg, 512, shares)
+        flops, _ = bench.needed(bench.Configuration(None, method), cfg, 512, shares)
         assert flops / 1e9 == pytest.approx(want, rel=0.01)
 
 
