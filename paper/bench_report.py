@@ -66,6 +66,7 @@ def show(record: dict) -> None:
     show_others(record)
     where = f"{at['device']}, {record['hardware']}, torch {at['torch']}"
     peak = record.get("matmul_flops_per_s", 0) / 1e12
+    paper = ", ".join(f"{method} {rate}" for method, rate in PAPER["samples_per_s"].items())
     print(
         f"\n{settings['model'] or settings['shape']}, {settings['dtype']}, {world['tokens']} tokens a step "
         f"in {world['sequences']} sequences, hot experts get {world['hot_share']:.1%} of the visits; "
@@ -73,7 +74,7 @@ def show(record: dict) -> None:
         f"{where}, {record['date'][:10]}; medians of rounds, {record['clock']}\n"
         f"the best matrix product makes {peak:.3f} TFLOP/s, to which roofline and MFU refer\n"
         f"ratio: times as fast as {record['reference']}, in the same round; a sample: {SAMPLE} tokens\n"
-        f"(the paper's samples/s, on two A100: {', '.join(f'{m} {v}' for m, v in PAPER['samples_per_s'].items())})"
+        f"(the paper's samples/s, on two A100: {paper})"
     )
     width = max(map(len, rows))
     print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))

@@ -189,7 +189,7 @@ def throughput(plt: ModuleType) -> Figure:
             ax.set(
                 xticks=range(len(REGIMES)),
                 xticklabels=[name.replace(" + ", "\n+ ") for name in REGIMES],
-                title=f"{shape}: {field.replace('_', ' ')}",
+                title=f"{shape.replace('-', ' ')}: {field.replace('_', ' ')}",
             )
     bars = axes[0][0].containers[:2]
     fig.legend(bars, ("LoRA on all experts", "on hot experts"), loc="outside lower center", ncols=2)
