@@ -3,6 +3,7 @@
     python -m paper.bench --shape small --json FILE            minutes on a CPU
     python -m paper.bench --shape olmoe --json FILE            OLMoE-1B-7B with random weights, on a GPU
     python -m paper.bench --model tiny --only lora,hellora     any checkpoint
+    python -m paper.bench --plan --gpus 8                      nothing is measured: see paper/plan.py
 
 All configurations have the same weights, batch and training step (train.train_step), and take turns, round
 by round. "-loop" multiplies expert by expert; "peft" is PEFT on transformers 5; "peft-v4-..." is PEFT on the
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from generate import generate
 from hellora import Method, count_params, parse_method
 from moe_model import MoEModel
 from paper import bench_measure as measure
+from paper import plan
 from paper.bench_report import show, summarise
 from paper.bench_worlds import LR, RANK, SHAPES, World, frozen, ours, random_world, world_of, write_checkpoint
 from paper.reproduce import build as shapes_only
@@ -359,6 +362,10 @@ def hardware() -> str:
 
 def main() -> None:
     """Measure, and print the table last."""
+    if "--plan" in sys.argv:
+        sys.argv.remove("--plan")
+        plan.main()
+        return
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # many models share one GPU
     torch.backends.cuda.matmul.allow_tf32 = True  # for PEFT, whose adapters multiply in fp32
     Bench(parse_args()).run()

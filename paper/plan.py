@@ -1,6 +1,6 @@
 """What fits where, and what goes over the wire: arithmetic on the shapes alone, for any number of GPUs.
 
-python -m paper.plan --model mixtral-8x7b --gpus 8
+python -m paper.plan --model mixtral-8x7b --gpus 8         (paper.bench --plan is the same)
 python -m paper.plan --page         writes the tables of docs/scaling.md anew
 
 Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW. Exact, but for two
