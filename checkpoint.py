@@ -195,20 +195,23 @@ BACKBONES = {
 def locate(model: str | Path) -> Path:
     """The folder of a model: "tiny", a BACKBONES name, a folder, or a Hub id (downloaded once, then cached).
 
+    A Hub id may end in @ and a revision, such as a commit: that one is taken then, and not the newest.
     Raises FileNotFoundError if there is no such model, or no network to fetch it through.
     """
     if model == "tiny":
         return Path(__file__).parent / "tiny"
     if Path(model).is_dir():
         return Path(model)
-    repo = BACKBONES[model].repo if model in BACKBONES else str(model)
+    name = BACKBONES[model].repo if model in BACKBONES else str(model)
+    repo, _, revision = name.partition("@")
     wanted = (
         f"want tiny, {', '.join(BACKBONES)}, a folder, or a Hub id such as {BACKBONES['olmoe-1b-7b'].repo}"
     )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise FileNotFoundError(f"there is no model {repo!r}: {wanted}")
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", *BESIDE]))
+        wanted_files = ["*.safetensors", *BESIDE]
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted_files))
     except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
         raise FileNotFoundError(
             f"there is no folder {repo}, and the Hub did not give it ({type(error).__name__}): {wanted}; "

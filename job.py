@@ -84,7 +84,7 @@ def parse_args(description: str) -> argparse.Namespace:
     training = p.add_argument_group("training")
     train, run = training.add_argument, p.add_argument_group("run").add_argument
     # fmt: off
-    what("--model", default="tiny", help=f"tiny (default), {', '.join(BACKBONES)}, a folder, or a Hub id")
+    what("--model", default="tiny", help=f"tiny, {', '.join(BACKBONES)}, a folder, or a Hub id[@REVISION]")
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
     what("--data", type=Path, metavar="FILE", help="rows to train on in place of the task's training split")
     what("--eval-data", type=Path, metavar="FILE", help="rows to score in place of the task's test split")

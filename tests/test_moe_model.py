@@ -9,7 +9,7 @@ from conftest import HUB, ROOT, write_checkpoint
 from oracle import deepseek_logits
 from safetensors.torch import load_file, save_file
 
-from checkpoint import BACKBONES, Checkpoint, parse_config
+from checkpoint import BACKBONES, Checkpoint, locate, parse_config
 from moe_model import (
     IGNORE,
     KVCache,
@@ -417,3 +417,18 @@ def test_harmless_settings_are_never_refused():
 def test_an_unknown_model_name_is_refused_with_the_known_ones():
     with pytest.raises(FileNotFoundError, match="olmoe-1b-7b"):
         MoEModel.from_pretrained("olmoe-9b")
+
+
+def test_a_revision_pins_what_is_taken_from_the_hub(tmp_path, monkeypatch):
+    """The Hub's client itself, on a cache as it keeps one: two commits, of which the branch names the second."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commits = tmp_path / "models--some--moe", ("1" * 40, "2" * 40)
+    for commit in commits:
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commits[1])
+    assert locate("some/moe").name == commits[1]
+    assert locate(f"some/moe@{commits[0]}").name == commits[0]
+    with pytest.raises(FileNotFoundError, match="the Hub did not give it"):
+        locate("some/moe@3333")
