@@ -55,7 +55,7 @@ class Rows(NamedTuple):
         return (x, x) if self.adapted is None else Fork.apply(x, self.adapted)
 
     def join(self, y: Tensor, low: Tensor) -> Tensor:
-        """Rows [N, D], with what adapters add to theirs [n, D] added in place."""
+        """Rows [N, D], with what adapters add to theirs [n, D] added in place: y is new, and only ours."""
         return y.add_(low) if self.adapted is None else Join.apply(y, low, self.adapted)
 
 

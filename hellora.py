@@ -3,7 +3,9 @@
 Letters added to those of moe_model.py:  r rank    k adapted experts of a layer    n rows that visit them
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import sqrt
 from pathlib import Path
 from types import EllipsisType
@@ -11,13 +13,13 @@ from zlib import crc32
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from checkpoint import locate
 from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
 from ranks import on_rank_0, put, whole
-from run import read_run, sha256, write_atomically
+from run import read_run, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
@@ -155,7 +157,7 @@ class LoRAGroupedLinear(GroupedLinear):
         z = rows.matmul(hot_x, a, rows.adapted_ends) * self.lora.scale  # [n, r]
         low = rows.matmul(z, b, rows.adapted_ends)  # [n, out]
         if self.lora.magnitude is not None:  # DoRA: (m / length) (y + low) = y + [(m / length) (y + low) - y]
-            y, hot_y = rows.fork(y)
+            hot_y = y if rows.adapted is None else y.index_select(0, rows.adapted)
             ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)  # [k, out]
             sizes = rows.adapted_ends.diff(prepend=rows.adapted_ends.new_zeros(1))
             ratio = ratio.repeat_interleave(sizes, dim=0, output_size=len(low))  # [n, out]
@@ -318,24 +320,21 @@ def save_adapter(folder: Path, model: MoEModel) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What save_adapter wrote, or if that is damaged the same from the last save.
+    """What a run ended with: adapter.safetensors, or if that is damaged the weights of the last save.
 
-    Raises FileNotFoundError, or ValueError if both are damaged.
+    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of.
     """
     path, last = folder / "adapter.safetensors", folder / "state.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: want the folder of a run that was trained to its end")
-    try:
-        if (read_run(folder).get("hashes") or {}).get("adapter") not in (None, sha256(path)):
-            raise ValueError("its checksum is wrong")
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        print(f"{path} is truncated or corrupt ({error}): taking {last}")
-    try:
-        saved = load_file(last)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} and {last} are truncated or corrupt ({error}): train again") from error
-    return {name.removeprefix("weights/"): t for name, t in saved.items() if name.startswith("weights/")}
+    right = (read_run(folder).get("hashes") or {}).get("adapter")
+    for file, place in ((path, ""), (last, "weights/")):
+        with suppress(SafetensorError, OSError):
+            saved = {n.removeprefix(place): t for n, t in load_file(file).items() if n.startswith(place)}
+            if right in (None, sha256(save(saved)).hexdigest()):
+                return saved
+        print(f"{file} is truncated or corrupt, or not of the last step")
+    raise ValueError(f"{path} and {last} are truncated or corrupt: train again")
 
 
 def attach_run(model: MoEModel, folder: Path) -> dict:

@@ -273,10 +273,10 @@ def open_record(job: Job, folder: Path) -> dict:
     new |= {"compute": {"micro_batch": job.micro_batch, "experts": job.matmul, "recompute": job.recompute}}
     if not (folder / "run.json").exists():
         return new
-    saved = read_run(folder, "hashes")
+    saved = read_run(folder)
     if saved["finished"]:
         raise ValueError(f"the run in {folder} has just been finished by another process: want another --out")
-    changed = [what for what in ("model", "data") if saved["hashes"][what] != now[what]]
+    changed = [what for what in ("model", "data") if (saved.get("hashes") or {}).get(what) != now[what]]
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"

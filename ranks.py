@@ -83,7 +83,7 @@ def wait() -> None:
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether it was raised because another rank is no longer there."""
+    """Whether other ranks do not answer. (With NCCL torchrun often ends this one before it is raised.)"""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -167,6 +167,7 @@ def on_rank_0(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         in_one = whole(t)
         if not rank():
             found[name] = in_one.cpu().contiguous()
+        del in_one  # before the next is put together
     return found
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,10 @@ def command(main: Callable[[], None]) -> NoReturn:
         main()
     except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
         sys.exit(_fail(error))
+    except RuntimeError as error:
+        if not ranks.is_lost(error):
+            raise
+        sys.exit(_fail(OSError(f"lost the other ranks, see what they say ({str(error).splitlines()[0]})")))
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
@@ -69,21 +74,21 @@ def deferred_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")
+
+
 @contextmanager
-def advice(micro_batch: int) -> Iterator[None]:
-    """Have what torch raises for a fault of the machine end in one line that says what to do."""
+def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
+    """Have a lack of memory in a training step end in one line that says what to try."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        smaller = f"--micro-batch {micro_batch // 2}" if micro_batch > 1 else "--recompute"
+        way_out = "want more memory" if micro_batch == 1 and recompute else f"add {smaller}"
         go_on = "the same command goes on from the last save"
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            smaller = f"--micro-batch {micro_batch // 2}" if micro_batch > 1 else "--recompute"
-            raise OSError(
-                f"out of memory with --micro-batch {micro_batch}: {go_on}; add {smaller}"
-            ) from error
-        if ranks.is_lost(error):
-            raise OSError(f"another rank has ended, torchrun says which: {go_on}") from error
-        raise
+        raise OSError(f"out of memory with --micro-batch {micro_batch}: {go_on}; {way_out}") from error
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
@@ -150,22 +155,31 @@ def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool 
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        write(draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.chmod(0o644)  # safetensors makes its files private
-        draft.replace(path)
+        with writing(path):
+            write(draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.chmod(0o644)  # safetensors makes its files private
+            draft.replace(path)
         sync_names(path.parent)
-    except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' for a failed write
-        raise OSError(f"{path} could not be written ({error}): is the disk full?") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have a write that fails end in one line that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}): is the disk full?") from error
 
 
 def sync_names(folder: Path) -> None:
     """Bring to disk which names the files of `folder` have now: a power cut may otherwise undo a rename."""
     names = os.open(folder, os.O_RDONLY)
-    os.fsync(names)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(names)
     os.close(names)
 
 
@@ -316,10 +330,11 @@ def _list(differ: list[str]) -> str:
     return f" ({'; '.join(differ)})" if differ else ""
 
 
-def check_shared(folder: Path) -> None:
-    """Raise OSError on a rank that does not see the run's folder: a node with a disk of its own."""
-    ranks.wait()  # until rank 0 has written there
-    if not (folder / "run.json").exists():
+def check_shared(folder: Path, record: dict) -> None:
+    """Raise OSError on a rank that does not see the run.json of rank 0: a node with a disk of its own."""
+    ranks.wait()  # until rank 0 has written it
+    path = folder / "run.json"
+    if not path.exists() or read_json(path, "this run's") != json.loads(json.dumps(record)):
         raise OSError(f"{folder.resolve()} is not there on this node: want a --out that all nodes share")
 
 
@@ -342,7 +357,8 @@ def lock(folder: Path) -> IO:
             f"another process is running in {folder}: wait for it, or choose another --out"
         ) from error
     for draft in folder.glob(".*.draft"):
-        draft.unlink()
+        if draft.is_file():
+            draft.unlink(missing_ok=True)
     return file
 
 
@@ -362,7 +378,8 @@ class Metrics:
 
     def add(self, **values: float) -> None:
         """Append one line."""
-        self.file.write(json.dumps(values) + "\n")
+        with writing(Path(self.file.name)):
+            self.file.write(json.dumps(values) + "\n")
 
 
 def update_results(folder: Path, task: str, values: dict) -> None:

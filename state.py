@@ -47,35 +47,56 @@ def save(folder: Path, step: int, model: MoEModel, optimizer: torch.optim.Optimi
     if not ranks.rank():
         about = {"step": str(step), "sha256": Save(step, tensors).checksum()}
         write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, about))
-        if (folder / LAST).exists():
-            (folder / LAST).replace(folder / BEFORE)
-        (folder / NEW).replace(folder / LAST)
-        sync_names(folder)
+        rename(folder)
     ranks.wait()  # a rank that ended now would have torchrun stop rank 0 while it writes
+
+
+def rename(folder: Path) -> None:
+    """Make the new save the last one, and the last the one before."""
+    if (folder / LAST).exists():
+        (folder / LAST).replace(folder / BEFORE)
+    (folder / NEW).replace(folder / LAST)
+    sync_names(folder)
+
+
+def finish(folder: Path) -> None:
+    """End a save that was stopped before its renames; what is damaged goes."""
+    try:
+        read(folder / NEW)
+    except ValueError:
+        (folder / NEW).unlink()
+    else:
+        rename(folder)
 
 
 def load(folder: Path) -> Save | None:
     """The last save that is sound; None if there is none at all. Raises ValueError if all are damaged."""
     damaged = []
     for path in (folder / NEW, folder / LAST, folder / BEFORE):
-        if not (path.exists() or path.is_symlink()):
-            continue
-        try:
-            if not path.is_file():
-                raise ValueError("it is no file")
-            with safe_open(path, framework="pt") as file:
-                about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            state = Save(int(about["step"]), tensors)
-            if state.checksum() != about["sha256"] or state.step < 1:
-                raise ValueError("its checksum or its step is wrong")
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            damaged.append(f"{path} is damaged ({error})")
-            print(f"{damaged[-1]}: looking for the save before it")
-        else:
-            return state
+        if path.exists() or path.is_symlink():
+            try:
+                return read(path)
+            except ValueError as error:
+                damaged.append(str(error))
+                print(f"{error}: looking for the save before it")
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
     return None
+
+
+def read(path: Path) -> Save:
+    """One save. Raises ValueError if it is damaged."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with safe_open(path, framework="pt") as file:
+            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = Save(int(about["step"]), tensors)
+        if state.checksum() != about["sha256"] or state.step < 1:
+            raise ValueError("its checksum or its step is wrong")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return state
 
 
 def check_moments(of: dict[str, dict[str, Tensor]], model: MoEModel, folder: Path) -> None:
@@ -96,6 +117,9 @@ def check_moments(of: dict[str, dict[str, Tensor]], model: MoEModel, folder: Pat
 @torch.no_grad()
 def resume(folder: Path, model: MoEModel, optimizer: torch.optim.Optimizer) -> int:
     """Put the last sound save of `folder` back; the number of steps done, 0 if there is none."""
+    if not ranks.rank() and (folder / NEW).exists():
+        finish(folder)
+    ranks.wait()
     saved = load(folder)
     if saved is None:
         return 0

@@ -130,7 +130,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
     size, seed = job.settings["batch_size"], job.settings["seed"]
     n_steps, start = job.n_steps, state.resume(folder, model, optimizer)
-    metrics, skipped = run.Metrics(folder, start), []
+    metrics, skipped, in_a_row = run.Metrics(folder, start), 0, 0
     with run.deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
         for step in range(start, n_steps):
             began = time.perf_counter()
@@ -138,16 +138,15 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             examples = examples_of_step(job.data, step, size, seed)
             balance, micro_batch = job.settings["balance"], job.micro_batch
             loss, norm = train_step(model, optimizer, examples, micro_batch, balance, visits)
-            if not math.isfinite(loss + norm):
-                skipped.append(step)
-                if skipped[-1 - MAX_SKIPPED :] == [*range(step - MAX_SKIPPED, step + 1)]:
-                    raise ValueError(f"{MAX_SKIPPED + 1} steps without a finite loss: want a lower --lr")
-
+            finite = math.isfinite(loss + norm)
+            skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+            if in_a_row > MAX_SKIPPED:
+                raise ValueError(f"{in_a_row} steps without a finite loss: want a lower --lr")
             spent = time.perf_counter() - began
             n_tokens = sum(len(e.ids) for e in examples)
             rates = {"samples_per_s": len(examples) / spent, "tokens_per_s": n_tokens / spent}
             metrics.add(step=step + 1, loss=loss, grad_norm=norm, lr=lr, **rates)
-            note = f", {len(skipped)} skipped" if skipped else ""
+            note = f", {skipped} skipped" if skipped else ""
             bar.set_postfix_str(f"loss {loss:.3f}, {rates['samples_per_s']:.0f} samples/s{note}")
             bar.update()
             asked_all = ranks.largest(len(asked), model.device)
@@ -156,7 +155,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             if asked_all:
                 raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
     if skipped:
-        print(f"{len(skipped)} of the steps had no finite loss or gradient, and changed nothing")
+        print(f"{skipped} of the steps just trained had no finite loss or gradient, and changed nothing")
     held = [t for values in optimizer.state.values() for t in values.values()]
     print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
     return visits.gather() if visits.counts else visits
@@ -193,37 +192,39 @@ def main() -> None:
     args = parse_args(__doc__)
     job = prepare(args)
     folder = ranks.once(lambda: run.choose_folder(job.settings, args.out, args.resume, args.override))
-    with run.lock(folder), run.advice(job.micro_batch):
+    with run.lock(folder):
         record = ranks.once(lambda: open_record(job, folder))
         print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
         print(f"run folder   {folder}")
         run.write_json(folder / "run.json", record)
-        run.check_shared(folder)
+        run.check_shared(folder, record)
         if job.tests and "base_accuracy" not in run.read_results(folder).get(job.settings["task"], {}):
             score(job, job.build(), folder, "base")
 
         began = time.perf_counter()
-        experts = catch(job, folder)
+        with run.advice(job.micro_batch, job.recompute):
+            experts = catch(job, folder)
         caught = time.perf_counter() - began
         adapted = {str(layer): ids for layer, ids in experts.items()}  # as JSON has it
         if record.setdefault("adapted", adapted) != adapted:
             raise ValueError(f"{folder}/hot_experts.json changed since training began: want another --out")
         model = job.build(job.method, experts)
         trained, stored = hellora.count_params(model, job.method)
-        name = job.settings["method"]
-        print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
+        name, share = job.settings["method"], trained / stored
+        print(f"{name}: {trained:,} of {stored:,} parameters are trained ({share:.3%})")
         if ranks.world() > 1:
             n, cut = ranks.world(), ranks.is_cut(model)
             per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
             print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
         record |= {"trained": trained, "stored": stored}
         run.write_json(folder / "run.json", record)
-        visits = fit(model, job, folder)
-        seconds = time.perf_counter() - began
+        with run.advice(job.micro_batch, job.recompute):
+            visits = fit(model, job, folder)
         hellora.save_adapter(folder, model)
         if job.method.rule not in (None, "all") and visits.counts:
             report_share(model, visited_share(visits.scores("count"), experts))
-            print(f"the catcher took {caught:.0f} s, {caught / seconds:.1%} of the time since it began")
+            spent = time.perf_counter() - began
+            print(f"finding the experts took {caught:.0f} of the {spent:.0f} s, {caught / spent:.1%}")
         if not ranks.is_cut(model):  # else it is scored with its adapters apart
             hellora.merge(model)
         if job.tests:

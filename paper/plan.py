@@ -3,12 +3,14 @@
 python -m paper.plan --model mixtral-8x7b --gpus 8         (paper.bench --plan is the same)
 python -m paper.plan --page         writes the tables of docs/scaling.md anew
 
-Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW. Exact, but for two
-things: of activations only what --recompute keeps is counted, and nothing of what CUDA takes for itself.
+Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW; rank 32. Of
+activations only what --recompute keeps is counted, and nothing of what CUDA takes for itself.
 """
 
 import argparse
+import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,13 +21,13 @@ from catcher import check_k, default_k
 from checkpoint import BACKBONES, MoEConfig, locate, read_config
 from hellora import METHODS, parse_method
 from moe_model import MoEModel, empty_model
-from run import Parser, above_0, command
+from run import Parser, above_0, command, write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of the GPUs there are
 FREE = 0.1  # of a card, left for what is not counted
 WIRES = {"NVLink, 450 GB/s": 450e9, "network, 400 Gbit/s": 50e9, "network, 25 Gbit/s": 3.125e9}
-HELD = ("weights", "gradients", "AdamW", "two layers and the rest, put together", "inputs of the layers")
+HELD = ("weights", "gradients", "AdamW", "put together for a moment", "inputs of the layers")
 
 
 def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
@@ -40,27 +42,27 @@ def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
 def held(model: MoEModel, n: int, cut: bool, tokens: int) -> dict[str, int]:
     """Bytes on each of n GPUs at the worst moment, `tokens` in a micro-batch.
 
-    Cut up, a GPU holds its n-th part, and besides the layer that is computed, the next one on its way, and
-    the rest (embedding, norm, head) in one piece.
+    Cut up, a GPU holds its part of each parameter (the largest part: rows are not cut), and besides the layer
+    that is computed, the next one on its way, the rest (embedding, norm, head) in one piece, and a layer's
+    gradients before and after they are added up. Else the gradients once more, in the message that does that.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
     full = all(p.requires_grad for p in model.parameters())
-    sent = {name: p.numel() * (2 if full else p.element_size()) for name, p in model.named_parameters()}
-    rest = sum(size for name, size in sent.items() if not name.startswith("layers."))
-    layers = [
-        sum(s for name, s in sent.items() if name.startswith(f"layers.{i}."))
-        for i in range(len(model.layers))
-    ]
-    parts = n if cut else 1
+    kept = dict.fromkeys(("weights", "trained"), 0)
+    sent, gradients = Counter(), Counter()  # of each layer, "" for the rest: bytes put together
+    for name, p in model.named_parameters():
+        part = (-(-p.shape[0] // n) if cut else p.shape[0]) * math.prod(p.shape[1:])
+        kept["weights"] += part * p.element_size()
+        kept["trained"] += part * p.requires_grad
+        layer = name.split(".")[1] if name.startswith("layers.") else ""
+        size = 2 if full else p.element_size()  # full fine-tuning is sent as it is computed, in bf16
+        sent[layer] += part * n * size
+        gradients[layer] += part * n * (size + 4) * p.requires_grad
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())  # masks; never cut
+    rest = sent.pop("")
+    of_layers = rest + 2 * max(sent.values()) + max(gradients.values())
+    together = of_layers if cut else 4 * kept["trained"] * (n > 1)
     inputs = len(model.layers) * tokens * model.cfg.dim * 2
-    sizes = (
-        stored // parts,
-        4 * trained // parts,
-        8 * trained // parts,
-        cut * (rest + 2 * max(layers)),
-        inputs,
-    )
+    sizes = (kept["weights"] + buffers, 4 * kept["trained"], 8 * kept["trained"], together, inputs)
     return dict(zip(HELD, sizes, strict=True))
 
 
@@ -79,7 +81,9 @@ def show(name: str, cfg: MoEConfig, method: str, k: int, n: int, tokens: int) ->
     if n > 1:
         rows += [("got from others: GB a micro-batch; a step", [f"{wire / 1e9:.3f}" for wire in wires])]
         rows += [(f"  seconds by {wire}", [f"{w / rate:.3f}" for w in wires]) for wire, rate in WIRES.items()]
-    head = f"{name}, {method}{adapts}, {n} GPUs, {tokens:,} tokens a micro-batch; GB on each GPU"
+    head = (
+        f"{name}, {method}{adapts}, {n} GPU{'s' * (n > 1)}, {tokens:,} tokens a micro-batch; GB on each GPU"
+    )
     return "\n".join(
         [head, *(f"{what:44s}" + "".join(f"{cell:>14s}" for cell in cells) for what, cells in rows)]
     )
@@ -94,12 +98,12 @@ def page(text: str) -> str:
     """docs/scaling.md with each block that begins "```text FLAGS" made anew."""
 
     def block(match: re.Match) -> str:
-        return f"```text {match[1]}\n{run(parse_args(match[1].split()))}\n```"
+        return f"```text {match[1]}\n{table(parse_args(match[1].split()))}\n```"
 
     return re.sub(r"^```text (--model .*)\n(?:.*\n)*?```$", block, text, flags=re.M)
 
 
-def run(args: argparse.Namespace) -> str:
+def table(args: argparse.Namespace) -> str:
     """What the flags ask for."""
     cfg = BACKBONES[args.model].cfg if args.model in BACKBONES else read_config(locate(args.model))
     k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
@@ -123,9 +127,10 @@ def main() -> None:
     """Print a plan, or write the page."""
     args = parse_args()
     if args.page:
-        PAGE.write_text(page(PAGE.read_text()))
+        text = page(PAGE.read_text())
+        write_atomically(PAGE, lambda draft: draft.write_text(text))
     else:
-        print(run(args))
+        print(table(args))
 
 
 if __name__ == "__main__":

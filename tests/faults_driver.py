@@ -13,7 +13,9 @@ import resource
 import signal
 import sys
 import tempfile
+import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -90,9 +92,12 @@ def child(words, fault, where, at, place):
         run.command(train.main)
     except SystemExit as ended:
         code = ended.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.settrace(None)
-        sys.stdout.flush()
+        with suppress(OSError):  # the disk may be full
+            sys.stdout.flush()
         if fault != "full disk":
             (place / "lines").write_text(json.dumps(lines))
         os._exit(code)

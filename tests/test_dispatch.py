@@ -22,10 +22,8 @@ def random(*shape):
         (lambda x: Dispatch.apply(x, ROWS.token, ROWS.place), [random(2, 3)]),
         (lambda y: Combine.apply(y, ROWS.token, ROWS.place), [random(4, 3)]),
         (lambda x: Fork.apply(x * 1, ROWS.adapted), [random(4, 3)]),
-        (
-            lambda y, low: Join.apply(y * 1, low, ROWS.adapted),
-            [random(4, 3), random(2, 3)],
-        ),  # it changes y: a copy
+        # Join changes y in place, and a leaf may not be: so a copy
+        (lambda y, low: Join.apply(y * 1, low, ROWS.adapted), [random(4, 3), random(2, 3)]),
         (SwiGLU.apply, [random(4, 3), random(4, 3), random(4, 1)]),
     ],
 )

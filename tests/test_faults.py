@@ -132,7 +132,7 @@ def test_a_poisoned_row_costs_its_step_and_many_end_the_run(cli, toy, tmp_path, 
     code, out, err = cli("train.py", *words, *some)
     if poisoned == 1:
         assert code == 0, err
-        assert "5 of the steps had no finite loss or gradient" in out  # one in each epoch
+        assert "5 of the steps just trained had no finite loss or gradient" in out  # one in each epoch
         assert all(t.isfinite().all() for t in load_file(tmp_path / "r" / "adapter.safetensors").values())
     else:
         assert code == 2
