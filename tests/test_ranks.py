@@ -170,7 +170,7 @@ def process_of_rank(n, launcher):
 
 
 def ended(child, seconds=120):
-    """Exit code, stdout and stderr of a process that has to end in time: a minute, and one more on a busy machine."""
+    """Exit code, stdout and stderr of a process that ends in time: a minute, two on a busy machine."""
     out, err = child.communicate(timeout=seconds)
     return child.returncode, out, err
 
