@@ -19,18 +19,16 @@ ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     """trial(folder, fault, where, at) -> what came of it; see faults_driver.py."""
-    at = tmp_path_factory.mktemp("faults")
-    rows = write_rows(at / "rows.jsonl", ROWS)
-    words = small_run(toy_in(at), rows, "--batch-size", 5, "--steps", 8, "--save-every", 2, "--no-eval")
+    place = tmp_path_factory.mktemp("faults")
+    rows = write_rows(place / "rows.jsonl", ROWS)
+    words = small_run(toy_in(place), rows, "--batch-size", 5, "--steps", 8, "--save-every", 2, "--no-eval")
     command = [sys.executable, ROOT / "tests" / "faults_driver.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=at, env=env, **pipes) as driver:
+    with subprocess.Popen(command, cwd=place, env=env, **pipes) as driver:
 
-        def run(folder, *fault):
-            asked = {"words": [*words, "--out", str(folder)]} | dict(
-                zip(("fault", "where", "at"), fault, strict=False)
-            )
+        def run(folder, fault=None, where=None, at=None):
+            asked = {"words": [*words, "--out", str(folder)], "fault": fault, "where": where, "at": at}
             driver.stdin.write(json.dumps(asked) + "\n")
             driver.stdin.flush()
             return json.loads(driver.stdout.readline())

@@ -422,6 +422,7 @@ def test_an_unknown_model_name_is_refused_with_the_known_ones():
 def test_a_revision_pins_what_is_taken_from_the_hub(tmp_path, monkeypatch):
     """The Hub client itself, on a cache as it keeps one: two commits, and main is the second."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repo, commits = tmp_path / "models--some--moe", ("1" * 40, "2" * 40)
     for commit in commits:
         (repo / "snapshots" / commit).mkdir(parents=True)
