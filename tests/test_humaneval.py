@@ -17,6 +17,7 @@ from conftest import write_rows
 from data import read_rows
 from generate import TAIL, Sampling, generate, sample
 from moe_model import MoEModel
+from paper import sandbox
 from paper.eval_humaneval import SOURCES, cut, load_problems, pass_at_k, score
 from paper.sandbox import MODES, best_mode, run_program, run_programs
 from run import read_results, sha256, write_json
@@ -280,6 +281,27 @@ def test_what_waits_is_told_from_what_fails():
     assert run_program("while True: pass", 0.3) == "timed out"
     assert run_program("assert False", 10) == "failed"
     assert list(run_programs(["pass", "1 / 0", "x = 1"], 10, 2)) == ["passed", "failed", "passed"]
+
+
+def test_of_what_is_no_python_a_group_costs_one_process(monkeypatch):
+    """Also null bytes, half a surrogate pair, brackets beyond the parser, quotes that would end a string."""
+    started = []
+
+    def run(program, *limits, **named):
+        started.append(program)
+        return run_program(program, *limits, **named)
+
+    best_mode()
+    monkeypatch.setattr(sandbox, "run_program", run)
+    words = ["The sum is", "x =", "\0", "\ud800", "{}}", "'''", '"""', "\\"]
+    prose = [f"{words[i % len(words)]} {i} a" for i in range(2 * sandbox.GROUP)]
+    assert set(run_programs(prose, 10, 2)) == {"failed"}
+    assert len(started) == 2
+    started.clear()
+    rest = ["pass", "(" * 10_000, "not python", "x = 1"]
+    outcomes = list(run_programs(prose[: sandbox.GROUP] + rest, 10, 2))
+    assert outcomes[-4:] == ["passed", "failed", "failed", "passed"]
+    assert len(started) == 2 + len(rest)
 
 
 @pytest.mark.parametrize(
