@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
 MODEL = "tiny"
-LAST_STEPS = 10  # a run's final training loss is the mean over these
+LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Cell(Base):
             "command": "python " + " ".join(self.command()),
             "first_loss": losses[0],
             "final_loss": mean(losses[-LAST_STEPS:]),
+            "losses": [round(mean(losses[i : i + LAST_STEPS]), 4) for i in range(0, len(losses), LAST_STEPS)],
             "date": datetime.now(UTC).date().isoformat(),
             **{name: run[name] for name in ("trained", "stored", "versions", "hashes")},
             **hot,
