@@ -20,13 +20,14 @@ import torch
 
 from catcher import overlap, visited_share
 from paper.bench_report import REGIMES
-from paper.grid import RESULTS as CELLS
-from paper.methods import MAIN, PLACEMENTS, TASK, chosen_rate, rates
+from paper.grid import LAST_STEPS, saved
+from paper.methods import MAIN, PLACEMENTS, RATES, TASK, cell, tried
 from run import Parser, command, read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 HOT = ("hellora", "hellori-d", "hellori-s")
+SEEDS = 5  # at most
 TASKS = ("tiny-math", "tiny-code", "tiny-safety")
 Figure = object  # matplotlib's, which is an optional package
 
@@ -71,14 +72,11 @@ def visits(task: str, share: str = "1") -> tuple[dict[int, torch.Tensor], dict[i
 
 
 def cells() -> dict[str, list[dict]]:
-    """{method: its runs at its best rate, seed by seed}, of methods all of whose rates were tried."""
-    runs = [read_json(path, "a grid's cell") for path in sorted(CELLS.glob(f"{TASK}-*.json"))]
+    """{method: its finished runs at its chosen rate, seed by seed}, of methods whose rates were all tried."""
     found = {}
-    for method in (*MAIN, *PLACEMENTS):
-        own = [r for r in runs if r["method"] == method]
-        tried = [r for r in own if r["seed"] == 0]
-        if {r["lr"] for r in tried} >= set(rates(method)):
-            found[method] = [r for r in own if r["lr"] == chosen_rate(tried)]
+    for method in RATES:
+        if all(saved(run) for run in tried(method)):
+            found[method] = [shown for seed in range(SEEDS) if (shown := saved(cell(method, seed)))]
     return found
 
 
@@ -196,12 +194,32 @@ def throughput(plt: ModuleType) -> Figure:
     return fig
 
 
+def losses(plt: ModuleType) -> Figure:
+    """Training loss, a mean for ten steps, of each seed."""
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True)
+    sides = {
+        "all experts, or the hot 8": ("fft", "lora", "hellora"),
+        "experts alone": ("hellora_pure", "hellora_pure_r", "hellora_pure_c"),
+    }
+    found = cells()
+    for ax, (title, methods) in zip(axes, sides.items(), strict=True):
+        for method, color in zip(methods, MARKERS, strict=True):
+            for i, run in enumerate(found.get(method, [])):
+                steps = [LAST_STEPS * (n + 1) for n in range(len(run["losses"]))]
+                ax.plot(steps, run["losses"], color=color, linewidth=0.8, label=None if i else method)
+        ax.set(title=title, xlabel="step", yscale="log")
+        ax.legend()
+    axes[0].set_ylabel("training loss")
+    return fig
+
+
 FIGURES: dict[str, Callable[[ModuleType], Figure]] = {
     "activation": activation,  # Figure 1 of the paper
     "jaccard": jaccard,  # 3
     "hot-experts": hot_experts,  # 4 and 6
     "throughput": throughput,  # 5
     "accuracy": accuracy,
+    "losses": losses,
 }
 
 

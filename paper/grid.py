@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 import torch
 from tqdm import tqdm
 
+from catcher import HotList, visited_share
 from checkpoint import fingerprint, locate, read_config
 from data import TASKS, encode, load_examples
 from job import SCORED_BY, SCORES, hashes
@@ -30,17 +32,22 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
 MODEL = "tiny"
+BASES = (
+    "runs/bases/tiny-s"  # what tiny.pretrain makes from the seed that follows; only the tokenizer is MODEL's
+)
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model as it is: a cell with nothing to train."""
+    """A model as it is: a cell with no run."""
+
+    model: str = field(default=MODEL, kw_only=True)  # what --model takes
 
     @property
     def name(self) -> str:
         """Its folder and its result file are called so."""
-        return f"{MODEL}-base"
+        return f"{Path(self.model).name}-base"
 
     @property
     def folder(self) -> Path:
@@ -55,18 +62,29 @@ class Base:
     @property
     def scored_as(self) -> str:
         """How an evaluation is told what to score."""
-        return f"--model {MODEL} --out {self.folder}"
+        return f"--model {self.model} --out {self.folder}"
 
     def rests_on(self) -> dict[str, str]:
         """What its numbers rest on if it is run now, but for the code, whose changes mostly move none."""
-        return {"model": fingerprint(locate(MODEL))}
+        return {"model": fingerprint(locate(MODEL))} if self.model == MODEL else {}
+
+    def needs(self) -> list["Base"]:
+        """Cells to train before this one."""
+        return []
 
     def train(self) -> None:
-        """Nothing to do."""
+        """Nothing to do, but for a model that tiny.pretrain makes."""
+        folder = ROOT / self.model
+        if self.model.startswith(BASES) and not folder.exists():
+            part = folder.with_name(folder.name + ".part")
+            seed = folder.name.rpartition("-s")[2]
+            python("-m", "tiny.pretrain", "--seed", seed, "--out", str(part))
+            part.rename(folder)
 
     def shown(self) -> dict:
         """What is kept of it besides scores."""
-        return {"method": "base", "hashes": self.rests_on(), "versions": versions(torch.device("cpu"))}
+        made = {"model": fingerprint(locate(self.model if self.model == MODEL else ROOT / self.model))}
+        return {"method": "base", "hashes": made, "versions": versions(torch.device("cpu"))}
 
 
 @dataclass(frozen=True)
@@ -79,11 +97,15 @@ class Cell(Base):
     k: int = 8
     task: str = "tiny-math"
     mask: "Cell | None" = None  # the D run that gives a LoRI-S method its mask
+    flags: tuple[str, ...] = ()  # further ones of train.py
 
     @property
     def name(self) -> str:
         """Its run folder and its result file are called so."""
-        return f"{self.task}-{self.method}-k{self.k}-lr{self.lr:g}-s{self.seed}"
+        base = () if self.model == MODEL else (Path(self.model).name,)
+        flags = (flag.strip("-") for flag in self.flags)
+        settings = (self.task, self.method, f"k{self.k}", f"lr{self.lr:g}", f"s{self.seed}")
+        return "-".join((*base, *settings, *flags))
 
     @property
     def scored_as(self) -> str:
@@ -92,48 +114,65 @@ class Cell(Base):
 
     def command(self) -> list[str]:
         """The arguments after "python" that make its run."""
-        flags = {"--method": self.method, "--k": self.k, "--task": self.task, "--lr": f"{self.lr:g}"}
+        flags = {} if self.model == MODEL else {"--model": self.model}
+        flags |= {"--method": self.method, "--k": self.k, "--task": self.task, "--lr": f"{self.lr:g}"}
         flags |= {"--seed": self.seed, "--out": self.folder.relative_to(ROOT)}
         if self.mask:
             flags |= {"--mask-from": self.mask.folder.relative_to(ROOT)}
-        return ["train.py", *(str(word) for flag in flags.items() for word in flag), "--no-eval"]
+        return ["train.py", *(str(word) for flag in flags.items() for word in flag), *self.flags, "--no-eval"]
 
     def rests_on(self) -> dict[str, str]:
         """What its numbers rest on if it is run now: model and data, and the command with every setting."""
-        return {name: now_hashes(self.task)[name] for name in ("model", "data")} | {
+        known = ("model", "data") if self.model == MODEL else ("data",)  # other bases are not committed
+        return {name: now_hashes(self.task)[name] for name in known} | {
             "command": "python " + " ".join(self.command())
         }
 
+    def needs(self) -> list[Base]:
+        """Its base, if that is to be made first; and the run that it takes its mask from."""
+        base = [Base(model=self.model)] if self.model.startswith(BASES) else []
+        return [*base, *([*self.mask.needs(), self.mask] if self.mask else [])]
+
     def train(self) -> None:
-        """Make its run, or go on with it, unless it is finished; first the run it takes its mask from."""
-        if self.mask:
-            self.mask.train()
+        """Make its run, or go on with it, unless it is finished."""
         record = self.folder / "run.json"
         if not (record.exists() and read_run(self.folder)["finished"]):
             python(*self.command())
 
     def shown(self) -> dict:
         """What is kept of its run besides scores."""
-        run, lists = read_run(self.folder), self.folder / "hot_experts.json"
+        run = read_run(self.folder)
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
-        hot = {"hot_experts": read_json(lists, "hot experts")["experts"]} if lists.exists() else {}
         return {
             **asdict(self),
             "mask": self.mask and self.mask.name,
             "command": "python " + " ".join(self.command()),
             "first_loss": losses[0],
             "final_loss": mean(losses[-LAST_STEPS:]),
-            "losses": [round(mean(losses[i : i + LAST_STEPS]), 4) for i in range(0, len(losses), LAST_STEPS)],
+            "losses": [round(mean(of), 4) for of in zip(*[iter(losses)] * LAST_STEPS, strict=False)],
             "date": datetime.now(UTC).date().isoformat(),
             **{name: run[name] for name in ("trained", "stored", "versions", "hashes")},
-            **hot,
+            **self.hot_list(),
+        }
+
+    def hot_list(self) -> dict:
+        """Its hot experts, and the share of the catcher's visits that they get, by layer."""
+        path = self.folder / "hot_experts.json"
+        if not path.exists():
+            return {}
+        hot = HotList.read(path, read_config(locate(MODEL)))
+        counts = {layer: torch.tensor(visits) for layer, visits in hot.counts.items()}
+        share = visited_share(counts, hot.experts) if counts else {}
+        return {
+            "hot_experts": {str(layer): ids for layer, ids in hot.experts.items()},
+            "hot_share": {str(layer): round(value, 4) for layer, value in share.items()},
         }
 
 
 @cache
 def now_hashes(task: str) -> dict[str, str]:
-    """The hashes that run.json would get now for a run on `task`."""
+    """The hashes that run.json would get now for a run of the embedded model on `task`."""
     source = locate(MODEL)
     examples = load_examples(task, TASKS[task].train.fetch())
     return hashes(source, encode(examples, load_tokenizer(source), read_config(source).max_len))
@@ -193,19 +232,26 @@ def run_cell(cell: Base, tasks: Iterable[str]) -> None:
     write_json(cell.result, shown)
 
 
-def run_cells(cells: Iterable[Base], tasks: Iterable[str], jobs: int) -> list[dict]:
-    """What each cell showed, with its scores on all `tasks`, in their order; what is missing is run first.
+Wanted = dict[Base, set[str]]  # cell -> tasks to score it on
 
-    `jobs` at a time. A result looks like {"method", ..., "accuracy": {task: share}, "problems": {task: n}};
-    the other kinds of task have the scores of job.SCORES in place of an accuracy.
-    """
-    cells, tasks = list(cells), list(tasks)
-    missing = [cell for cell in cells if missing_tasks(cell, tasks)]
+
+def missing(wanted: Wanted) -> Wanted:
+    """The cells that lack a score, with the tasks that they lack."""
+    lacking = {cell: set(missing_tasks(cell, sorted(tasks))) for cell, tasks in wanted.items()}
+    return {cell: tasks for cell, tasks in lacking.items() if tasks}
+
+
+def run_cells(wanted: Wanted, jobs: int) -> None:
+    """Train and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
+    todo = missing(wanted)
+    needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="run", disable=not missing) as bar:
-        masks = {mask for cell in missing if (mask := getattr(cell, "mask", None))}
-        list(pool.map(Cell.train, masks))  # once each, before all that ask
-        waiting = {pool.submit(run_cell, cell, tasks): cell for cell in missing}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
+        for kind in (Base, Cell):  # a run that gives a mask may itself need a base
+            first = [cell for cell in needs if type(cell) is kind]
+            bar.set_description(f"{len(first)} to come first" if first else "")
+            list(pool.map(lambda cell: cell.train(), first))
+        waiting = {pool.submit(run_cell, cell, sorted(tasks)): cell for cell, tasks in todo.items()}
         try:
             for done in as_completed(waiting):
                 done.result()
@@ -214,4 +260,3 @@ def run_cells(cells: Iterable[Base], tasks: Iterable[str], jobs: int) -> list[di
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the runs that are under way end or are resumed
             raise
-    return [saved(cell) for cell in cells]

@@ -1,67 +1,92 @@
-"""Every method and control on the tiny model: accuracy and training loss over seeds, each at its best rate.
+"""Which learning rate each method gets on the embedded model: the best of three on the dev problems, seed 0.
 
-The learning rate of a method is the one of three that is best on the dev problems with seed 0; the test
-problems are looked at afterwards, with three seeds at that rate. At equal dev accuracy the lower final
-training loss decides.
+At equal dev accuracy the lower final training loss decides. The test problems are looked at afterwards, at
+that rate. A variant that is not in the list (another k, another catcher) takes the rate of its method.
 """
 
-from statistics import mean, stdev
-
-from paper.grid import Cell, run_cells
+from paper.grid import Cell, Wanted, missing_tasks, saved
+from paper.stats import spread
 
 TASK, DEV = "tiny-math", "tiny-math-dev"
 SEEDS = (0, 1, 2)
-RATES = {"fft": (1e-3, 3e-3, 1e-2), "lori": (1e-2, 2e-2, 4e-2)}  # "lori": the methods whose A is frozen
-OTHER_RATES = (5e-3, 1e-2, 2e-2)
-MAIN = ("fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s")
-PLACEMENTS = tuple(
-    f"hellora_{s}" for s in ("m", "c", "r", "gate", "none", "pure", "pure_c", "pure_r", "pure_m")
-)
+SMALL, MIDDLE, LARGE = (1e-3, 3e-3, 1e-2), (5e-3, 1e-2, 2e-2), (1e-2, 2e-2, 4e-2)
+RATES = {  # method -> the rate chosen, and those tried. Methods whose A is frozen want larger ones
+    "fft": (1e-3, SMALL),
+    "lora": (5e-3, MIDDLE),
+    "dora": (5e-3, MIDDLE),
+    "lori-d": (1e-2, LARGE),
+    "lori-s": (2e-2, LARGE),
+    "hellora": (1e-2, MIDDLE),
+    "hellori-d": (1e-2, LARGE),
+    "hellori-s": (2e-2, LARGE),
+    "hellora_m": (1e-2, MIDDLE),
+    "hellora_c": (5e-3, MIDDLE),
+    "hellora_r": (1e-2, MIDDLE),
+    "hellora_gate": (1e-2, MIDDLE),
+    "hellora_none": (2e-2, MIDDLE),
+    "hellora_pure": (2e-2, MIDDLE),
+    "hellora_pure_c": (1e-2, MIDDLE),
+    "hellora_pure_r": (1e-2, MIDDLE),
+    "hellora_pure_m": (1e-2, MIDDLE),
+}
+MAIN = tuple(method for method in RATES if "_" not in method)
+PLACEMENTS = tuple(method for method in RATES if "_" in method)
 
 
-def rates(method: str) -> tuple[float, ...]:
-    """The learning rates that are tried."""
-    return RATES["lori"] if "lori-" in method else RATES.get(method, OTHER_RATES)
+def rate(method: str) -> float:
+    """The chosen learning rate of a method, or of what it is a variant of."""
+    return RATES[method][0] if method in RATES else rate(method.rpartition("_")[0])
 
 
-def chosen_rate(results: list[dict]) -> float:
-    """The learning rate of the best of these runs, by accuracy on dev, then by training loss."""
-    best = max(results, key=lambda r: (r["accuracy"][DEV], -r["final_loss"]))
-    return best["lr"]
+def cell(method: str, seed: int, lr: float | None = None, **settings: object) -> Cell:
+    """A run, at the method's rate unless another is given.
 
-
-def cell(method: str, lr: float, seed: int, rate_of: dict[str, float]) -> Cell:
-    """A run. A LoRI-S method takes its mask from the D run of the same seed, at the rate chosen for that."""
+    A LoRI-S method takes its mask from the D run of the same seed and settings, at that one's rate.
+    """
     d_method = method.replace("-s", "-d", 1)
-    mask = Cell(d_method, rate_of[d_method], seed) if d_method != method else None
-    return Cell(method, lr, seed, mask=mask)
+    mask = cell(d_method, seed, **settings) if d_method != method else None
+    return Cell(method, lr or rate(method), seed, mask=mask, **settings)
 
 
-def compare(names: tuple[str, ...], jobs: int) -> list[dict]:
-    """Run what is missing of the table of these methods; its rows."""
-    rows, rate_of, tasks = {}, {}, (TASK, DEV)
-    for masked in (False, True):  # the methods with a mask come last: they need the others' rates
-        some = [name for name in names if ("-s" in name) == masked]
-        first = [cell(name, lr, SEEDS[0], rate_of) for name in some for lr in rates(name)]
-        tried = run_cells(first, tasks, jobs)
-        of = {name: [r for r in tried if r["method"] == name] for name in some}
-        rate_of |= {name: chosen_rate(of[name]) for name in some}
-        chosen = [cell(name, rate_of[name], seed, rate_of) for name in some for seed in SEEDS]
-        seeds = run_cells(chosen, tasks, jobs)
-        rows |= {name: row(of[name], [r for r in seeds if r["method"] == name]) for name in some}
-    return [rows[name] for name in names]
+def tried(method: str) -> list[Cell]:
+    """The runs among which the rate is chosen."""
+    return [cell(method, SEEDS[0], lr) for lr in RATES[method][1]]
+
+
+def best_rate(results: list[dict]) -> float:
+    """The learning rate of the best of these runs."""
+    return max(results, key=lambda r: (r["accuracy"][DEV], -r["final_loss"]))["lr"]
+
+
+def wanted() -> Wanted:
+    """What the table rests on."""
+    return {c: {TASK, DEV} for name in RATES for c in (*tried(name), *(cell(name, s) for s in SEEDS))}
+
+
+def results() -> list[dict]:
+    """The rows of the methods all of whose runs are finished."""
+    finished = {c for c, tasks in wanted().items() if not missing_tasks(c, tasks)}
+    runs = {name: (tried(name), [cell(name, seed) for seed in SEEDS]) for name in RATES}
+    return [
+        row([saved(c) for c in rates], [saved(c) for c in seeds])
+        for rates, seeds in runs.values()
+        if finished.issuperset((*rates, *seeds))
+    ]
 
 
 def row(tried: list[dict], seeds: list[dict]) -> dict:
     """One method: runs at several rates, runs with several seeds -> what the table shows."""
+    method, lr, best = seeds[0]["method"], seeds[0]["lr"], best_rate(tried)
+    if best != lr:
+        raise ValueError(f"{method} is best at {best:g} on dev, but RATES in paper/methods.py says {lr:g}")
     accuracy, loss = [r["accuracy"][TASK] for r in seeds], [r["final_loss"] for r in seeds]
     return {
-        "method": seeds[0]["method"],
+        "method": method,
         "trained": seeds[0]["trained"],
-        "lr": seeds[0]["lr"],
+        "lr": lr,
         "dev": {f"{r['lr']:g}": r["accuracy"][DEV] for r in tried},
-        "accuracy": {"seeds": accuracy, "mean": mean(accuracy), "std": stdev(accuracy)},
-        "final_loss": {"seeds": loss, "mean": mean(loss), "std": stdev(loss)},
+        "accuracy": {"seeds": accuracy, **spread(accuracy)._asdict()},
+        "final_loss": {"seeds": loss, **spread(loss)._asdict()},
     }
 
 

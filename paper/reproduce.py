@@ -1,15 +1,20 @@
 """The paper's numbers beside ours.
 
-python -m paper.reproduce params [--json]     every Params cell of Tables 2 to 5 and 7; seconds, no weights
-python -m paper.reproduce flops [--json]      adapter FLOPs a token, by formula and as counted
-python -m paper.reproduce methods [--json]    every method on the tiny model; runs what is missing, hours
-python -m paper.reproduce --table 8 [--json]  tuned on one task, scored on all three; tiny model, hours
+python -m paper.reproduce params              every Params cell of Tables 2 to 5 and 7; seconds, no weights
+python -m paper.reproduce flops               adapter FLOPs a token, by formula and as counted
+python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
+python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
+python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
+
+Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +23,8 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import methods, tables, transfer
+from paper import methods, studies, tables, transfer
+from paper.grid import ROOT, Base, Cell, Wanted, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
 RANK, ALPHA = 32, 64  # Table 1
@@ -27,6 +33,7 @@ SMALL = {  # config.json of the model on which FLOPs are counted
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4,
 }  # fmt: skip
 
+RUN_SECONDS, PRETRAIN_SECONDS = 150, 1900  # on one core of a laptop: a run with its scores; a base
 
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")
 CELLS = [  # all percents of parameters that the paper prints, and two that it gives as a ratio only
@@ -134,31 +141,104 @@ def show_flops(row: dict) -> None:
     )
 
 
-TABLES = {  # what is asked for -> how its numbers come about, and how they are shown
-    "params": (lambda args: params(), show_params),
-    "flops": (lambda args: flops(args.share), show_flops),
-    "methods": (lambda args: methods.compare((*methods.MAIN, *methods.PLACEMENTS), args.jobs), methods.show),
-    "8": (lambda args: transfer.compare(args.jobs), transfer.show),
-}
+def show_printed(cells: list[dict]) -> None:
+    """A table of the paper that has no miniature: its numbers, what became of each, and the commands."""
+    for c in cells:
+        what = f"{c['backbone']} {c['method']} k={c['k']}" + (f" on {c['task']}" if c["task"] else "")
+        print(f"{what:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}")
+    print("by:", *sorted({f"  {c['command']}" for c in cells}), sep="\n")
+
+
+class Part(NamedTuple):
+    """One thing to ask for: the runs it rests on, what comes of them, and how that is shown."""
+
+    wanted: Callable[[], Wanted]
+    results: Callable[[], Any]
+    show: Callable[[Any], None]
+
+
+def study_part(name: str, quick: bool) -> Part:
+    """A table of paper/studies.py; Table 8 has more to show than scores."""
+    study = studies.study(name, quick)
+    if name != "8" or quick:
+        return Part(study.wanted, lambda: studies.results(study), studies.show)
+    return Part(
+        study.wanted,
+        lambda: studies.results(study) | transfer.results(),
+        lambda found: (studies.show(found), transfer.show(found)),
+    )
+
+
+def printed_part(number: str) -> Part:
+    """A table of the paper whose numbers need the real checkpoint, or none."""
+    cells = [c for c in tables.CELLS if c.table == number]
+    return Part(dict, lambda: [c._asdict() | {"command": c.command()} for c in cells], show_printed)
+
+
+def parts(args: argparse.Namespace) -> dict[str, Part]:
+    """All that can be asked for, in the order in which "all" shows it."""
+    numbers = [str(n) for n in range(1, 9)]
+    return {
+        **{n: study_part(n, args.quick) if n in studies.SEEDS else printed_part(n) for n in numbers},
+        **{name: study_part(name, args.quick) for name in studies.OTHERS},
+        "methods": Part(methods.wanted, methods.results, methods.show),
+        "params": Part(dict, params, show_params),
+        "flops": Part(dict, lambda: flops(args.share), show_flops),
+    }
+
+
+def show_plan(wanted: Wanted, jobs: int) -> None:
+    """What would be run, and about how long that takes."""
+    todo = missing(wanted)
+    bases = {b for cell in todo for b in cell.needs() if type(b) is Base and not (ROOT / b.model).exists()}
+    for cell in todo:
+        print("python", *(cell.command() if isinstance(cell, Cell) else ["(the model as it is)"]))
+    seconds = RUN_SECONDS * len(todo) + PRETRAIN_SECONDS * len(bases)
+    print(f"{len(todo)} of {len(wanted)} runs are missing, and {len(bases)} bases to pretrain: about "
+          f"{seconds / jobs / 3600:.1f} hours, {jobs} at a time, if each has a core")  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    what = p.add_mutually_exclusive_group(required=True).add_argument
+    add = p.add_argument
+    what("what", nargs="?", choices=["all", "params", "flops", "methods", *studies.OTHERS])
+    what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
+    add("--quick", action="store_true", help="one seed, fewer rows and columns")
+    add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
+    add("--finished", action="store_true", help="run nothing: show what the finished runs give")
+    add("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
+    add("--jobs", type=above_0(int), default=os.cpu_count(), help="runs at a time (default: one a core)")
+    add("--json", action="store_true", help="print JSON in place of tables")
+    # fmt: on
+    return p.parse_args()
 
 
 def main() -> None:
-    """One table."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("what", nargs="?", choices=[name for name in TABLES if not name.isdigit()])
-    what.add_argument(
-        "--table", choices=[name for name in TABLES if name.isdigit()], help="one of the paper's"
-    )
-    p.add_argument("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
-    p.add_argument(
-        "--jobs", type=above_0(int), default=os.cpu_count(), help="runs at a time (default: one a core)"
-    )
-    p.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    args = p.parse_args()
-    measure, show = TABLES[args.what or args.table]
-    value = measure(args)
-    print(json.dumps(value, indent=1)) if args.json else show(value)
+    """Run what is missing, all of it at once; then show each part."""
+    args = parse_args()
+    known, asked = parts(args), args.what or args.table
+    chosen = {asked: known[asked]} if asked in known else known
+    if args.table == "all":
+        chosen = {name: part for name, part in known.items() if name.isdigit()}
+    wanted: Wanted = {}
+    for part in chosen.values():
+        for cell, tasks in part.wanted().items():
+            wanted[cell] = wanted.get(cell, set()) | tasks
+    if args.dry_run:
+        show_plan(wanted, args.jobs)
+        return
+    if not args.finished:
+        run_cells(wanted, args.jobs)
+    values = {name: part.results() for name, part in chosen.items()}
+    if args.json:
+        print(json.dumps(values if len(values) > 1 else values[asked], indent=1))
+        return
+    for name, value in values.items():
+        print(f"\n== {f'Table {name}' if name.isdigit() else name}\n" if len(values) > 1 else "", end="")
+        chosen[name].show(value)
 
 
 if __name__ == "__main__":

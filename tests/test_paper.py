@@ -1,6 +1,8 @@
 """The paper's Params cells and FLOPs, from the command that prints them."""
 
 import json
+import re
+import shlex
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import job
-from paper import grid, methods, reproduce, transfer
+from paper import grid, methods, reproduce, studies, transfer
 from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -76,32 +78,21 @@ def result(method, lr, seed, dev, test, loss=0.1):
 
 def test_a_rate_is_chosen_on_dev_and_never_on_test():
     tried = [result("lora", 1, 0, 0.5, 0.9), result("lora", 2, 0, 0.7, 0.1), result("lora", 3, 0, 0.6, 0.99)]
-    assert methods.chosen_rate(tried) == 2
+    assert methods.best_rate(tried) == 2
     tie = [result("lora", 1, 0, 0.7, 0.9, loss=0.2), result("lora", 2, 0, 0.7, 0.1, loss=0.1)]
-    assert methods.chosen_rate(tie) == 2
+    assert methods.best_rate(tie) == 2
+    seeds = [result("lora", 2, seed, 0.7, 0.8 + seed / 10) for seed in range(3)]
+    assert methods.row(tried, seeds)["accuracy"]["mean"] == pytest.approx(0.9)
+    with pytest.raises(ValueError, match=r"lora is best at 2 on dev, but RATES .* says 3"):
+        methods.row(tried, [result("lora", 3, 0, 0.6, 0.99)])
 
 
-def test_a_grid_runs_what_is_missing_at_the_best_rate_and_takes_masks_from_d_runs(monkeypatch):
-    """Which cells are asked for; what a cell shows is made up here, the runs themselves are train.py's."""
-    asked = []
-
-    def made_up(cells, tasks, jobs):
-        assert tasks == ("tiny-math", "tiny-math-dev")
-        asked.extend(cells)
-        return [
-            result(c.method, c.lr, c.seed, 0.9 if c.lr == 0.02 else 0.5, 0.8 + c.seed / 10) for c in cells
-        ]
-
-    monkeypatch.setattr(methods, "run_cells", made_up)
-    rows = methods.compare(("lori-d", "lori-s", "hellora"), jobs=1)
-    assert [r["method"] for r in rows] == ["lori-d", "lori-s", "hellora"]
-    assert {r["lr"] for r in rows} == {0.02}
-    assert rows[0]["accuracy"]["seeds"] == pytest.approx([0.8, 0.9, 1.0])
-    assert (rows[0]["accuracy"]["mean"], rows[0]["accuracy"]["std"]) == pytest.approx((0.9, 0.1))
-    for cell in asked:
-        assert (cell.mask is not None) == (cell.method == "lori-s")
-        if cell.mask:
-            assert (cell.mask.method, cell.mask.lr, cell.mask.seed) == ("lori-d", 0.02, cell.seed)
+def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant():
+    assert methods.rate("hellori-d_m") == methods.rate("hellori-d")
+    one = methods.cell("hellori-s_c", 3, k=4, task="tiny-code")
+    assert (one.mask.method, one.mask.seed, one.mask.k, one.mask.task) == ("hellori-d_c", 3, 4, "tiny-code")
+    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s"), methods.rate("hellori-d"))
+    assert one.needs() == [one.mask]
 
 
 @pytest.mark.parametrize("method", [*methods.MAIN, *methods.PLACEMENTS])
@@ -119,9 +110,10 @@ def cell_of(path):
     """The cell whose result this file is."""
     shown = json.loads(path.read_text())
     if shown["method"] == "base":
-        return grid.Base()
+        return grid.Base(model=shown["model"])
     mask = shown["mask"] and cell_of(grid.RESULTS / f"{shown['mask']}.json")
-    return grid.Cell(*(shown[name] for name in ("method", "lr", "seed", "k", "task")), mask)
+    settings = (shown[name] for name in ("method", "lr", "seed", "k", "task"))
+    return grid.Cell(*settings, mask, tuple(shown["flags"]), model=shown["model"])
 
 
 def test_committed_cells_are_what_their_command_would_measure_now():
@@ -160,10 +152,11 @@ def measured(tmp_path, monkeypatch):
 
 def test_a_cell_is_scored_by_each_tasks_own_command_and_only_where_it_lacks_a_score(measured):
     cell, called = measured
-    grid.run_cells([cell], ["tiny-math"], 1)
+    grid.run_cells({cell: {"tiny-math"}}, 1)
     before = json.loads(cell.result.read_text())
     assert (before["accuracy"], before["problems"]) == ({"tiny-math": 1}, {"tiny-math": 9})
-    (shown,) = grid.run_cells([cell], ["tiny-math", "tiny-code", "tiny-safety"], 1)
+    grid.run_cells({cell: {"tiny-math", "tiny-code", "tiny-safety"}}, 1)
+    shown = grid.saved(cell)
     assert [words[0:2] for words in called] == [
         ("eval_gsm8k.py", "--run"),
         ("-m", "paper.eval_humaneval"),
@@ -175,29 +168,30 @@ def test_a_cell_is_scored_by_each_tasks_own_command_and_only_where_it_lacks_a_sc
     assert {name: value for name, value in shown.items() if name in before} == before | {
         "problems": dict.fromkeys(("tiny-math", "tiny-code", "tiny-safety"), 9)
     }
-    grid.run_cells([cell], ["tiny-safety"], 1)
+    grid.run_cells({cell: {"tiny-safety"}}, 1)
     assert len(called) == 3
 
 
 @pytest.mark.parametrize("what", ["command", "model", "data"])
 def test_a_result_of_other_settings_model_or_data_is_refused(measured, what):
     cell, _ = measured
-    (shown,) = grid.run_cells([cell], ["tiny-math"], 1)
+    grid.run_cells({cell: {"tiny-math"}}, 1)
+    shown = grid.saved(cell)
     shown["hashes"]["code"] = "other code may well measure the same"
     grid.write_json(cell.result, shown)
-    grid.run_cells([cell], ["tiny-math"], 1)
+    grid.run_cells({cell: {"tiny-math"}}, 1)
     (shown if what == "command" else shown["hashes"])[what] = "other"
     grid.write_json(cell.result, shown)
     with pytest.raises(ValueError, match=f"measured with another {what} than now: take the file away"):
-        grid.run_cells([cell], ["tiny-math"], 1)
+        grid.run_cells({cell: {"tiny-math"}}, 1)
 
 
 def test_scores_of_two_runs_are_never_mixed_in_one_file(measured):
     cell, _ = measured
-    grid.run_cells([cell], ["tiny-math"], 1)
+    grid.run_cells({cell: {"tiny-math"}}, 1)
     (cell.folder / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.5}\n')
     with pytest.raises(ValueError, match="ends with another loss"):
-        grid.run_cells([cell], ["tiny-code"], 1)
+        grid.run_cells({cell: {"tiny-code"}}, 1)
 
 
 def test_a_mask_run_at_another_rate_makes_another_cell_of_the_same_name():
@@ -213,6 +207,95 @@ def test_a_failing_cell_ends_with_its_command_and_its_last_line():
     assert "\n" not in str(raised.value)
 
 
+# ---- studies -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*studies.SEEDS, *studies.OTHERS])
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_studys_rows_can_be_compared_run_by_run_and_its_cells_share_no_file(name, quick):
+    study = studies.study(name, quick)
+    rows = {row.name: row for row in study.rows}
+    assert len(rows) == len(study.rows)
+    for row in study.rows:
+        for column, runs in row.runs.items():
+            other = rows[row.against].runs[column] if row.against else runs
+            assert [(c.model, c.seed) for c in other if isinstance(c, grid.Cell)] == [
+                (c.model, c.seed) for c in runs if isinstance(c, grid.Cell)
+            ]
+    assert len({cell.result for cell in study.wanted()}) == len(study.wanted())
+
+
+def test_table_2_and_4_have_five_seeds_and_the_papers_numbers():
+    for number, rows in (("2", 8), ("4", 9)):
+        study = studies.study(number)
+        assert len(study.rows) == rows
+        assert all(len(row.runs["gsm8k"]) == 5 for row in study.rows)
+    printed = {row.name: row.printed["gsm8k"] for row in studies.study("2").rows}
+    assert (printed["hellora"], printed["lora"]) == (29.49, 26.37)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """scored(f): every run of a study is finished and f(cell) its accuracy on tiny-math; None: it is not."""
+
+    def stand_in(accuracy):
+        def shown(cell):
+            value = accuracy(cell)
+            kept = {"accuracy": {"tiny-math": value}, "trained": 7, "hashes": {"model": cell.model}}
+            return {} if value is None else kept
+
+        monkeypatch.setattr(studies, "saved", shown)
+
+    return stand_in
+
+
+def test_runs_are_paired_by_seed_and_an_interval_needs_two(scored):
+    scored(lambda c: 0.1 * c.seed + (0.5 if c.method == "hellora" else 0.3) if c.seed < 2 else None)
+    rows = studies.results(studies.study("7"))["rows"]
+    assert rows["hellora, k = 8"]["gsm8k"]["runs"] == pytest.approx([0.5, 0.6])
+    minus = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]["minus"]
+    assert (minus["row"], minus["mean"]) == ("hellora", pytest.approx(-0.2))
+    assert minus["high"] - minus["low"] == pytest.approx(0, abs=1e-12)  # the seeds move both alike
+    scored(lambda c: 0.5 if c.seed == 0 else None)
+    one = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]
+    assert (one["mean"], one["low"]) == (0.5, None)
+
+
+def test_with_several_bases_the_interval_is_over_their_means(scored):
+    height = {"tiny": 0.3, f"{grid.BASES}1": 0.5, f"{grid.BASES}2": 0.7}
+    scored(lambda c: height[c.model] + 0.01 * c.seed)
+    of = studies.results(studies.study("bases"))["rows"]["hellora"]["gsm8k"]
+    assert len(of["runs"]) == 6
+    assert of["mean"] == pytest.approx(0.505)
+    assert of["std"] == pytest.approx(0.2)  # of .305, .505, .705
+
+
+def test_runs_of_two_bases_of_one_name_are_refused(monkeypatch, scored):
+    scored(lambda c: 0.5)
+    shown = studies.saved
+    other = {"hashes": {"model": "other"}}
+    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if c.seed else {}))
+    with pytest.raises(ValueError, match="started from different weights"):
+        studies.results(studies.study("bases"))
+
+
+@pytest.mark.parametrize("what", [("--table", "4"), ("bases",), ("all",), ("all", "--quick")])
+def test_a_dry_run_lists_what_train_py_takes_and_how_long_it_is(cli, what, monkeypatch):
+    code, out, _ = cli("paper.reproduce", *what, "--dry-run")
+    *commands, total = out.splitlines()
+    assert code == 0
+    assert re.fullmatch(r"\d+ of \d+ runs are missing, .* about \d+\.\d hours, .*", total)
+    for line in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+        job.parse_args("")
+
+
+def test_what_is_finished_can_be_seen_without_running_anything(cli):
+    code, out, _ = cli("paper.reproduce", "all", "--finished")
+    assert code == 0
+    assert all(f"== Table {n}" in out for n in range(1, 9))
+
+
 # ---- table 8 -------------------------------------------------------------------------------------------
 
 
@@ -223,17 +306,10 @@ def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_choices():
 
 
 def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seeds():
-    hot = {"a": [{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}], "b": [{"0": [1, 3]}] * 3}
-    assert transfer.overlap_row("a", "b", hot)["mean"] == pytest.approx(1 / 3)  # 1 of 3, three times
+    hot = {
+        "a": dict(enumerate([{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}])),
+        "b": {seed: {"0": [1, 3]} for seed in (0, 1)},
+    }
+    assert transfer.overlap_row("a", "b", hot)["mean"] == pytest.approx(1 / 3)  # 1 of 3, in seeds 0 and 1
     assert transfer.overlap_row("a", "a", hot)["mean"] == pytest.approx((1 + 0 + 0) / 3)
-
-
-def test_a_row_has_mean_spread_and_the_least_gain_over_the_untrained_model():
-    def scored(x):
-        scores = {name: {task: x} for name, task in transfer.COLUMNS.items()}
-        return scores | {name: {"tiny-safety": 3} for name in ("harmless_refused", "harmless_total")}
-
-    row = transfer.row("tiny-code", [scored(0.5), scored(0.7)], scored(0.1))
-    cell = row["pass@5"]
-    assert cell.pop("seeds") == [0.5, 0.7]
-    assert cell == pytest.approx({"mean": 0.6, "std": 0.02**0.5, "least_gain": 0.4, "paper": 22.04})
+    assert transfer.overlap_row("a", "c", hot | {"c": {}})["mean"] is None

@@ -1,0 +1,268 @@
+"""The paper's tables in miniature, and what it leaves out: rows of runs, their spread, their differences.
+
+The embedded model stands for OLMoE-1B-7B, its tasks for the paper's. A row's runs differ in their seed, and
+in one study in the base they start from. Two rows are compared run by run, each with that of the same base
+and seed. The interval is over seeds; where there are several bases it is over these, of each base's mean, as
+another base may turn a difference around (seeds of one base do not tell).
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+from statistics import mean
+from typing import NamedTuple
+
+from paper import methods, tables
+from paper.grid import BASES, MODEL, Base, Cell, Wanted, saved
+from paper.stats import spread
+
+TASKS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
+COLUMNS = {column: (column, TASKS[by.task]) for column, by in tables.SCORERS.items()}  # -> score, task
+COLUMNS |= {"gsm8k": ("accuracy", "tiny-math"), "refusals": ("refusal_rate", "tiny-safety")}
+ALL = 64  # tables.Cell.k of what adapts all experts
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    name: str
+    runs: dict[str, list[Base]]  # column -> the runs whose mean it is
+    against: str | None = None  # the row that it is compared with
+    printed: dict[str, float | None] = {}  # column -> the paper's number
+
+
+class Study(NamedTuple):
+    """A table."""
+
+    title: str
+    rows: list[Row]
+
+    def wanted(self) -> Wanted:
+        """What is to be trained, and scored on what."""
+        found: Wanted = {}
+        for row in self.rows:
+            for column, runs in row.runs.items():
+                for run in runs:
+                    found.setdefault(run, set()).add(COLUMNS[column][1])
+        return found
+
+
+# ---- the paper's ---------------------------------------------------------------------------------------
+
+SEEDS = {  # table -> seeds of each column
+    "2": {"gsm8k": 5, "pass@1": 3, "pass@5": 3, "pass@10": 3, "refusals": 3},
+    "4": {"gsm8k": 5},
+    "5": {"gsm8k": 3},  # the embedded model leaves nothing to gain on the other two tasks
+    "7": {"gsm8k": 3},
+    "8": dict.fromkeys(COLUMNS, 3),
+}
+TITLES = {
+    "2": "every method",
+    "4": "hot experts of each layer, of the whole model (_m), the coldest (_c)",
+    "5": "adapters on experts alone (_pure), on experts and router (_gate)",
+    "7": "adapted experts of a layer",
+    "8": "tuned on one task, scored on all",
+}
+
+
+def against(method: str, k: int) -> tuple[str, int] | None:
+    """What a (method, k) is compared with: itself without its last suffix, with k = 8, or HELLoRA."""
+    if "_" in method:
+        return method.rpartition("_")[0], k
+    return None if (method, k) == ("hellora", 8) else ("hellora", 8)
+
+
+def paper_table(number: str) -> Study:
+    """One of the paper's tables of OLMoE-1B-7B's scores."""
+    rows = []
+    for table in tables.TABLES:
+        if (table.number, table.backbone) == (number, tables.OLMOE):
+            names = {(m, k): row_name(number, m, k, table.task) for m, k in table.rows}
+            for (method, k), values in table.rows.items():
+                runs = {
+                    column: [Base()]
+                    if method == "base"
+                    else [
+                        run(method, k, TASKS[table.task or tables.SCORERS[column].task], s) for s in range(n)
+                    ]
+                    for column, n in SEEDS[number].items()
+                }
+                printed = dict(zip(table.columns, values, strict=True))
+                rows.append(Row(names[method, k], runs, names.get(against(method, k)), printed))
+    return Study(f"Table {number} in miniature: {TITLES[number]}", rows)
+
+
+def row_name(number: str, method: str, k: int, task: str | None) -> str:
+    """What a row is called: whatever differs in its table."""
+    if number == "8":
+        return f"after {TASKS[task]}" if task else "before"
+    return f"{method}, k = {k}" if number == "7" else method
+
+
+def run(method: str, k: int, task: str, seed: int) -> Cell:
+    """The run of a paper's cell, on the embedded model."""
+    return methods.cell(method, seed, k=8 if k == ALL else k, task=task)
+
+
+# ---- what the paper does not show ----------------------------------------------------------------------
+
+
+def of(names: dict[str, tuple[str | None, dict]], seeds: int, models: Iterable[str] = (MODEL,)) -> list[Row]:
+    """Rows of runs on tiny-math. names: name -> (the row it is compared with, settings of methods.cell)."""
+    return [
+        Row(
+            name,
+            {"gsm8k": [methods.cell(**how, seed=s, model=m) for m in models for s in range(seeds)]},
+            other,
+        )
+        for name, (other, how) in names.items()
+    ]
+
+
+def plain(*names: str) -> dict[str, tuple[str | None, dict]]:
+    """Methods by their own names, each compared with itself without its last suffix."""
+    return {name: ((against(name, 8) or (None,))[0], {"method": name}) for name in names}
+
+
+def hellora(*flags: str, k: int = 8) -> dict:
+    """HELLoRA with other flags."""
+    return {"method": "hellora", "k": k, "flags": flags}
+
+
+OTHERS = {
+    "bases": (
+        "hot, cold and random experts, with attention and router adapted and without, from three bases",
+        plain(*(f"hellora{s}" for s in ("", "_c", "_r", "_none", "_pure", "_pure_c", "_pure_r"))),
+        2,
+        (MODEL, f"{BASES}1", f"{BASES}2"),
+    ),
+    "coverage": (
+        "the same k in each layer, or as many experts as get a share P of its visits",
+        {
+            "k = 8": (None, hellora()),
+            "P = 0.25": ("k = 8", hellora("--coverage", "0.25")),
+            "P = 0.4": ("k = 8", hellora("--coverage", "0.4")),
+            "P = 0.6": ("k = 8", hellora("--coverage", "0.6")),
+        },
+        3,
+    ),
+    "lists": (
+        "hot by the visits of a warm-up, by those of the base, by the mean routing weight",
+        {
+            "warm-up, visits": (None, hellora()),
+            "base, visits": ("warm-up, visits", hellora("--catcher", "forward")),
+            "warm-up, weight": ("warm-up, visits", hellora("--score", "gate")),
+        },
+        3,
+    ),
+}  # fmt: skip
+
+
+def study(name: str, quick: bool = False) -> Study:
+    """The study of that name, or of that number in the paper.
+
+    quick: one seed, word problems alone (Table 8: all tasks), LoRI's variants in Table 2 only.
+    """
+    if name in SEEDS:
+        full = paper_table(name)
+    else:
+        title, names, *how = OTHERS[name]
+        full = Study(title, of(names, *how))
+    if not quick:
+        return full
+    columns = COLUMNS if name == "8" else ("gsm8k",)
+    rows = [
+        row._replace(runs={column: row.runs[column][:1] for column in columns})
+        for row in full.rows
+        if name == "2" or "hellori" not in row.name
+    ]
+    return Study(f"{full.title} (quick: one seed)", rows)
+
+
+# ---- what came out -------------------------------------------------------------------------------------
+
+
+def score(cell: Base, column: str) -> float | None:
+    """What is kept of it, None if it has not been run."""
+    name, task = COLUMNS[column]
+    return saved(cell).get(name, {}).get(task)
+
+
+def units(found: dict[Base, float]) -> list[float]:
+    """The numbers that an interval is over: one a seed, or of several bases the mean of each."""
+    for_base = [list(of) for _, of in groupby(found, key=lambda cell: cell.model)]
+    if len(for_base) == 1:
+        return list(found.values())
+    for cells in for_base:
+        if len({saved(cell)["hashes"]["model"] for cell in cells}) > 1:
+            raise ValueError(f"runs of {cells[0].model} started from different weights: make that base again")
+    return [mean(found[cell] for cell in cells) for cells in for_base]
+
+
+def entry(row: Row, other: Row | None, column: str) -> dict:
+    """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
+    ours = {cell: value for cell in row.runs[column] if (value := score(cell, column)) is not None}
+    found = {"runs": list(ours.values()), "paper": row.printed.get(column)}
+    if ours:
+        found |= spread(units(ours))._asdict()
+    if other:
+        pairs = zip(row.runs[column], other.runs[column], strict=True)
+        both = {a: ours[a] - value for a, b in pairs if a in ours and (value := score(b, column)) is not None}
+        found["minus"] = {"row": other.name, **spread(units(both))._asdict()} if both else None
+    return found
+
+
+def facts(cells: list[Base]) -> dict:
+    """What is trained, and the hot experts' share of visits (mean over layers and runs)."""
+    kept = [shown for cell in cells if (shown := saved(cell))]
+    shares = [mean(shown["hot_share"].values()) for shown in kept if shown.get("hot_share")]
+    trained = sorted(shown["trained"] for shown in kept if "trained" in shown)
+    return {
+        "trained": trained[len(trained) // 2] if trained else None,
+        "hot_share": mean(shares) if shares else None,
+    }
+
+
+def results(of: Study) -> dict:
+    """The table as it stands: of the runs that are finished."""
+    named = {row.name: row for row in of.rows}
+    return {
+        "title": of.title,
+        "rows": {
+            row.name: facts([cell for runs in row.runs.values() for cell in runs])
+            | {column: entry(row, named.get(row.against), column) for column in row.runs}
+            for row in of.rows
+        },
+    }
+
+
+def show(found: dict) -> None:
+    """A block for each column: percent, points, 95 % intervals."""
+    print(found["title"])
+    columns = [name for name in COLUMNS if any(name in row for row in found["rows"].values())]
+    for column in columns:
+        score, task = COLUMNS[column]
+        print(
+            f"\n{f'{score} on {task}, %':26s}   trained  hot share   runs          mean    95 % interval"
+            f"   difference, points                                      paper"
+        )
+        for name, row in found["rows"].items():
+            print(line(name, row, row[column]))
+
+
+def line(name: str, row: dict, of: dict) -> str:
+    """A row of one column."""
+    trained = f"{row['trained']:11,}" if row["trained"] else f"{'-':>11s}"
+    share = f"{row['hot_share']:.3f}" if row["hot_share"] else "-"
+    ours, minus = "-", ""
+    if of["runs"]:
+        ours = f"{100 * of['mean']:6.1f}"
+    if of.get("std") is not None:
+        ours += f" +- {100 * of['std']:4.1f}  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
+    if of.get("minus"):
+        d = of["minus"]
+        minus = f"{100 * d['mean']:+6.1f}"
+        if d["std"] is not None:
+            minus += f" ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p {d['p']:.3f})"
+        minus += f" from {d['row']}"
+    printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
+    return f"{name:24s}{trained}{share:>11s}{len(of['runs']):7d}  {ours:34s}{minus:54s}{printed}".rstrip()
