@@ -144,13 +144,14 @@ class Cell(Base):
         run = read_run(self.folder)
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
+        tens = range(LAST_STEPS, len(losses) + 1, LAST_STEPS)
         return {
             **asdict(self),
             "mask": self.mask and self.mask.name,
             "command": "python " + " ".join(self.command()),
             "first_loss": losses[0],
             "final_loss": mean(losses[-LAST_STEPS:]),
-            "losses": [round(mean(of), 4) for of in zip(*[iter(losses)] * LAST_STEPS, strict=False)],
+            "losses": [round(mean(losses[i - LAST_STEPS : i]), 4) for i in tens],
             "date": datetime.now(UTC).date().isoformat(),
             **{name: run[name] for name in ("trained", "stored", "versions", "hashes")},
             **self.hot_list(),
