@@ -2,8 +2,13 @@
 
 from statistics import median
 
+from paper.tables import printed, ratio
+
 SAMPLE = 200  # tokens of a GSM8K sample, roughly: for samples/s beside the paper's
-PAPER = {"samples_per_s": {"lora": 10.44, "hellora": 19.08}, "ratio": 1.83}  # Table 6, two A100
+PAPER = {  # on two A100
+    "samples_per_s": {name: printed("6", name, "samples/s") for name in ("lora", "hellora")},
+    "ratio": round(ratio("6", "hellora", "lora", "samples/s"), 2),
+}
 REFERENCES = ("peft", "hellora", "lora")  # the first of them that was measured is 1.00
 REGIMES = {  # name -> LoRA on all experts, on the hot ones
     "grouped": ("lora", "hellora"),

@@ -4,6 +4,7 @@ python -m paper.reproduce params              every Params cell of Tables 2 to 5
 python -m paper.reproduce flops               adapter FLOPs a token, by formula and as counted
 python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
+python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
 
 Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
@@ -23,7 +24,7 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import methods, studies, tables, transfer
+from paper import claims, methods, studies, tables, transfer
 from paper.grid import ROOT, Base, Cell, Wanted, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
@@ -181,6 +182,7 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     return {
         **{n: study_part(n, args.quick) if n in studies.SEEDS else printed_part(n) for n in numbers},
         **{name: study_part(name, args.quick) for name in studies.OTHERS},
+        "claims": Part(dict, claims.results, claims.show),
         "methods": Part(methods.wanted, methods.results, methods.show),
         "params": Part(dict, params, show_params),
         "flops": Part(dict, lambda: flops(args.share), show_flops),
@@ -204,7 +206,7 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
     add = p.add_argument
-    what("what", nargs="?", choices=["all", "params", "flops", "methods", *studies.OTHERS])
+    what("what", nargs="?", choices=["all", "params", "flops", "methods", "claims", *studies.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--quick", action="store_true", help="one seed, fewer rows and columns")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     name: str
     runs: dict[str, list[Base]]  # column -> the runs whose mean it is
     against: str | None = None  # the row that it is compared with
-    printed: dict[str, float | None] = {}  # column -> the paper's number
+    printed: dict[str, float] = {}  # column -> the paper's number
 
 
 class Study(NamedTuple):
@@ -72,8 +72,9 @@ def against(method: str, k: int) -> tuple[str, int] | None:
 
 
 def paper_table(number: str) -> Study:
-    """One of the paper's tables of OLMoE-1B-7B's scores."""
+    """One of the paper's tables of OLMoE-1B-7B's scores. What it leaves out of a row stands in Table 2."""
     rows = []
+    elsewhere = next(table for table in tables.TABLES if table.number == "2")
     for table in tables.TABLES:
         if (table.number, table.backbone) == (number, tables.OLMOE):
             names = {(m, k): row_name(number, m, k, table.task) for m, k in table.rows}
@@ -86,7 +87,8 @@ def paper_table(number: str) -> Study:
                     ]
                     for column, n in SEEDS[number].items()
                 }
-                printed = dict(zip(table.columns, values, strict=True))
+                printed = dict(zip(elsewhere.columns, elsewhere.rows.get((method, k), ()), strict=False))
+                printed |= {c: v for c, v in zip(table.columns, values, strict=True) if v is not None}
                 rows.append(Row(names[method, k], runs, names.get(against(method, k)), printed))
     return Study(f"Table {number} in miniature: {TITLES[number]}", rows)
 
@@ -198,17 +200,23 @@ def units(found: dict[Base, float]) -> list[float]:
     return [mean(found[cell] for cell in cells) for cells in for_base]
 
 
+def minus(row: Row, other: Row, column: str) -> dict | None:
+    """The mean difference of two rows, run by run, and its spread; None if no two runs are finished."""
+    pairs = zip(row.runs[column], other.runs[column], strict=True)
+    scores = {a: (score(a, column), score(b, column)) for a, b in pairs}
+    both = {a: ours - theirs for a, (ours, theirs) in scores.items() if None not in (ours, theirs)}
+    return {"row": other.name, "runs": len(both), **spread(units(both))._asdict()} if both else None
+
+
 def entry(row: Row, other: Row | None, column: str) -> dict:
     """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
     ours = {cell: value for cell in row.runs[column] if (value := score(cell, column)) is not None}
-    found = {"runs": list(ours.values()), "paper": row.printed.get(column)}
-    if ours:
-        found |= spread(units(ours))._asdict()
-    if other:
-        pairs = zip(row.runs[column], other.runs[column], strict=True)
-        both = {a: ours[a] - value for a, b in pairs if a in ours and (value := score(b, column)) is not None}
-        found["minus"] = {"row": other.name, **spread(units(both))._asdict()} if both else None
-    return found
+    return {
+        "runs": list(ours.values()),
+        "paper": row.printed.get(column),
+        **(spread(units(ours))._asdict() if ours else {}),
+        "minus": minus(row, other, column) if other else None,
+    }
 
 
 def facts(cells: list[Base]) -> dict:
@@ -253,16 +261,19 @@ def line(name: str, row: dict, of: dict) -> str:
     """A row of one column."""
     trained = f"{row['trained']:11,}" if row["trained"] else f"{'-':>11s}"
     share = f"{row['hot_share']:.3f}" if row["hot_share"] else "-"
-    ours, minus = "-", ""
+    ours = "-"
     if of["runs"]:
         ours = f"{100 * of['mean']:6.1f}"
     if of.get("std") is not None:
         ours += f" +- {100 * of['std']:4.1f}  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
-    if of.get("minus"):
-        d = of["minus"]
-        minus = f"{100 * d['mean']:+6.1f}"
-        if d["std"] is not None:
-            minus += f" ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p {d['p']:.3f})"
-        minus += f" from {d['row']}"
+    apart = f"{points(of['minus'])} from {of['minus']['row']}" if of["minus"] else ""
     printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
-    return f"{name:24s}{trained}{share:>11s}{len(of['runs']):7d}  {ours:34s}{minus:54s}{printed}".rstrip()
+    return f"{name:24s}{trained}{share:>11s}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
+
+
+def points(d: dict) -> str:
+    """A difference in points, with its 95 % interval and p where there are runs enough."""
+    interval = (
+        "" if d["std"] is None else f" ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p {d['p']:.3f})"
+    )
+    return f"{100 * d['mean']:+6.1f}{interval}"

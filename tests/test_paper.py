@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import job
-from paper import grid, methods, reproduce, studies, transfer
+from paper import claims, grid, methods, reproduce, studies, transfer
 from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -277,6 +277,28 @@ def test_runs_of_two_bases_of_one_name_are_refused(monkeypatch, scored):
     monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if c.seed else {}))
     with pytest.raises(ValueError, match="started from different weights"):
         studies.results(studies.study("bases"))
+
+
+def test_a_claim_holds_only_if_its_whole_interval_does_and_all_its_runs_are_finished(scored):
+    def accuracy(cell):
+        noise = 0.01 * (cell.seed % 2)
+        return {"lora": 0.5, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(cell.method, 0.7)
+
+    scored(accuracy)
+    said = {c["says"]: c for c in claims.results()}
+    assert said["HELLoRA beats LoRA on word problems"]["verdict"] == "holds"
+    assert said["HELLoRA beats LoRA on word problems"]["paper"] == pytest.approx(3.12)
+    assert said["HELLoRA beats full fine-tuning on word problems"]["verdict"] == "does not hold"
+    assert said["HELLoRA beats DoRA on word problems"]["verdict"] == "cannot be told"
+    scored(lambda cell: None if cell.seed == 4 else accuracy(cell))
+    said = {c["says"]: c["verdict"] for c in claims.results()}
+    assert said["HELLoRA beats LoRA on word problems"] == "not finished"
+    assert said["8 experts beat 2"] == "cannot be told"  # three seeds are all it wants
+
+
+def test_every_comparison_of_the_papers_tables_has_the_papers_difference():
+    for claim in claims.results():
+        assert (claim["paper"] is None) == (claim["where"] == ""), claim
 
 
 @pytest.mark.parametrize("what", [("--table", "4"), ("bases",), ("all",), ("all", "--quick")])
