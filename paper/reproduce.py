@@ -200,8 +200,8 @@ def show_plan(wanted: Wanted, jobs: int) -> None:
           f"{seconds / jobs / 3600:.1f} hours, {jobs} at a time, if each has a core")  # fmt: skip
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
+def parse_args(words: list[str] | None) -> argparse.Namespace:
+    """The command line, or `words` in its place."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
@@ -215,12 +215,12 @@ def parse_args() -> argparse.Namespace:
     add("--jobs", type=above_0(int), default=os.cpu_count(), help="runs at a time (default: one a core)")
     add("--json", action="store_true", help="print JSON in place of tables")
     # fmt: on
-    return p.parse_args()
+    return p.parse_args(words)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Run what is missing, all of it at once; then show each part."""
-    args = parse_args()
+    args = parse_args(words)
     known, asked = parts(args), args.what or args.table
     chosen = {asked: known[asked]} if asked in known else known
     if args.table == "all":

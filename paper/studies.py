@@ -208,17 +208,6 @@ def minus(row: Row, other: Row, column: str) -> dict | None:
     return {"row": other.name, "runs": len(both), **spread(units(both))._asdict()} if both else None
 
 
-def entry(row: Row, other: Row | None, column: str) -> dict:
-    """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
-    ours = {cell: value for cell in row.runs[column] if (value := score(cell, column)) is not None}
-    return {
-        "runs": list(ours.values()),
-        "paper": row.printed.get(column),
-        **(spread(units(ours))._asdict() if ours else {}),
-        "minus": minus(row, other, column) if other else None,
-    }
-
-
 def facts(cells: list[Base]) -> dict:
     """What is trained, and the hot experts' share of visits (mean over layers and runs)."""
     kept = [shown for cell in cells if (shown := saved(cell))]
@@ -230,14 +219,25 @@ def facts(cells: list[Base]) -> dict:
     }
 
 
+def entry(row: Row, other: Row | None, column: str) -> dict:
+    """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
+    ours = {cell: value for cell in row.runs[column] if (value := score(cell, column)) is not None}
+    return {
+        **facts(row.runs[column]),
+        "runs": list(ours.values()),
+        "paper": row.printed.get(column),
+        **(spread(units(ours))._asdict() if ours else {}),
+        "minus": minus(row, other, column) if other else None,
+    }
+
+
 def results(of: Study) -> dict:
     """The table as it stands: of the runs that are finished."""
     named = {row.name: row for row in of.rows}
     return {
         "title": of.title,
         "rows": {
-            row.name: facts([cell for runs in row.runs.values() for cell in runs])
-            | {column: entry(row, named.get(row.against), column) for column in row.runs}
+            row.name: {column: entry(row, named.get(row.against), column) for column in row.runs}
             for row in of.rows
         },
     }
@@ -254,13 +254,13 @@ def show(found: dict) -> None:
             f"   difference, points                                      paper"
         )
         for name, row in found["rows"].items():
-            print(line(name, row, row[column]))
+            print(line(name, row[column]))
 
 
-def line(name: str, row: dict, of: dict) -> str:
+def line(name: str, of: dict) -> str:
     """A row of one column."""
-    trained = f"{row['trained']:11,}" if row["trained"] else f"{'-':>11s}"
-    share = f"{row['hot_share']:.3f}" if row["hot_share"] else "-"
+    trained = f"{of['trained']:11,}" if of["trained"] else f"{'-':>11s}"
+    share = f"{of['hot_share']:.3f}" if of["hot_share"] else "-"
     ours = "-"
     if of["runs"]:
         ours = f"{100 * of['mean']:6.1f}"

@@ -1,0 +1,50 @@
+"""Fills in the blocks of README.md and docs/ that say where their text comes from.
+
+python -m paper.pages
+
+A block "```text python -m paper.reproduce ..." has what that command prints, one
+"```text docs/results/FILE.json" the table of that benchmark. A test holds the pages to it.
+"""
+
+import json
+import re
+import shlex
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from paper import bench_report, reproduce
+from run import Parser, command
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "docs/speed.md", "docs/tables.md")]
+BLOCK = re.compile(
+    r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
+)
+
+
+def printed(source: str) -> str:
+    """What a command prints, or the table of a benchmark's file."""
+    with redirect_stdout(StringIO()) as out:
+        if source.startswith("docs/"):
+            bench_report.show(json.loads((ROOT / source).read_text()))
+        else:
+            reproduce.main(shlex.split(source)[3:])
+    return out.getvalue().strip() + "\n"
+
+
+def filled(text: str) -> str:
+    """A page with its blocks as they are now."""
+    return BLOCK.sub(lambda block: f"{block[1]}{printed(block[2])}```", text)
+
+
+def main() -> None:
+    """Every page."""
+    Parser(description=__doc__).parse_args()
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,42 @@
+"""README.md and docs/: what they print is what the commands print, what they quote is what the files say."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+from paper import pages
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
+def test_printed_blocks_are_what_their_commands_print_now(page):
+    text = page.read_text(encoding="utf-8")
+    assert pages.BLOCK.search(text)
+    assert pages.filled(text) == text
+
+
+def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
+    for page in (ROOT / "README.md", ROOT / "docs" / "walkthrough.md"):
+        text = page.read_text(encoding="utf-8")
+        quotes = re.findall(r"^```python (\S+)\n(.*?)^```$", text, re.M | re.S)
+        assert len(quotes) >= 6
+        parts = [(name, part) for name, code in quotes for part in re.split(r"^ *\.\.\.\n", code, flags=re.M)]
+        for name, part in parts:
+            lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
+            quoted = [line.strip() for line in part.splitlines()]
+            assert any(lines[i : i + len(quoted)] == quoted for i in range(len(lines))), (name, part)
+
+
+def test_links_into_the_code_lead_to_the_functions_they_name():
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 9
+    for name, file, line in links:
+        at = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*def {name.rpartition('.')[2]}\(", at), (name, file, line)
+
+
+def test_the_readme_is_short_and_what_it_links_to_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 300
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / target).exists(), target
