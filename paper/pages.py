@@ -30,7 +30,7 @@ def printed(source: str) -> str:
             bench_report.show(json.loads((ROOT / source).read_text()))
         else:
             reproduce.main(shlex.split(source)[3:])
-    return out.getvalue().strip() + "\n"
+    return out.getvalue().strip("\n") + "\n"
 
 
 def filled(text: str) -> str:
