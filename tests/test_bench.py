@@ -35,6 +35,7 @@ def test_loops_over_all_experts_take_1_7_times_the_operations_of_loops_over_the_
     assert every / hot >= 1.7
 
 
+@pytest.mark.slow
 def test_the_transformers_4_layout_takes_the_operations_that_explain_the_paper(wide):
     peers = bench.peers() or pytest.skip("needs transformers and peft, dev requirements")
     every, hot = (operations(peers.BUILDERS[f"peft-v4-{n}"][0](wide), wide) for n in ("lora", "hellora"))
@@ -105,6 +106,7 @@ def test_a_failure_in_one_configuration_is_reported_and_ends_no_other(cli, tmp_p
     assert not rows["hellora"]["seconds"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_configuration(cli, tmp_path):
     out = tmp_path / "b.json"
     args = ("--shape", "tiny", "--tokens", 32, "--rounds", 1, "--new", 4)

@@ -21,6 +21,7 @@ def matplotlib():
     return found if found.__version__ == PINNED else pytest.skip(f"other bytes than matplotlib {PINNED}'s")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_a_committed_figure_is_what_the_command_draws_now(name, matplotlib, tmp_path):
     committed = figures.OUT / f"{name}.svg"
