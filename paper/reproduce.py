@@ -5,6 +5,7 @@ python -m paper.reproduce flops               adapter FLOPs a token, by formula 
 python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
+python -m paper.reproduce text                the numbers of its text, and what became of each
 python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
 
 Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
@@ -150,6 +151,24 @@ def show_printed(cells: list[dict]) -> None:
     print("by:", *sorted({f"  {c['command']}" for c in cells}), sep="\n")
 
 
+def text() -> list[dict]:
+    """The numbers of the paper's text, and its figures, which have none, each with what became of it."""
+    said = [(c.where, c.says, c.value, c.status) for c in tables.CLAIMS]
+    drawn = [(f"Figure {n}", about, None, tables.DRAWN) for n, about in tables.FIGURES.items()]
+    return [
+        {"where": where, "says": says, "value": value, **status._asdict()}
+        for where, says, value, status in said + drawn
+    ]
+
+
+def show_text(rows: list[dict]) -> None:
+    """Two lines each: what it says, what became of it."""
+    for r in rows:
+        value = "" if r["value"] is None else f": {r['value']:g}"
+        print(f"{r['where']}: {r['says']}{value}")
+        print("    " + "; ".join(part for part in (r["word"], r["why"], r["command"]) if part))
+
+
 class Part(NamedTuple):
     """One thing to ask for: the runs it rests on, what comes of them, and how that is shown."""
 
@@ -183,7 +202,8 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
         **{n: study_part(n, args.quick) if n in studies.SEEDS else printed_part(n) for n in numbers},
         **{name: study_part(name, args.quick) for name in studies.OTHERS},
         "claims": Part(dict, claims.results, claims.show),
-        "methods": Part(methods.wanted, methods.results, methods.show),
+        "text": Part(dict, text, show_text),
+        "methods": Part(dict if args.quick else methods.wanted, methods.results, methods.show),
         "params": Part(dict, params, show_params),
         "flops": Part(dict, lambda: flops(args.share), show_flops),
     }
@@ -206,7 +226,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
     add = p.add_argument
-    what("what", nargs="?", choices=["all", "params", "flops", "methods", "claims", *studies.OTHERS])
+    what("what", nargs="?", choices=["all", "params", "flops", "methods", "claims", "text", *studies.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--quick", action="store_true", help="one seed, fewer rows and columns")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
