@@ -35,6 +35,7 @@ MODEL = "tiny"
 BASES = (
     "runs/bases/tiny-s"  # what tiny.pretrain makes from the seed that follows; only the tokenizer is MODEL's
 )
+PRETRAINING = "pretraining"  # no task, but scored as one: what a model can still do (paper/forgetting.py)
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
@@ -212,6 +213,14 @@ def missing_tasks(cell: Base, tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if task not in saved(cell).get("problems", {})]
 
 
+def scoring(task: str) -> tuple[str, tuple[str, ...]]:
+    """The command that scores a run on `task`, as in job.SCORED_BY, and which scores are kept of it."""
+    if task == PRETRAINING:
+        return "python -m paper.forgetting --run {}", ("cross_entropy", "arithmetic")
+    kind = TASKS[task].kind
+    return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
+
+
 def run_cell(cell: Base, tasks: Iterable[str]) -> None:
     """Train it unless its run is there; score it on those of `tasks` that it lacks; keep what came out."""
     cell.train()
@@ -223,12 +232,12 @@ def run_cell(cell: Base, tasks: Iterable[str]) -> None:
         )
     shown |= kept
     for task in missing_tasks(cell, tasks):
-        kind = TASKS[task].kind
+        command, scores = scoring(task)
         if task not in read_results(cell.folder):
-            _, *words = shlex.split(SCORED_BY[kind].replace("--run {}", cell.scored_as))
-            python(*words, "--task", task)
+            _, *words = shlex.split(command.replace("--run {}", cell.scored_as))
+            python(*words)
         result = read_results(cell.folder)[task]
-        for score, of in (("problems", "total"), *((name, name) for name in SCORES[kind])):
+        for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
     write_json(cell.result, shown)
 
