@@ -6,6 +6,7 @@ python -m paper.reproduce --table 4           a table of the paper on the embedd
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce forgetting          what tuning costs of what pretraining taught
+python -m paper.reproduce merge               two tasks' adapters in one model: what each task keeps
 python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
 
 Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
@@ -25,7 +26,7 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import claims, forgetting, methods, studies, tables, transfer
+from paper import claims, forgetting, merge, methods, studies, tables, transfer
 from paper.grid import ROOT, Base, Wanted, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
@@ -159,7 +160,7 @@ class Part(NamedTuple):
     show: Callable[[Any], None]
 
 
-MODULES = {"methods": methods, "forgetting": forgetting}  # parts that are a file each
+MODULES = {"methods": methods, "forgetting": forgetting, "merge": merge}  # parts that are a file each
 
 
 def study_part(name: str, quick: bool) -> Part:

@@ -1,14 +1,19 @@
 """What the paper leaves out: what tuning costs elsewhere, what merged runs keep, how stable a hot list is."""
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
+import eval_gsm8k
+import export
 from hellora import attach, init_adapters, parse_method
 from moe_model import MoEModel
-from paper import forgetting, grid
+from paper import eval_humaneval, eval_safety, forgetting, grid, merge, methods
 from paper.stats import signed, spread
+from run import Parser
 from tiny.corpus import MIX
 from tokenizer import load_tokenizer
 
@@ -77,3 +82,86 @@ def test_a_difference_in_words():
     assert signed(spread([0.01, 0.03])._asdict(), 1, unit=0.01).startswith("+2.0 (-10.7 to +14.7, p 0.29")
     assert signed(spread([0.5])._asdict(), 1) == "+0.5"
     assert signed(None, 1) == ""
+
+
+# ---- merging -------------------------------------------------------------------------------------------
+
+
+def parsed(monkeypatch, words, parse):
+    """What a script's own parser makes of its arguments."""
+    seen, original = [], Parser.parse_args
+
+    def stop(self, *args):
+        seen.append(original(self, *args))
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", words)
+        patched.setattr(Parser, "parse_args", stop)
+        with pytest.raises(SystemExit):
+            parse()
+    return seen[0]
+
+
+def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_both_its_tasks(monkeypatch):
+    wanted = merge.wanted()
+    merged = {cell: tasks for cell, tasks in wanted.items() if isinstance(cell, grid.Merged)}
+    assert len({cell.result for cell in wanted}) == len(wanted) == 18 + 18
+    scripts = {"tiny-math": eval_gsm8k, "tiny-code": eval_humaneval, "tiny-safety": eval_safety}
+    for cell, tasks in merged.items():
+        assert tasks == {run.task for run in cell.runs}
+        assert set(cell.needs()) == set(cell.runs) <= wanted.keys()
+        args = parsed(monkeypatch, cell.command(), export.main)
+        assert args.run == [run.folder.relative_to(grid.ROOT) for run in cell.runs]
+        assert grid.ROOT / args.out == cell.folder / "hub"
+        for task in tasks:
+            words = shlex.split(grid.scoring(task)[0].replace("--run {}", cell.scored_as))
+            args = parsed(monkeypatch, words[2 if "-m" in words else 1 :], scripts[task].parse_args)
+            assert (Path(args.model), args.out, args.task) == (cell.folder / "hub", cell.folder, task)
+
+
+def test_a_merged_cell_rests_on_its_runs():
+    one, other, longer = (
+        grid.Cell("hellora", lr, 0, flags=flags) for lr, flags in ((1, ()), (2, ()), (1, ("--x",)))
+    )
+    assert grid.Merged((one, other)).rests_on() != grid.Merged((longer, other)).rests_on()
+    kept = grid.Merged((one, other)).rests_on()
+    assert json.loads(json.dumps(kept)) == kept  # or no result that was read again would be taken for its own
+
+
+def test_what_is_needed_is_trained_before_what_needs_it():
+    masked = [methods.cell("hellori-s", seed, model=f"{grid.BASES}1") for seed in (0, 1)]
+    cells = {grid.Merged(tuple(masked)), *masked}
+    while more := {other for cell in cells for other in cell.needs()} - cells:
+        cells |= more
+    assert len(cells) == 1 + 2 + 2 + 1  # the sum, S runs, D runs, a base
+    for cell in cells:
+        assert all(grid.depth(other) < grid.depth(cell) for other in cell.needs())
+    assert grid.depth(grid.Merged(tuple(masked))) == 3
+
+
+def test_a_task_is_compared_with_its_own_run_of_the_same_seed(cli, monkeypatch):
+    def kept(cell):
+        if isinstance(cell, grid.Merged):
+            if {run.task for run in cell.runs} != {"tiny-math", "tiny-safety"} or cell.runs[0].seed == 2:
+                return {}
+            seed, lost, tasks = cell.runs[0].seed, 0.1, ("tiny-math", "tiny-safety")
+        else:
+            seed, lost, tasks = cell.seed, 0, (cell.task,)
+        shown = {"accuracy": 0.5 + seed / 10 - lost, "refusal_rate": 0.9, "harmless_refused": 3 + 100 * lost}
+        shown |= {"harmless_total": 100, "problems": 9, "pass@1": 1.0}
+        return {name: dict.fromkeys(tasks, value) for name, value in shown.items()}
+
+    monkeypatch.setattr(merge, "saved", kept)
+    rows = {(*r["pair"], r["method"], r["measure"]): r for r in merge.results()}
+    assert len(rows) == len(merge.results()) == 2 * (2 + 3 + 3)
+    r = rows["tiny-math", "tiny-safety", "lora", "accuracy"]
+    assert (r["alone"], r["merged"]) == (pytest.approx([0.5, 0.6]), pytest.approx([0.4, 0.5]))
+    assert r["minus"]["mean"] == pytest.approx(-0.1)
+    assert rows["tiny-math", "tiny-safety", "lora", "harmless refused"]["merged"] == pytest.approx(
+        [0.13, 0.13]
+    )
+    assert rows["tiny-math", "tiny-code", "lora", "accuracy"]["minus"] is None
+    code, out, _ = cli("paper.reproduce", "merge", "--finished")
+    assert code == 0
+    assert "lora     accuracy on tiny-math             2    55.0    45.0   -10.0 (" in out

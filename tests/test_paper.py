@@ -111,6 +111,8 @@ def cell_of(path):
     shown = json.loads(path.read_text())
     if shown["method"] == "base":
         return grid.Base(model=shown["model"])
+    if shown["method"] == "merged":
+        return grid.Merged(tuple(cell_of(grid.RESULTS / f"{name}.json") for name in shown["runs"]))
     mask = shown["mask"] and cell_of(grid.RESULTS / f"{shown['mask']}.json")
     settings = (shown[name] for name in ("method", "lr", "seed", "k", "task"))
     return grid.Cell(*settings, mask, tuple(shown["flags"]), model=shown["model"])
@@ -309,6 +311,7 @@ def test_a_dry_run_lists_what_train_py_takes_and_how_long_it_is(cli, what, monke
     assert code == 0
     assert re.fullmatch(r"\d+ of \d+ runs are missing, .* about \d+\.\d hours, .*", total)
     for words in map(shlex.split, commands):
+        assert words[1] in ("train.py", "export.py", "(the")  # (the model as it is)
         if words[1] == "train.py":
             monkeypatch.setattr(sys, "argv", words[1:])
             job.parse_args("")
