@@ -7,6 +7,7 @@ python -m paper.reproduce methods             every method's learning rate, chos
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce forgetting          what tuning costs of what pretraining taught
 python -m paper.reproduce merge               two tasks' adapters in one model: what each task keeps
+python -m paper.reproduce stability           hot lists of other samples, seeds and times of training
 python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
 
 Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
@@ -26,7 +27,7 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import claims, forgetting, merge, methods, studies, tables, transfer
+from paper import claims, forgetting, merge, methods, stability, studies, tables, transfer
 from paper.grid import ROOT, Base, Wanted, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
@@ -160,7 +161,9 @@ class Part(NamedTuple):
     show: Callable[[Any], None]
 
 
-MODULES = {"methods": methods, "forgetting": forgetting, "merge": merge}  # parts that are a file each
+MODULES = {  # parts that are a file each
+    "methods": methods, "forgetting": forgetting, "merge": merge, "stability": stability,
+}  # fmt: skip
 
 
 def study_part(name: str, quick: bool) -> Part:
@@ -239,6 +242,8 @@ def main(words: list[str] | None = None) -> None:
         return
     if not args.finished:
         run_cells(wanted, args.jobs)
+        if "stability" in chosen:
+            stability.measure()
     values = {name: part.results() for name, part in chosen.items()}
     if args.json:
         print(json.dumps(values if len(values) > 1 else values[asked], indent=1))

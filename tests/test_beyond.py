@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import small_run, write_rows
 
 import eval_gsm8k
 import export
+from data import TASKS, collate, encode, examples_of_step, load_examples, steps_per_epoch
 from hellora import attach, init_adapters, parse_method
-from moe_model import MoEModel
-from paper import eval_humaneval, eval_safety, forgetting, grid, merge, methods
+from job import RECIPES
+from moe_model import IGNORE, MoEModel
+from paper import eval_humaneval, eval_safety, forgetting, grid, merge, methods, stability
 from paper.stats import signed, spread
 from run import Parser
 from tiny.corpus import MIX
@@ -165,3 +169,62 @@ def test_a_task_is_compared_with_its_own_run_of_the_same_seed(cli, monkeypatch):
     code, out, _ = cli("paper.reproduce", "merge", "--finished")
     assert code == 0
     assert "lora     accuracy on tiny-math             2    55.0    45.0   -10.0 (" in out
+
+
+# ---- stability -----------------------------------------------------------------------------------------
+
+
+def test_a_list_overlaps_itself_in_full_and_each_question_compares_what_it_says():
+    def of(*ids):
+        return {"0": list(ids), "1": [7, 8]}
+
+    lists = {f"{share:g}": [of(1, 2)] * 5 for share in stability.SHARES} | {"1": [of(1, 2)]}
+    lists |= {"middle": [of(1, 2), of(1, 3), of(3, 4)], "end": [of(1, 2), of(1, 3), of(1, 2)]}
+    asked = stability.questions(lists, {0: of(1, 2), 2: of(3, 4)})
+    rows = {what: stability.compared(pairs) for of in asked.values() for what, pairs in of.items()}
+    sizes = {"two warm-ups": 1, "two samples, counted on the base": 10, "warm-up, and end": 2}
+    assert {name: len(rows[name]["overlaps"]) for name in sizes} == sizes
+    assert rows["1% of the data"]["overlaps"] == [1.0] * 5
+    assert rows["two warm-ups"]["layers"] == {"0": 0.0, "1": 1.0}
+    assert rows["base and middle"]["overlaps"] == pytest.approx(
+        [1, 2 / 3, 1 / 2]
+    )  # with layer 1, which is equal
+    assert rows["middle and end"]["overlaps"] == [1, 1, 0.5]
+    assert rows["warm-up, and end"]["overlaps"] == [1, 0.5]  # seeds 0 and 2
+
+
+def test_the_middle_is_the_middle():
+    rows = load_examples("tiny-math", TASKS["tiny-math"].train.fetch())
+    recipe = RECIPES["tiny", False]
+    assert recipe.epochs * steps_per_epoch(len(rows), recipe.batch_size) == 2 * stability.MIDDLE
+    for cell in stability.runs():
+        assert cell.flags == ("--save-every", f"{stability.MIDDLE}")
+        assert cell in stability.wanted()
+
+
+def test_the_model_in_the_middle_is_the_one_whose_loss_the_next_step_logged(cli, toy, tmp_path):
+    lines = [{"question": f"{n} + 2?", "answer": f"#### {n + 2}"} for n in range(8)]
+    rows, out = write_rows(tmp_path / "rows.jsonl", lines), tmp_path / "run"
+    flags = ("--steps", 4, "--save-every", 2, "--batch-size", 4, "--no-eval", "--out", out)
+    code, _, err = cli("train.py", *small_run(toy, rows, *flags))
+    assert code == 0, err
+    model = stability.at_save_before_last(out, 2)
+    data = encode(load_examples("tiny-math", rows), load_tokenizer(toy), model.cfg.max_len)
+    batch = collate(examples_of_step(data, 2, 4, seed=0), model.device)
+    with torch.no_grad():
+        loss = model(batch.tokens, targets=batch.targets)[0] / (batch.targets != IGNORE).sum()
+    third = json.loads((out / "metrics.jsonl").read_text().splitlines()[2])
+    assert loss.item() == pytest.approx(third["loss"], rel=1e-5)  # fp32: merged here, factored there
+    with pytest.raises(ValueError, match="saved after step 2, not 3"):
+        stability.at_save_before_last(out, 3)
+
+
+def test_lists_of_other_runs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stability, "RESULT", tmp_path / "stability.json")
+    assert stability.kept() == {}
+    for rests_on in (stability.rests_on(), []):
+        grid.write_json(stability.RESULT, {"rests_on": rests_on, "lists": {"1": []}})
+        if rests_on:
+            assert stability.kept() == {"1": []}
+    with pytest.raises(ValueError, match="counted on another model, data or runs: take it away"):
+        stability.kept()
