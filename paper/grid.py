@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import mean
 
@@ -35,6 +35,7 @@ MODEL = "tiny"
 BASES = (
     "runs/bases/tiny-s"  # what tiny.pretrain makes from the seed that follows; only the tokenizer is MODEL's
 )
+PRETRAINING = "pretraining"  # no task, but scored as one: what a model can still do (paper/forgetting.py)
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
@@ -171,6 +172,50 @@ class Cell(Base):
         }
 
 
+@dataclass(frozen=True)
+class Merged(Base):
+    """The updates of several runs on one base, added up in one checkpoint."""
+
+    runs: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """Its folder and its result file are called so."""
+        return "+".join(run.name for run in self.runs)
+
+    @property
+    def scored_as(self) -> str:
+        """How an evaluation is told what to score."""
+        return f"--model {self.folder / 'hub'} --out {self.folder}"
+
+    def command(self) -> list[str]:
+        """The arguments after "python" that make its checkpoint."""
+        runs = [word for run in self.runs for word in ("--run", str(run.folder.relative_to(ROOT)))]
+        return ["export.py", *runs, "--format", "hub", "--out", str(self.folder.relative_to(ROOT) / "hub")]
+
+    def rests_on(self) -> dict:
+        """What its numbers rest on: the runs."""
+        return {"runs": {run.name: run.rests_on() for run in self.runs}}
+
+    def needs(self) -> list[Base]:
+        """The runs, and what they need."""
+        return [cell for run in self.runs for cell in (*run.needs(), run)]
+
+    def train(self) -> None:
+        """Write the checkpoint, unless it is there."""
+        if not (self.folder / "hub").exists():
+            python(*self.command())
+
+    def shown(self) -> dict:
+        """What is kept of it besides scores. The runs' final losses tell if they are still the same."""
+        return {
+            "method": "merged",
+            **self.rests_on(),
+            "final_loss": [run.shown()["final_loss"] for run in self.runs],
+            "versions": versions(torch.device("cpu")),
+        }
+
+
 @cache
 def now_hashes(task: str) -> dict[str, str]:
     """The hashes that run.json would get now for a run of the embedded model on `task`."""
@@ -212,6 +257,14 @@ def missing_tasks(cell: Base, tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if task not in saved(cell).get("problems", {})]
 
 
+def scoring(task: str) -> tuple[str, tuple[str, ...]]:
+    """The command that scores a run on `task`, as in job.SCORED_BY, and which scores are kept of it."""
+    if task == PRETRAINING:
+        return "python -m paper.forgetting --run {}", ("cross_entropy", "arithmetic")
+    kind = TASKS[task].kind
+    return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
+
+
 def run_cell(cell: Base, tasks: Iterable[str]) -> None:
     """Train it unless its run is there; score it on those of `tasks` that it lacks; keep what came out."""
     cell.train()
@@ -223,12 +276,12 @@ def run_cell(cell: Base, tasks: Iterable[str]) -> None:
         )
     shown |= kept
     for task in missing_tasks(cell, tasks):
-        kind = TASKS[task].kind
+        command, scores = scoring(task)
         if task not in read_results(cell.folder):
-            _, *words = shlex.split(SCORED_BY[kind].replace("--run {}", cell.scored_as))
-            python(*words, "--task", task)
+            _, *words = shlex.split(command.replace("--run {}", cell.scored_as))
+            python(*words)
         result = read_results(cell.folder)[task]
-        for score, of in (("problems", "total"), *((name, name) for name in SCORES[kind])):
+        for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
     write_json(cell.result, shown)
 
@@ -242,16 +295,20 @@ def missing(wanted: Wanted) -> Wanted:
     return {cell: tasks for cell, tasks in lacking.items() if tasks}
 
 
+def depth(cell: Base) -> int:
+    """How many trainings have to come before its own, one after another."""
+    return max((1 + depth(other) for other in cell.needs()), default=0)
+
+
 def run_cells(wanted: Wanted, jobs: int) -> None:
     """Train and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
     todo = missing(wanted)
     needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
     RESULTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
-        for kind in (Base, Cell):  # a run that gives a mask may itself need a base
-            first = [cell for cell in needs if type(cell) is kind]
-            bar.set_description(f"{len(first)} to come first" if first else "")
-            list(pool.map(lambda cell: cell.train(), first))
+        bar.set_description(f"{len(needs)} to come first" if needs else "")
+        for _, together in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
+            list(pool.map(lambda cell: cell.train(), together))
         waiting = {pool.submit(run_cell, cell, sorted(tasks)): cell for cell, tasks in todo.items()}
         try:
             for done in as_completed(waiting):

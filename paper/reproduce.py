@@ -6,6 +6,9 @@ python -m paper.reproduce --table 4           a table of the paper on the embedd
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce text                the numbers of its text, and what became of each
+python -m paper.reproduce forgetting          what tuning costs of what pretraining taught
+python -m paper.reproduce merge               two tasks' adapters in one model: what each task keeps
+python -m paper.reproduce stability           hot lists of other samples, seeds and times of training
 python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
 
 Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
@@ -25,8 +28,8 @@ from catcher import Catcher, visited_share
 from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
-from paper import claims, methods, studies, tables, transfer
-from paper.grid import ROOT, Base, Cell, Wanted, missing, run_cells
+from paper import claims, forgetting, merge, methods, stability, studies, tables, transfer
+from paper.grid import ROOT, Base, Wanted, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
 RANK, ALPHA = 32, 64  # Table 1
@@ -177,6 +180,11 @@ class Part(NamedTuple):
     show: Callable[[Any], None]
 
 
+MODULES = {  # parts that are a file each
+    "methods": methods, "forgetting": forgetting, "merge": merge, "stability": stability,
+}  # fmt: skip
+
+
 def study_part(name: str, quick: bool) -> Part:
     """A table of paper/studies.py; Table 8 has more to show than scores."""
     study = studies.study(name, quick)
@@ -203,7 +211,9 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
         **{name: study_part(name, args.quick) for name in studies.OTHERS},
         "claims": Part(dict, claims.results, claims.show),
         "text": Part(dict, text, show_text),
-        "methods": Part(dict if args.quick else methods.wanted, methods.results, methods.show),
+        **{
+            name: Part(dict if args.quick else of.wanted, of.results, of.show) for name, of in MODULES.items()
+        },
         "params": Part(dict, params, show_params),
         "flops": Part(dict, lambda: flops(args.share), show_flops),
     }
@@ -214,7 +224,7 @@ def show_plan(wanted: Wanted, jobs: int) -> None:
     todo = missing(wanted)
     bases = {b for cell in todo for b in cell.needs() if type(b) is Base and not (ROOT / b.model).exists()}
     for cell in todo:
-        print("python", *(cell.command() if isinstance(cell, Cell) else ["(the model as it is)"]))
+        print("python", *(["(the model as it is)"] if type(cell) is Base else cell.command()))
     seconds = RUN_SECONDS * len(todo) + PRETRAIN_SECONDS * len(bases)
     print(f"{len(todo)} of {len(wanted)} runs are missing, and {len(bases)} bases to pretrain: about "
           f"{seconds / jobs / 3600:.1f} hours, {jobs} at a time, if each has a core")  # fmt: skip
@@ -226,7 +236,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
     add = p.add_argument
-    what("what", nargs="?", choices=["all", "params", "flops", "methods", "claims", "text", *studies.OTHERS])
+    what("what", nargs="?", choices=["all", "params", "flops", "claims", "text", *MODULES, *studies.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--quick", action="store_true", help="one seed, fewer rows and columns")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
@@ -254,6 +264,8 @@ def main(words: list[str] | None = None) -> None:
         return
     if not args.finished:
         run_cells(wanted, args.jobs)
+        if "stability" in chosen and not args.quick:
+            stability.measure()
     values = {name: part.results() for name, part in chosen.items()}
     if args.json:
         print(json.dumps(values if len(values) > 1 else values[asked], indent=1))

@@ -49,3 +49,11 @@ def spread(values: list[float]) -> Spread:
     error = std / sqrt(len(values))
     p = (1 - inside(abs(center) / error, df)) if error else float(center == 0)
     return Spread(center, std, center - t_95(df) * error, center + t_95(df) * error, p)
+
+
+def signed(of: dict | None, digits: int, unit: float = 1) -> str:
+    """A Spread (as a dict) in words, in this unit: "+1.2 (-0.3 to +2.7, p 0.080)"; "" for None."""
+    if of is None:
+        return ""
+    center, *ends = (f"{of[x] / unit:+.{digits}f}" for x in ("mean", "low", "high") if of[x] is not None)
+    return f"{center} ({' to '.join(ends)}, p {of['p']:.3f})" if ends else center

@@ -1,0 +1,164 @@
+"""How stable a hot list is: against the sample it rests on, the seed of the warm-up, and training itself.
+
+Lists are compared by their Jaccard overlap in each layer (catcher.overlap). What was counted is kept in
+docs/results/stability.json; the lists of warm-ups are in the cells of their runs.
+"""
+
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import state
+from catcher import overlap, sample
+from checkpoint import locate, read_config
+from data import TASKS, encode, load_examples
+from hellora import attach_run, fill, load_run, merge
+from moe_model import MoEModel
+from paper.grid import MODEL, ROOT, Cell, Wanted, saved
+from paper.methods import SEEDS, TASK, cell
+from paper.transfer import chance
+from run import read_json, read_run, versions, write_json
+from tiny.report import hot, visits
+from tokenizer import load_tokenizer
+
+RESULT = ROOT / "docs" / "results" / "stability.json"
+SHARES, SAMPLES = (0.01, 0.03, 0.1, 0.3), range(5)  # of the training split; seeds of the samples
+TENTH = 0.1  # what a warm-up trains on
+MIDDLE = 141  # of a run's 282 steps
+Hot = dict[str, list[int]]  # layer -> its most-visited experts, as JSON has it
+
+
+def runs() -> list[Cell]:
+    """HELLoRA as in the other tables, but that its last two saves are of the middle and of the end."""
+    return [cell("hellora", seed, flags=("--save-every", str(MIDDLE))) for seed in SEEDS]
+
+
+def wanted() -> Wanted:
+    """What the tables rest on."""
+    return {run: {TASK} for run in (*(cell("hellora", seed) for seed in SAMPLES), *runs())}
+
+
+# ---- counting ------------------------------------------------------------------------------------------
+
+
+def measure() -> None:
+    """Count what is not in a run's folder, and keep it, unless it is kept."""
+    if kept():
+        return
+    torch.set_num_threads(1)
+    for run in runs():
+        run.train()  # nothing, if its folder is still there
+    source = locate(MODEL)
+    base = MoEModel.from_pretrained(source)
+    data = encode(load_examples(TASK, TASKS[TASK].train.fetch()), load_tokenizer(source), base.cfg.max_len)
+    lists = {
+        f"{share:g}": [hot_list(base, sample(data, share, seed)) for seed in SAMPLES] for share in SHARES
+    }
+    lists["1"] = [hot_list(base, data)]
+    lists["middle"] = [hot_list(at_save_before_last(run.folder, MIDDLE), data) for run in runs()]
+    lists["end"] = [hot_list(load_run(run.folder)[0], data) for run in runs()]
+    about = {"rests_on": rests_on(), "versions": versions(torch.device("cpu"))}
+    write_json(RESULT, about | {"lists": lists})
+
+
+def hot_list(model: MoEModel, data: list) -> Hot:
+    """The hot experts of a model as it is."""
+    return {str(layer): ids for layer, ids in hot(model, visits(model, data)).items()}
+
+
+def at_save_before_last(folder: Path, step: int) -> MoEModel:
+    """A finished run's merged model as it was after `step` steps. Raises ValueError if that was not saved."""
+    save = state.read(folder / state.BEFORE)
+    if save.step != step:
+        raise ValueError(
+            f"{folder} was saved after step {save.step}, not {step}: it was stopped and gone on with; take "
+            "it away, to train it again"
+        )
+    model = MoEModel.from_pretrained(locate(read_run(folder)["model"]))
+    attach_run(model, folder)
+    parts = {tuple(place.split("/", 1)): tensor for place, tensor in save.tensors.items()}
+    fill(model, {name: tensor for (kind, name), tensor in parts.items() if kind == state.WEIGHTS}, folder)
+    merge(model)
+    return model
+
+
+def rests_on() -> list[dict]:
+    """Of which model, data and runs the lists are."""
+    return [run.rests_on() for run in runs()]
+
+
+def kept() -> dict[str, list[Hot]]:
+    """The lists; {} if they were not counted. Raises ValueError if they would now be others."""
+    if not RESULT.exists():
+        return {}
+    found = read_json(RESULT, "what paper.reproduce stability counted")
+    if found["rests_on"] != rests_on():
+        raise ValueError(f"{RESULT} was counted on another model, data or runs: take it away to count again")
+    return found["lists"]
+
+
+# ---- comparing -----------------------------------------------------------------------------------------
+
+
+def results() -> dict:
+    """{question: {what is compared: its overlaps}}, as far as there are lists."""
+    warm = {seed: shown["hot_experts"] for seed in SAMPLES if (shown := saved(cell("hellora", seed)))}
+    cfg = read_config(locate(MODEL))
+    return {
+        "overlaps": {
+            question: {what: compared(pairs) for what, pairs in rows.items()}
+            for question, rows in questions(kept(), warm).items()
+        },
+        "by_chance": chance(cfg.top_k, cfg.n_experts),
+    }
+
+
+def questions(lists: dict[str, list[Hot]], warm: dict[int, Hot]) -> dict[str, dict[str, Iterable]]:
+    """The pairs of lists that answer each. warm: seed -> the list of its warm-up."""
+    seeds = {"two warm-ups": combinations(warm.values(), 2)}
+    if not lists:
+        return {"the seed": seeds}
+    (full,), middle, end = lists["1"], lists["middle"], lists["end"]
+    tenth = lists[f"{TENTH:g}"]
+    return {
+        "the sample (the base, and all of the data)": {
+            f"{share:.0%} of the data": [(one, full) for one in lists[f"{share:g}"]] for share in SHARES
+        },
+        "the seed (10 % of the data)": {
+            "two samples, counted on the base": combinations(tenth, 2),
+            **seeds,
+            "warm-up and base, same sample": [(of, tenth[seed]) for seed, of in warm.items()],
+            "warm-up, and base on all data": [(of, full) for of in warm.values()],
+        },
+        "training (all of the data)": {
+            "base and middle": [(full, one) for one in middle],
+            "middle and end": zip(middle, end, strict=True),
+            "base and end": [(full, one) for one in end],
+            "warm-up, and end": [(warm[seed], end[seed]) for seed in SEEDS if seed in warm],
+        },
+    }
+
+
+def compared(pairs: Iterable[tuple[Hot, Hot]]) -> dict:
+    """The overlap of each pair (mean over layers), and of each layer (mean over pairs)."""
+    found = [overlap(a, b) for a, b in pairs]
+    return {
+        "overlaps": [mean(of.values()) for of in found],
+        "layers": {layer: mean(of[layer] for of in found) for layer in found[0]} if found else {},
+    }
+
+
+def show(found: dict) -> None:
+    """Means and ranges: pairs share lists, so that they give no interval."""
+    print("Jaccard overlap of hot lists     pairs    mean    range             by layer")
+    for question, rows in found["overlaps"].items():
+        print(f"against {question}")
+        for what, r in rows.items():
+            of = r["overlaps"]
+            numbers = f"{mean(of):.3f}   {min(of):.3f} to {max(of):.3f}    " if of else "-"
+            layers = " ".join(f"{value:.3f}" for value in r["layers"].values())
+            print(f"  {what:34s}{len(of):2d}   {numbers}{layers}".rstrip())
+    print(f"{'two random choices':36s}     {found['by_chance']:.3f}")
