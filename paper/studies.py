@@ -7,10 +7,16 @@ another base may turn a difference around (seeds of one base do not tell).
 """
 
 from collections.abc import Iterable
+from functools import cache
 from itertools import groupby
 from statistics import mean
 from typing import NamedTuple
 
+import torch
+
+from checkpoint import locate, read_config
+from hellora import adapter_flops, attach, parse_method
+from moe_model import MoEModel, empty_model
 from paper import methods, tables
 from paper.grid import BASES, MODEL, Base, Cell, Wanted, saved
 from paper.stats import spread
@@ -208,14 +214,31 @@ def minus(row: Row, other: Row, column: str) -> dict | None:
     return {"row": other.name, "runs": len(both), **spread(units(both))._asdict()} if both else None
 
 
+@cache
+def shapes(method: str) -> MoEModel:
+    """The embedded model with the adapters of a method, without values."""
+    cfg = read_config(locate(MODEL))
+    model = empty_model(cfg, torch.float32)
+    attach(model, parse_method(method), {layer: [0] for layer in cfg.moe_layers}, rank=8, alpha=16)
+    return model
+
+
+def cost(shown: dict) -> float:
+    """The FLOPs of a run's adapters, as a share of those of LoRA on all experts."""
+    everywhere = dict.fromkeys(shapes("lora").cfg.moe_layers, 1.0)
+    shares = {int(layer): share for layer, share in shown.get("hot_share", {}).items()} or everywhere
+    return adapter_flops(shapes(shown["method"]), shares) / adapter_flops(shapes("lora"), everywhere)
+
+
 def facts(cells: list[Base]) -> dict:
-    """What is trained, and the hot experts' share of visits (mean over layers and runs)."""
+    """What is trained, the hot experts' share of visits (mean over layers and runs), what adapters cost."""
     kept = [shown for cell in cells if (shown := saved(cell))]
     shares = [mean(shown["hot_share"].values()) for shown in kept if shown.get("hot_share")]
     trained = sorted(shown["trained"] for shown in kept if "trained" in shown)
     return {
         "trained": trained[len(trained) // 2] if trained else None,
         "hot_share": mean(shares) if shares else None,
+        "flops": mean(map(cost, kept)) if trained else None,
     }
 
 
@@ -250,7 +273,7 @@ def show(found: dict) -> None:
     for column in columns:
         score, task = COLUMNS[column]
         print(
-            f"\n{f'{score} on {task}, %':26s}   trained  hot share   runs          mean    95 % interval"
+            f"\n{f'{score} on {task}, %':31s} trained  hot share  FLOPs   runs          mean    95 % interval"
             f"   difference, points                                      paper"
         )
         for name, row in found["rows"].items():
@@ -261,6 +284,7 @@ def line(name: str, of: dict) -> str:
     """A row of one column."""
     trained = f"{of['trained']:11,}" if of["trained"] else f"{'-':>11s}"
     share = f"{of['hot_share']:.3f}" if of["hot_share"] else "-"
+    flops = f"{of['flops']:.2f}" if of["flops"] else "-"
     ours = "-"
     if of["runs"]:
         ours = f"{100 * of['mean']:6.1f}"
@@ -268,7 +292,8 @@ def line(name: str, of: dict) -> str:
         ours += f" +- {100 * of['std']:4.1f}  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
     apart = f"{points(of['minus'])} from {of['minus']['row']}" if of["minus"] else ""
     printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
-    return f"{name:24s}{trained}{share:>11s}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
+    facts = f"{name:28s}{trained}{share:>11s}{flops:>7s}"
+    return f"{facts}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
 
 
 def points(d: dict) -> str:
