@@ -244,7 +244,8 @@ def scored(monkeypatch):
     def stand_in(accuracy):
         def shown(cell):
             value = accuracy(cell)
-            kept = {"accuracy": {"tiny-math": value}, "trained": 7, "hashes": {"model": cell.model}}
+            kept = {"accuracy": {"tiny-math": value}, "trained": 7, "method": cell.method}
+            kept |= {"hashes": {"model": cell.model}}
             return {} if value is None else kept
 
         monkeypatch.setattr(studies, "saved", shown)
