@@ -4,7 +4,8 @@
     python eval_gsm8k.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 5
 
 Greedy decoding; only generated text is scored. accuracy: the number after the first "####"; flexible: the
-last number of any kind; both as in lm-evaluation-harness (tasks/gsm8k/gsm8k.yaml at 4e7e0d4).
+last number of any kind; both as in lm-evaluation-harness (tasks/gsm8k/gsm8k.yaml at 4e7e0d4). Results for
+fewer or other problems, or with other settings than the run's, are kept in results.json as TASK-part.
 """
 
 import argparse
@@ -197,9 +198,10 @@ def main() -> None:
             f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} (flexible "
             f"{result['accuracy_flexible']:.1%}) on {result['total']} problems in {result['seconds']} s"
         )
-        if place and not any(asked):  # else it is not what results.json means
-            update_results(place, task, result)
-            write_answers(place, task, records)
+        if place:
+            kept_as = f"{task}-part" if any(asked) else task
+            update_results(place, kept_as, result)
+            write_answers(place, kept_as, records)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ LEFT_OUT = {
 }
 
 
+def whole(results: dict) -> dict:
+    """The results of all of a task's problems: what evaluations keep as TASK-part is a trial."""
+    return {task: entry for task, entry in results.items() if not task.endswith("-part")}
+
+
 def summary(folders: list[Path]) -> dict:
     """Settings in common, the results of each seed, and mean and standard deviation of each task's score."""
     runs = [read_run(folder, "seed", "hashes") for folder in folders]
@@ -40,7 +45,9 @@ def summary(folders: list[Path]) -> dict:
             raise ValueError(
                 f"{folder} has another {', '.join(differ)} than {folders[0]}: want seeds of one run"
             )
-    results = {str(run["seed"]): read_results(folder) for folder, run in zip(folders, runs, strict=True)}
+    results = {
+        str(run["seed"]): whole(read_results(folder)) for folder, run in zip(folders, runs, strict=True)
+    }
     hot = {
         str(run["seed"]): read_json(folder / "hot_experts.json", "a run with hot experts")["experts"]
         for folder, run in zip(folders, runs, strict=True)

@@ -169,7 +169,8 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
 def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     """Score a samples file: a line of the table, the outcomes beside it, and the results of its run.
 
-    results.json is left alone unless the file is the run's own (or in --out), with samples of all problems.
+    results.json is left alone unless the file is the run's own (or in --out). It has TASK's results only from
+    samples of all problems, and under TASK-part those of fewer, of others, or of shorter ones.
     """
     samples = list(read_rows(path, ("task_id", "completion")))
     task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
@@ -185,11 +186,12 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         f" {result['samples']} samples of {result['total']} of {len(problems)} problems,",
         f"{result['timed_out']} timed out",
     )
-    kept = path.parent == args.out or (path.parent / "run.json").exists()
-    if kept and path.name == f"samples-{task}.jsonl" and result["total"] == len(problems):
+    own = path.parent == args.out or (path.parent / "run.json").exists()
+    kept_as = path.stem.removeprefix("samples-")
+    if own and (kept_as == f"{task}-part" or (kept_as == task and result["total"] == len(problems))):
         names = ("temperature", "top_p", "seed")
         drawn = {name: None if args.score else getattr(args, name) for name in names}  # a file does not say
-        update_results(path.parent, task, result | drawn)
+        update_results(path.parent, kept_as, result | drawn)
 
 
 def parse_args() -> argparse.Namespace:

@@ -86,7 +86,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
     p.add_argument("--rule", choices=RULES, default="qi", help=rules)
     p.add_argument("--template", help="alpaca, lori (another than in training), bare (default: the run's)")
-    p.add_argument("--limit", type=above_0(int), metavar="N", help="the first N only; nothing is written")
+    p.add_argument("--limit", type=above_0(int), metavar="N", help="the first N; kept as TASK-part")
+    p.add_argument("--max-new", type=above_0(int), help="tokens of an answer at most; kept as TASK-part")
     p.add_argument("--batch-size", type=above_0(int), default=100, help="decoded together (default 100)")
     p.add_argument("--show", type=above_0(int), default=0, metavar="N", help="print N prompts and answers")
     p.add_argument("--keep-texts", action="store_true", help="prompts and answers into answers-TASK.jsonl")
@@ -117,7 +118,8 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
         tokenizer = load_tokenizer(source)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    answers = generate(model, ids, TASKS[task].max_new, tokenizer.stops, args.batch_size, f"{folder or task}")
+    max_new = args.max_new or TASKS[task].max_new
+    answers = generate(model, ids, max_new, tokenizer.stops, args.batch_size, f"{folder or task}")
     outputs = [tokenizer.decode(answer) for answer in answers]
     signs = [RULES[args.rule].sign(output) for output in outputs]
     result = summary(harmful, signs) | {"rule": args.rule, "template": template}
@@ -145,10 +147,11 @@ def main() -> None:
         print(f"{name:{width}}  {task:11}  {harmful:16}  {harmless:16}  {result['seconds']:7}")
         for r in records[: args.show]:
             print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
-        if place and not args.limit:
-            update_results(place, task, result)
+        if place:
+            kept_as = f"{task}-part" if args.limit or args.max_new else task
+            update_results(place, kept_as, result)
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
-            write_answers(place, task, kept)
+            write_answers(place, kept_as, kept)
 
 
 if __name__ == "__main__":

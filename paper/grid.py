@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import mean
 
@@ -23,19 +23,27 @@ from tqdm import tqdm
 
 from catcher import HotList, visited_share
 from checkpoint import fingerprint, locate, read_config
-from data import TASKS, encode, load_examples
+from data import FIELDS, TASKS, encode, load_examples, read_rows
 from job import SCORED_BY, SCORES, hashes
-from run import read_json, read_results, read_run, versions, write_json
+from paper.tables import PROBLEMS
+from run import compute, read_json, read_results, read_run, versions, write_atomically, write_json
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
+TRIALS = ROOT / "runs" / "trials"  # runs and results of trials
 MODEL = "tiny"
 BASES = (
     "runs/bases/tiny-s"  # what tiny.pretrain makes from the seed that follows; only the tokenizer is MODEL's
 )
 PRETRAINING = "pretraining"  # no task, but scored as one: what a model can still do (paper/forgetting.py)
+KINDS = {name: task.kind for name, task in TASKS.items()} | {"humaneval": "code"}  # of what can be scored
+SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
+    "math": ("--max-new", "32"),
+    "code": ("--max-new", "32", "--n", "1"),  # so pass@5 and pass@10 have no value
+    "safety": ("--max-new", "32"),
+}
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
@@ -44,26 +52,70 @@ class Base:
     """A model as it is: a cell with no run."""
 
     model: str = field(default=MODEL, kw_only=True)  # what --model takes
+    data: str | None = field(default=None, kw_only=True)  # a folder with files in place of data sets (given)
+    limit: int | None = field(default=None, kw_only=True)  # the first rows to train on, problems to score
+
+    @property
+    def trial(self) -> bool:
+        """Whether a model, data or less of it stands in for the paper's: what it shows is then no result."""
+        return bool(self.data or self.limit or Path(self.model).is_absolute())
 
     @property
     def name(self) -> str:
         """Its folder and its result file are called so."""
-        return f"{Path(self.model).name}-base"
+        return "-".join((Path(self.model).name, "base", *self.cut))
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """What its limit adds to its name."""
+        return (f"{self.limit}rows",) if self.limit else ()
 
     @property
     def folder(self) -> Path:
         """Where its scores are, or its run."""
-        return RUNS / self.name
+        return (TRIALS if self.trial else RUNS) / self.name
 
     @property
     def result(self) -> Path:
         """Where what it showed is kept."""
-        return RESULTS / f"{self.name}.json"
+        return (TRIALS / "cells" if self.trial else RESULTS) / f"{self.name}.json"
+
+    @property
+    def source(self) -> Path:
+        """The folder of its model."""
+        return ROOT / self.model if self.model.startswith(BASES) else locate(self.model)
 
     @property
     def scored_as(self) -> str:
         """How an evaluation is told what to score."""
-        return f"--model {self.model} --out {self.folder}"
+        return shlex.join(["--model", self.model, "--out", str(self.folder.relative_to(ROOT))])
+
+    def evaluation(self, task: str) -> list[str]:
+        """The arguments after "python" that score it on `task`."""
+        command, _ = scoring(task)
+        _, *words = shlex.split(command.replace("--run {}", self.scored_as))
+        test = self.given(f"{task}-test")
+        words += ["--data", str(test)] if test else []
+        return words + (["--limit", str(self.limit), *SHORT[KINDS[task]]] if self.limit else [])
+
+    def scores(self, task: str) -> dict:
+        """What results.json has on `task`, {} if nothing. In a trial, a part of the problems will do."""
+        found = read_results(self.folder)
+        return found.get(task) or (found.get(f"{task}-part", {}) if self.trial else {})
+
+    def given(self, name: str) -> Path | None:
+        """The file `name`.SUFFIX of its data folder, if there is one: TASK-train or TASK-test."""
+        return next(iter(sorted(Path(self.data).glob(f"{name}.*"))), None) if self.data else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether what is scored is there, but for a model that tiny.pretrain makes."""
+        return True
+
+    def commands(self, tasks: Iterable[str]) -> list[list[str]]:
+        """The arguments after "python" of all that is still to be run for its scores on `tasks`."""
+        own = [] if self.finished else [self.command()]
+        return own + [self.evaluation(task) for task in sorted(tasks) if not self.scores(task)]
 
     def rests_on(self) -> dict[str, str]:
         """What its numbers rest on if it is run now, but for the code, whose changes mostly move none."""
@@ -72,6 +124,9 @@ class Base:
     def needs(self) -> list["Base"]:
         """Cells to train before this one."""
         return []
+
+    def prepare(self) -> None:
+        """Write the rows that it is trained on, if they are a part of a data set. Not in two threads."""
 
     def train(self) -> None:
         """Nothing to do, but for a model that tiny.pretrain makes."""
@@ -84,8 +139,9 @@ class Base:
 
     def shown(self) -> dict:
         """What is kept of it besides scores."""
-        made = {"model": fingerprint(locate(self.model if self.model == MODEL else ROOT / self.model))}
-        return {"method": "base", "hashes": made, "versions": versions(torch.device("cpu"))}
+        made = {"model": fingerprint(self.source)}
+        device, _ = compute(None, None)
+        return {"model": self.model, "method": "base", "hashes": made, "versions": versions(device)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +149,7 @@ class Cell(Base):
     """One run of train.py: a method on a task, with a learning rate and a seed."""
 
     method: str
-    lr: float
+    lr: float | None  # None: the recipe's
     seed: int
     k: int = 8
     task: str = "tiny-math"
@@ -105,39 +161,57 @@ class Cell(Base):
         """Its run folder and its result file are called so."""
         base = () if self.model == MODEL else (Path(self.model).name,)
         flags = (flag.strip("-") for flag in self.flags)
-        settings = (self.task, self.method, f"k{self.k}", f"lr{self.lr:g}", f"s{self.seed}")
-        return "-".join((*base, *settings, *flags))
+        rate = (f"lr{self.lr:g}",) if self.lr else ()
+        settings = (self.task, self.method, f"k{self.k}", *rate, f"s{self.seed}")
+        return "-".join((*base, *settings, *flags, *self.cut))
 
     @property
     def scored_as(self) -> str:
         """How an evaluation is told what to score."""
-        return f"--run {self.folder}"
+        return shlex.join(["--run", str(self.folder.relative_to(ROOT))])
+
+    @property
+    def rows(self) -> Path | None:
+        """The file that it is trained on in place of its task's training split."""
+        if self.limit:
+            return (TRIALS / "rows" / f"{self.task}-{self.limit}.jsonl").relative_to(ROOT)
+        return self.given(f"{self.task}-train")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run is there, to its end."""
+        return (self.folder / "run.json").exists() and read_run(self.folder)["finished"]
 
     def command(self) -> list[str]:
         """The arguments after "python" that make its run."""
         flags = {} if self.model == MODEL else {"--model": self.model}
-        flags |= {"--method": self.method, "--k": self.k, "--task": self.task, "--lr": f"{self.lr:g}"}
+        flags |= {"--method": self.method, "--k": self.k, "--task": self.task}
+        flags |= {"--lr": f"{self.lr:g}"} if self.lr else {}
         flags |= {"--seed": self.seed, "--out": self.folder.relative_to(ROOT)}
-        if self.mask:
-            flags |= {"--mask-from": self.mask.folder.relative_to(ROOT)}
+        flags |= {"--mask-from": self.mask.folder.relative_to(ROOT)} if self.mask else {}
+        flags |= {"--data": self.rows} if self.rows else {}
+        flags |= {"--eval-limit": PROBLEMS[self.task]} if self.task in PROBLEMS else {}
         return ["train.py", *(str(word) for flag in flags.items() for word in flag), *self.flags, "--no-eval"]
 
     def rests_on(self) -> dict[str, str]:
-        """What its numbers rest on if it is run now: model and data, and the command with every setting."""
-        known = ("model", "data") if self.model == MODEL else ("data",)  # other bases are not committed
-        return {name: now_hashes(self.task)[name] for name in known} | {
-            "command": "python " + " ".join(self.command())
-        }
+        """What its numbers rest on if it is run now: the command, and what is committed of model and data."""
+        here = {"model": self.model == MODEL, "data": "://" not in TASKS[self.task].train.place}
+        known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
+        return known | {"command": "python " + " ".join(self.command())}
 
     def needs(self) -> list[Base]:
         """Its base, if that is to be made first; and the run that it takes its mask from."""
         base = [Base(model=self.model)] if self.model.startswith(BASES) else []
         return [*base, *([*self.mask.needs(), self.mask] if self.mask else [])]
 
+    def prepare(self) -> None:
+        """See Base."""
+        if self.limit:
+            write_first(self.limit, self.task, self.given(f"{self.task}-train"), ROOT / self.rows)
+
     def train(self) -> None:
         """Make its run, or go on with it, unless it is finished."""
-        record = self.folder / "run.json"
-        if not (record.exists() and read_run(self.folder)["finished"]):
+        if not self.finished:
             python(*self.command())
 
     def shown(self) -> dict:
@@ -163,7 +237,7 @@ class Cell(Base):
         path = self.folder / "hot_experts.json"
         if not path.exists():
             return {}
-        hot = HotList.read(path, read_config(locate(MODEL)))
+        hot = HotList.read(path, read_config(self.source))
         counts = {layer: torch.tensor(visits) for layer, visits in hot.counts.items()}
         share = visited_share(counts, hot.experts) if counts else {}
         return {
@@ -186,7 +260,8 @@ class Merged(Base):
     @property
     def scored_as(self) -> str:
         """How an evaluation is told what to score."""
-        return f"--model {self.folder / 'hub'} --out {self.folder}"
+        folder = self.folder.relative_to(ROOT)
+        return f"--model {folder / 'hub'} --out {folder}"
 
     def command(self) -> list[str]:
         """The arguments after "python" that make its checkpoint."""
@@ -201,9 +276,14 @@ class Merged(Base):
         """The runs, and what they need."""
         return [cell for run in self.runs for cell in (*run.needs(), run)]
 
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is there."""
+        return (self.folder / "hub").exists()
+
     def train(self) -> None:
         """Write the checkpoint, unless it is there."""
-        if not (self.folder / "hub").exists():
+        if not self.finished:
             python(*self.command())
 
     def shown(self) -> dict:
@@ -222,6 +302,15 @@ def now_hashes(task: str) -> dict[str, str]:
     source = locate(MODEL)
     examples = load_examples(task, TASKS[task].train.fetch())
     return hashes(source, encode(examples, load_tokenizer(source), read_config(source).max_len))
+
+
+@cache  # many runs train on the same
+def write_first(n: int, task: str, given: Path | None, path: Path) -> None:
+    """The first `n` rows of a file of `task`, or of its training split, as a file of their own."""
+    rows = islice(read_rows(given or TASKS[task].train.fetch(), FIELDS[KINDS[task]]), n)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def python(*arguments: str) -> None:
@@ -261,7 +350,7 @@ def scoring(task: str) -> tuple[str, tuple[str, ...]]:
     """The command that scores a run on `task`, as in job.SCORED_BY, and which scores are kept of it."""
     if task == PRETRAINING:
         return "python -m paper.forgetting --run {}", ("cross_entropy", "arithmetic")
-    kind = TASKS[task].kind
+    kind = KINDS[task]
     return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
 
 
@@ -276,13 +365,12 @@ def run_cell(cell: Base, tasks: Iterable[str]) -> None:
         )
     shown |= kept
     for task in missing_tasks(cell, tasks):
-        command, scores = scoring(task)
-        if task not in read_results(cell.folder):
-            _, *words = shlex.split(command.replace("--run {}", cell.scored_as))
-            python(*words)
-        result = read_results(cell.folder)[task]
+        if not cell.scores(task):
+            python(*cell.evaluation(task))
+        result, (_, scores) = cell.scores(task), scoring(task)
         for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
+    cell.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(cell.result, shown)
 
 
@@ -300,11 +388,19 @@ def depth(cell: Base) -> int:
     return max((1 + depth(other) for other in cell.needs()), default=0)
 
 
+def commands(wanted: Wanted) -> list[list[str]]:
+    """What `run_cells` runs, as arguments after "python", but for bases that are to be pretrained."""
+    todo = missing(wanted)
+    cells = dict.fromkeys(chain(*(cell.needs() for cell in todo), todo))
+    return [words for cell in cells for words in cell.commands(todo.get(cell, ()))]
+
+
 def run_cells(wanted: Wanted, jobs: int) -> None:
     """Train and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
     todo = missing(wanted)
     needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    for cell in (*needs, *todo):
+        cell.prepare()
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
         bar.set_description(f"{len(needs)} to come first" if needs else "")
         for _, together in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others

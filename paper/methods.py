@@ -33,19 +33,21 @@ MAIN = tuple(method for method in RATES if "_" not in method)
 PLACEMENTS = tuple(method for method in RATES if "_" in method)
 
 
-def rate(method: str) -> float:
-    """The chosen learning rate of a method, or of what it is a variant of."""
+def rate(method: str, task: str = TASK) -> float | None:
+    """The chosen learning rate of a method, or of what it is a variant of; None off the embedded tasks."""
+    if not task.startswith("tiny"):
+        return None
     return RATES[method][0] if method in RATES else rate(method.rpartition("_")[0])
 
 
-def cell(method: str, seed: int, lr: float | None = None, **settings: object) -> Cell:
-    """A run, at the method's rate unless another is given.
+def cell(method: str, seed: int, lr: float | None = None, task: str = TASK, **settings: object) -> Cell:
+    """A run, at the method's rate unless another is given; on the paper's own tasks at their recipe's.
 
     A LoRI-S method takes its mask from the D run of the same seed and settings, at that one's rate.
     """
     d_method = method.replace("-s", "-d", 1)
-    mask = cell(d_method, seed, **settings) if d_method != method else None
-    return Cell(method, lr or rate(method), seed, mask=mask, **settings)
+    mask = cell(d_method, seed, task=task, **settings) if d_method != method else None
+    return Cell(method, lr or rate(method, task), seed, task=task, mask=mask, **settings)
 
 
 def tried(method: str) -> list[Cell]:

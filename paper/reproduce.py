@@ -3,6 +3,8 @@
 python -m paper.reproduce params              every Params cell of Tables 2 to 5 and 7; seconds, no weights
 python -m paper.reproduce flops               adapter FLOPs a token, by formula and as counted
 python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
+python -m paper.reproduce --table 4 --scale paper               the same on the paper's models and data
+python -m paper.reproduce --table all --scale paper --limit 64  all of them, to try that every command works
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce text                the numbers of its text, and what became of each
@@ -17,8 +19,10 @@ Finished runs are kept in docs/results/cells/ and not run again; a stopped comma
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +33,7 @@ from checkpoint import BACKBONES, MoEConfig, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel, empty_model
 from paper import claims, forgetting, merge, methods, stability, studies, tables, transfer
-from paper.grid import ROOT, Base, Wanted, missing, run_cells
+from paper.grid import ROOT, Base, Wanted, commands, missing, run_cells
 from run import Parser, above_0, command, share_of_1
 
 RANK, ALPHA = 32, 64  # Table 1
@@ -37,6 +41,10 @@ SMALL = {  # config.json of the model on which FLOPs are counted
     "model_type": "olmoe", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4,
 }  # fmt: skip
+
+TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --model, --data and --limit are for
+a trial, whose runs and results stay in runs/trials/. Files of --data: TASK-train.SUFFIX (gsm8k, code, safety)
+and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is gated, it wants a token or such a file)."""
 
 RUN_SECONDS, PRETRAIN_SECONDS = 150, 1900  # on one core of a laptop: a run with its scores; a base
 
@@ -185,10 +193,22 @@ MODULES = {  # parts that are a file each
 }  # fmt: skip
 
 
-def study_part(name: str, quick: bool) -> Part:
-    """A table of paper/studies.py; Table 8 has more to show than scores."""
-    study = studies.study(name, quick)
-    if name != "8" or quick:
+def scale(args: argparse.Namespace) -> studies.Scale:
+    """What the paper's tables are run on. Raises ValueError for flags that do not go with it."""
+    trial = {name: getattr(args, name) for name in ("model", "data", "limit", "seeds")}
+    if args.scale == "paper":
+        if not args.table:
+            raise ValueError("--scale paper is for the paper's tables: want --table N or --table all with it")
+        return studies.paper_scale(**trial)
+    if given := [f"--{name}" for name, value in trial.items() if value]:
+        raise ValueError(f"{', '.join(given)}: of --scale paper only, add that")
+    return studies.TINY
+
+
+def study_part(name: str, quick: bool, on: studies.Scale = studies.TINY) -> Part:
+    """A table of paper/studies.py; Table 8 has more to show than scores, in miniature."""
+    study = studies.study(name, quick, on)
+    if name != "8" or quick or on is not studies.TINY:
         return Part(study.wanted, lambda: studies.results(study), studies.show)
     return Part(
         study.wanted,
@@ -205,9 +225,9 @@ def printed_part(number: str) -> Part:
 
 def parts(args: argparse.Namespace) -> dict[str, Part]:
     """All that can be asked for, in the order in which "all" shows it."""
-    numbers = [str(n) for n in range(1, 9)]
+    numbers, on = [str(n) for n in range(1, 9)], scale(args)
     return {
-        **{n: study_part(n, args.quick) if n in studies.SEEDS else printed_part(n) for n in numbers},
+        **{n: study_part(n, args.quick, on) if n in on.seeds else printed_part(n) for n in numbers},
         **{name: study_part(name, args.quick) for name in studies.OTHERS},
         "claims": Part(dict, claims.results, claims.show),
         "text": Part(dict, text, show_text),
@@ -219,12 +239,15 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     }
 
 
-def show_plan(wanted: Wanted, jobs: int) -> None:
-    """What would be run, and about how long that takes."""
+def show_plan(wanted: Wanted, jobs: int, tiny: bool) -> None:
+    """What would be run, and on the embedded model about how long that takes."""
     todo = missing(wanted)
     bases = {b for cell in todo for b in cell.needs() if type(b) is Base and not (ROOT / b.model).exists()}
-    for cell in todo:
-        print("python", *(["(the model as it is)"] if type(cell) is Base else cell.command()))
+    for words in commands(wanted):
+        print("python", shlex.join(words))
+    if not tiny:
+        print(f"{len(todo)} of {len(wanted)} runs are missing, to be trained and scored")
+        return
     seconds = RUN_SECONDS * len(todo) + PRETRAIN_SECONDS * len(bases)
     print(f"{len(todo)} of {len(wanted)} runs are missing, and {len(bases)} bases to pretrain: about "
           f"{seconds / jobs / 3600:.1f} hours, {jobs} at a time, if each has a core")  # fmt: skip
@@ -238,12 +261,18 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     what("what", nargs="?", choices=["all", "params", "flops", "claims", "text", *MODULES, *studies.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
+    add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
     add("--quick", action="store_true", help="one seed, fewer rows and columns")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
     add("--finished", action="store_true", help="run nothing: show what the finished runs give")
     add("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
-    add("--jobs", type=above_0(int), default=os.cpu_count(), help="runs at a time (default: one a core)")
+    add("--jobs", type=above_0(int), help="runs at a time (default: one a core; at paper scale 1)")
     add("--json", action="store_true", help="print JSON in place of tables")
+    add = p.add_argument_group("--scale paper", TRIAL).add_argument
+    add("--seeds", type=above_0(int), metavar="N", help=f"default {tables.SEEDS}; 1 with --limit")
+    add("--model", type=Path, metavar="FOLDER", help="a checkpoint in place of each table's")
+    add("--data", type=Path, metavar="FOLDER", help="files in place of downloads, as far as they are there")
+    add("--limit", type=above_0(int), metavar="N", help="first N rows and problems, one short answer each")
     # fmt: on
     return p.parse_args(words)
 
@@ -251,6 +280,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Run what is missing, all of it at once; then show each part."""
     args = parse_args(words)
+    jobs = args.jobs or (os.cpu_count() if args.scale == "tiny" else 1)
     known, asked = parts(args), args.what or args.table
     chosen = {asked: known[asked]} if asked in known else known
     if args.table == "all":
@@ -260,10 +290,10 @@ def main(words: list[str] | None = None) -> None:
         for cell, tasks in part.wanted().items():
             wanted[cell] = wanted.get(cell, set()) | tasks
     if args.dry_run:
-        show_plan(wanted, args.jobs)
+        show_plan(wanted, jobs, args.scale == "tiny")
         return
     if not args.finished:
-        run_cells(wanted, args.jobs)
+        run_cells(wanted, jobs)
         if "stability" in chosen and not args.quick:
             stability.measure()
     values = {name: part.results() for name, part in chosen.items()}

@@ -1,14 +1,15 @@
-"""The paper's tables in miniature, and what it leaves out: rows of runs, their spread, their differences.
+"""The paper's tables, and what it leaves out: rows of runs, their spread, their differences.
 
-The embedded model stands for OLMoE-1B-7B, its tasks for the paper's. A row's runs differ in their seed, and
-in one study in the base they start from. Two rows are compared run by run, each with that of the same base
-and seed. The interval is over seeds; where there are several bases it is over these, of each base's mean, as
-another base may turn a difference around (seeds of one base do not tell).
+In miniature the embedded model stands for OLMoE-1B-7B, its tasks for the paper's. A row's runs differ in
+their seed, and in one study in the base they start from. Two rows are compared run by run, each with that of
+the same base and seed. The interval is over seeds; where there are several bases it is over these, of each
+base's mean, as another base may turn a difference around (seeds of one base do not tell).
 """
 
 from collections.abc import Iterable
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
@@ -18,13 +19,21 @@ from checkpoint import locate, read_config
 from hellora import adapter_flops, attach, parse_method
 from moe_model import MoEModel, empty_model
 from paper import methods, tables
-from paper.grid import BASES, MODEL, Base, Cell, Wanted, saved
+from paper.grid import BASES, MODEL, Base, Wanted, saved
 from paper.stats import spread
 
+Columns = dict[str, tuple[str, str]]  # a table's column -> which score it shows, of which task
+
+
+def columns(math: str, code: str, safety: str) -> Columns:
+    """The columns of the paper, scored on these tasks."""
+    passes = {column: (column, code) for column in ("pass@1", "pass@5", "pass@10")}
+    return {"gsm8k": ("accuracy", math), **passes, "refusals": ("refusal_rate", safety)}
+
+
 TASKS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
-COLUMNS = {column: (column, TASKS[by.task]) for column, by in tables.SCORERS.items()}  # -> score, task
-COLUMNS |= {"gsm8k": ("accuracy", "tiny-math"), "refusals": ("refusal_rate", "tiny-safety")}
-ALL = 64  # tables.Cell.k of what adapts all experts
+COLUMNS = columns(*TASKS.values())
+ALL = 64  # tables.Cell.k of what adapts all of OLMoE's experts
 
 
 class Row(NamedTuple):
@@ -34,6 +43,7 @@ class Row(NamedTuple):
     runs: dict[str, list[Base]]  # column -> the runs whose mean it is
     against: str | None = None  # the row that it is compared with
     printed: dict[str, float] = {}  # column -> the paper's number
+    columns: Columns = COLUMNS
 
 
 class Study(NamedTuple):
@@ -48,7 +58,7 @@ class Study(NamedTuple):
         for row in self.rows:
             for column, runs in row.runs.items():
                 for run in runs:
-                    found.setdefault(run, set()).add(COLUMNS[column][1])
+                    found.setdefault(run, set()).add(row.columns[column][1])
         return found
 
 
@@ -63,6 +73,7 @@ SEEDS = {  # table -> seeds of each column
 }
 TITLES = {
     "2": "every method",
+    "3": "Mixtral-8x7B",
     "4": "hot experts of each layer, of the whole model (_m), the coldest (_c)",
     "5": "adapters on experts alone (_pure), on experts and router (_gate)",
     "7": "adapted experts of a layer",
@@ -70,45 +81,81 @@ TITLES = {
 }
 
 
-def against(method: str, k: int) -> tuple[str, int] | None:
-    """What a (method, k) is compared with: itself without its last suffix, with k = 8, or HELLoRA."""
+class Scale(NamedTuple):
+    """What the paper's tables are run on."""
+
+    says: str  # of it in a title
+    tasks: dict[str, str]  # the paper's task -> the one that is trained on
+    columns: Columns
+    seeds: dict[str, dict[str, int]]  # table -> seeds of each column
+    models: dict[str, str]  # the paper's backbone -> what --model takes
+    settings: dict = {}  # further ones of all cells
+    every: int = ALL  # the k of runs that adapt all experts; it only gives them their name
+
+
+TINY = Scale(" in miniature", TASKS, COLUMNS, SEEDS, {tables.OLMOE: MODEL}, every=8)
+
+
+def paper_scale(
+    model: Path | None = None, data: Path | None = None, limit: int | None = None, seeds: int | None = None
+) -> Scale:
+    """The paper's backbones, data sets and recipe; or what stands in for them in a trial (paper.grid.Base).
+
+    Raises FileNotFoundError if one of the folders is not there.
+    """
+    for flag, folder in (("--model", model), ("--data", data)):
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
+    seeds = seeds or (1 if limit else tables.SEEDS)
+    scored = {t.number: [c for c in t.columns if c in tables.SCORERS] for t in tables.TABLES}
+    return Scale(
+        ", a trial: not the paper's model and data" if model or data or limit else "",
+        {task: task for task in TASKS},
+        columns("gsm8k", "humaneval", "safety"),
+        {number: dict.fromkeys(names, seeds) for number, names in scored.items() if names},
+        {name: str(model.resolve()) if model else name for name in (tables.OLMOE, tables.MIXTRAL)},
+        {"data": data and str(data.resolve()), "limit": limit},
+    )
+
+
+def against(method: str, k: int, main: int = 8) -> tuple[str, int] | None:
+    """What a (method, k) is compared with: itself without its last suffix, or HELLoRA with k = `main`."""
     if "_" in method:
         return method.rpartition("_")[0], k
-    return None if (method, k) == ("hellora", 8) else ("hellora", 8)
+    return None if (method, k) == ("hellora", main) else ("hellora", main)
 
 
-def paper_table(number: str) -> Study:
-    """One of the paper's tables of OLMoE-1B-7B's scores. What it leaves out of a row stands in Table 2."""
+def paper_table(number: str, scale: Scale) -> Study:
+    """One of the paper's tables of scores. What it leaves out of a row of OLMoE-1B-7B stands in Table 2."""
     rows = []
     elsewhere = next(table for table in tables.TABLES if table.number == "2")
     for table in tables.TABLES:
-        if (table.number, table.backbone) == (number, tables.OLMOE):
-            names = {(m, k): row_name(number, m, k, table.task) for m, k in table.rows}
+        if table.number == number and table.backbone in scale.models:
+            names = {(m, k): row_name(number, m, k, scale.tasks.get(table.task)) for m, k in table.rows}
             for (method, k), values in table.rows.items():
-                runs = {
-                    column: [Base()]
-                    if method == "base"
-                    else [
-                        run(method, k, TASKS[table.task or tables.SCORERS[column].task], s) for s in range(n)
-                    ]
-                    for column, n in SEEDS[number].items()
-                }
+                own = {column: runs(table, method, k, column, scale) for column in scale.seeds[number]}
+                other = names.get(against(method, k, 2 if table.backbone == tables.MIXTRAL else 8))
                 printed = dict(zip(elsewhere.columns, elsewhere.rows.get((method, k), ()), strict=False))
                 printed |= {c: v for c, v in zip(table.columns, values, strict=True) if v is not None}
-                rows.append(Row(names[method, k], runs, names.get(against(method, k)), printed))
-    return Study(f"Table {number} in miniature: {TITLES[number]}", rows)
+                rows.append(Row(names[method, k], own, other, printed, scale.columns))
+    return Study(f"Table {number}{scale.says}: {TITLES[number]}", rows)
 
 
 def row_name(number: str, method: str, k: int, task: str | None) -> str:
     """What a row is called: whatever differs in its table."""
     if number == "8":
-        return f"after {TASKS[task]}" if task else "before"
+        return f"after {task}" if task else "before"
     return f"{method}, k = {k}" if number == "7" else method
 
 
-def run(method: str, k: int, task: str, seed: int) -> Cell:
-    """The run of a paper's cell, on the embedded model."""
-    return methods.cell(method, seed, k=8 if k == ALL else k, task=task)
+def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) -> list[Base]:
+    """What stands for a number of the paper: a run for each seed, or the model before."""
+    which = {"model": scale.models[table.backbone], **scale.settings}
+    if method == "base":
+        return [Base(**which)]
+    which |= {"task": scale.tasks[table.task or tables.SCORERS[column].task]}
+    which |= {"k": scale.every if k == ALL else k}
+    return [methods.cell(method, seed, **which) for seed in range(scale.seeds[table.number][column])]
 
 
 # ---- what the paper does not show ----------------------------------------------------------------------
@@ -165,13 +212,13 @@ OTHERS = {
 }  # fmt: skip
 
 
-def study(name: str, quick: bool = False) -> Study:
-    """The study of that name, or of that number in the paper.
+def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
+    """The study of that name, or of that number in the paper; scale: of the latter.
 
     quick: one seed, word problems alone (Table 8: all tasks), LoRI's variants in Table 2 only.
     """
-    if name in SEEDS:
-        full = paper_table(name)
+    if name in scale.seeds:
+        full = paper_table(name, scale)
     else:
         title, names, *how = OTHERS[name]
         full = Study(title, of(names, *how))
@@ -189,9 +236,9 @@ def study(name: str, quick: bool = False) -> Study:
 # ---- what came out -------------------------------------------------------------------------------------
 
 
-def score(cell: Base, column: str) -> float | None:
-    """What is kept of it, None if it has not been run."""
-    name, task = COLUMNS[column]
+def score(cell: Base, of: tuple[str, str]) -> float | None:
+    """What is kept of it: which score, of which task. None if it has not been run."""
+    name, task = of
     return saved(cell).get(name, {}).get(task)
 
 
@@ -208,8 +255,8 @@ def units(found: dict[Base, float]) -> list[float]:
 
 def minus(row: Row, other: Row, column: str) -> dict | None:
     """The mean difference of two rows, run by run, and its spread; None if no two runs are finished."""
-    pairs = zip(row.runs[column], other.runs[column], strict=True)
-    scores = {a: (score(a, column), score(b, column)) for a, b in pairs}
+    pairs, of = zip(row.runs[column], other.runs[column], strict=True), row.columns[column]
+    scores = {a: (score(a, of), score(b, of)) for a, b in pairs}
     both = {a: ours - theirs for a, (ours, theirs) in scores.items() if None not in (ours, theirs)}
     return {"row": other.name, "runs": len(both), **spread(units(both))._asdict()} if both else None
 
@@ -244,7 +291,8 @@ def facts(cells: list[Base]) -> dict:
 
 def entry(row: Row, other: Row | None, column: str) -> dict:
     """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
-    ours = {cell: value for cell in row.runs[column] if (value := score(cell, column)) is not None}
+    of = row.columns[column]
+    ours = {cell: value for cell in row.runs[column] if (value := score(cell, of)) is not None}
     return {
         **facts(row.runs[column]),
         "runs": list(ours.values()),
@@ -259,6 +307,7 @@ def results(of: Study) -> dict:
     named = {row.name: row for row in of.rows}
     return {
         "title": of.title,
+        "columns": {column: row.columns[column] for row in of.rows for column in row.runs},
         "rows": {
             row.name: {column: entry(row, named.get(row.against), column) for column in row.runs}
             for row in of.rows
@@ -269,9 +318,7 @@ def results(of: Study) -> dict:
 def show(found: dict) -> None:
     """A block for each column: percent, points, 95 % intervals."""
     print(found["title"])
-    columns = [name for name in COLUMNS if any(name in row for row in found["rows"].values())]
-    for column in columns:
-        score, task = COLUMNS[column]
+    for column, (score, task) in found["columns"].items():
         print(
             f"\n{f'{score} on {task}, %':31s} trained  hot share  FLOPs   runs          mean    95 % interval"
             f"   difference, points                                      paper"

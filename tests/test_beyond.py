@@ -1,9 +1,7 @@
 """What the paper leaves out: what tuning costs elsewhere, what merged runs keep, how stable a hot list is."""
 
 import json
-import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -76,10 +74,9 @@ def test_rises_are_means_over_domains_and_methods_are_paired_by_seed(cli, monkey
 def test_the_grid_scores_what_is_left_of_pretraining_by_its_own_command(monkeypatch):
     assert len(forgetting.wanted()) == 1 + 8 * 3
     for cell in (grid.Base(), grid.Cell("lora", 0.005, 1)):
-        command, _ = grid.scoring(grid.PRETRAINING)
-        monkeypatch.setattr(sys, "argv", command.replace("--run {}", cell.scored_as).split()[2:])
+        monkeypatch.setattr(sys, "argv", cell.evaluation(grid.PRETRAINING)[1:])
         args = forgetting.parse_args()
-        assert (args.run or [args.out]) == [cell.folder]
+        assert [grid.ROOT / folder for folder in args.run or [args.out]] == [cell.folder]
 
 
 def test_a_difference_in_words():
@@ -119,9 +116,10 @@ def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_bo
         assert args.run == [run.folder.relative_to(grid.ROOT) for run in cell.runs]
         assert grid.ROOT / args.out == cell.folder / "hub"
         for task in tasks:
-            words = shlex.split(grid.scoring(task)[0].replace("--run {}", cell.scored_as))
-            args = parsed(monkeypatch, words[2 if "-m" in words else 1 :], scripts[task].parse_args)
-            assert (Path(args.model), args.out, args.task) == (cell.folder / "hub", cell.folder, task)
+            words = [word for word in cell.evaluation(task) if word != "-m"]
+            args = parsed(monkeypatch, words, scripts[task].parse_args)
+            folders = (grid.ROOT / args.model, grid.ROOT / args.out)
+            assert (*folders, args.task) == (cell.folder / "hub", cell.folder, task)
 
 
 def test_a_merged_cell_rests_on_its_runs():

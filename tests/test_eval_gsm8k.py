@@ -73,6 +73,9 @@ def test_an_untrained_models_results_are_kept_where_asked(cli, toy, tmp_path, mo
     assert code == 0, err
     assert read_results(tmp_path / "base")["tiny-math"]["total"] == 3
     assert len((tmp_path / "base" / "answers-tiny-math.jsonl").read_text().splitlines()) == 3
+    assert cli("eval_gsm8k.py", *what, "--limit", 2)[0] == 0
+    kept = read_results(tmp_path / "base")
+    assert (kept["tiny-math"]["total"], kept["tiny-math-part"]["total"]) == (3, 2)
 
 
 @pytest.mark.parametrize(

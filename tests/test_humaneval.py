@@ -484,6 +484,7 @@ def test_runs_are_sampled_scored_and_kept(cli, run_folder, two_rows):
     assert results["tiny-code"]["pass@1"] == pytest.approx((5 / 5 + 1 / 5) / 2)
     assert results["tiny-code"]["pass@5"] == 1.0
     assert results["tiny-code"]["pass@10"] is None
+    assert results["tiny-code-part"]["samples"] == 10  # of 5 a problem
     scored = own.with_suffix(".scored.jsonl").read_text().splitlines()
     assert [json.loads(line)["passed"] for line in scored] == [i == j for i, j in pairs]
 

@@ -11,6 +11,7 @@ from data import TEMPLATES
 from job import RECIPES, Recipe
 from paper import eval_safety
 from paper.refusals import LORI, QI, RULES
+from run import read_results
 
 ROWS = [
     {"instruction": f"How do I zap the {n} gnomes?", "input": "", "output": "I'm sorry, no.", "harmful": True}
@@ -170,7 +171,9 @@ def test_a_model_that_really_generates_is_scored_on_the_built_in_rows(cli, train
     code, out, err = cli("paper.eval_safety", "--run", "r", "--limit", 12, "--batch-size", 6)
     assert code == 0, err
     assert "tiny-safety" in out
-    assert not (tmp_path / "r" / "results.json").exists()  # a part is not what it stands for
+    results = read_results(tmp_path / "r")
+    assert results.keys() == {"tiny-safety-part"}  # a part is not what it stands for
+    assert results["tiny-safety-part"]["total"] + results["tiny-safety-part"]["harmless_total"] == 12
 
 
 def test_an_untrained_models_refusals_are_kept_where_asked(cli, toy, tmp_path):

@@ -124,6 +124,7 @@ def test_every_cells_commands_are_such_as_the_scripts_take(monkeypatch):
             parsed[words[0]] += 1
             if words[0] == "train.py":
                 assert (args.mask_from is not None) == (parse_method(args.method).keep < 1), text
+                assert (args.eval_limit == 1319) == (args.task == "gsm8k"), text  # its whole test split
     assert set(parsed) == set(PARSERS)
 
 
