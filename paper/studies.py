@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import locate, read_config
+from checkpoint import BACKBONES, locate, read_config
 from hellora import adapter_flops, attach, parse_method
 from moe_model import MoEModel, empty_model
 from paper import methods, tables
@@ -262,30 +262,32 @@ def minus(row: Row, other: Row, column: str) -> dict | None:
 
 
 @cache
-def shapes(method: str) -> MoEModel:
-    """The embedded model with the adapters of a method, without values."""
-    cfg = read_config(locate(MODEL))
-    model = empty_model(cfg, torch.float32)
-    attach(model, parse_method(method), {layer: [0] for layer in cfg.moe_layers}, rank=8, alpha=16)
-    return model
+def shapes(model: str, method: str) -> MoEModel:
+    """A model with the adapters of a method, without values; another base has the embedded one's shapes."""
+    source = MODEL if model.startswith(BASES) else model
+    cfg = BACKBONES[model].cfg if model in BACKBONES else read_config(locate(source))
+    shaped = empty_model(cfg, torch.float32)
+    attach(shaped, parse_method(method), {layer: [0] for layer in cfg.moe_layers}, rank=8, alpha=16)
+    return shaped
 
 
-def cost(shown: dict) -> float:
+def cost(cell: Base, shown: dict) -> float:
     """The FLOPs of a run's adapters, as a share of those of LoRA on all experts."""
-    everywhere = dict.fromkeys(shapes("lora").cfg.moe_layers, 1.0)
+    lora = shapes(cell.model, "lora")
+    everywhere = dict.fromkeys(lora.cfg.moe_layers, 1.0)
     shares = {int(layer): share for layer, share in shown.get("hot_share", {}).items()} or everywhere
-    return adapter_flops(shapes(shown["method"]), shares) / adapter_flops(shapes("lora"), everywhere)
+    return adapter_flops(shapes(cell.model, shown["method"]), shares) / adapter_flops(lora, everywhere)
 
 
 def facts(cells: list[Base]) -> dict:
     """What is trained, the hot experts' share of visits (mean over layers and runs), what adapters cost."""
-    kept = [shown for cell in cells if (shown := saved(cell))]
-    shares = [mean(shown["hot_share"].values()) for shown in kept if shown.get("hot_share")]
-    trained = sorted(shown["trained"] for shown in kept if "trained" in shown)
+    kept = {cell: shown for cell in cells if "trained" in (shown := saved(cell))}
+    shares = [mean(shown["hot_share"].values()) for shown in kept.values() if shown.get("hot_share")]
+    trained = sorted(shown["trained"] for shown in kept.values())
     return {
         "trained": trained[len(trained) // 2] if trained else None,
         "hot_share": mean(shares) if shares else None,
-        "flops": mean(map(cost, kept)) if trained else None,
+        "flops": mean(cost(*of) for of in kept.items()) if kept else None,
     }
 
 
