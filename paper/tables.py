@@ -28,7 +28,7 @@ TRAIN = (
 )
 PROBLEMS = {"gsm8k": 1319}  # of its test split: a run is scored on all, not on train.py's 500 (--eval-limit)
 SEEDS = 10  # of each number; Table 1
-TOO_LARGE = "needs the real checkpoint and a GPU; in miniature: python -m paper.reproduce methods"
+TOO_LARGE = "needs the real checkpoint and a GPU; in miniature: docs/tables.md"
 DEFAULT = Status("reproduced", TRAIN, "the default of train.py")
 EXACT = Status("reproduced", "python -m paper.reproduce params")
 SPEED = Status("out of reach", "python -m paper.bench --shape olmoe", "measured on two A100")
