@@ -18,7 +18,7 @@ RATES = {  # method -> the rate chosen, and those tried. Methods whose A is froz
     "lori-s": (2e-2, LARGE),
     "hellora": (1e-2, MIDDLE),
     "hellori-d": (1e-2, LARGE),
-    "hellori-s": (2e-2, LARGE),
+    "hellori-s": (4e-2, LARGE),
     "hellora_m": (1e-2, MIDDLE),
     "hellora_c": (5e-3, MIDDLE),
     "hellora_r": (1e-2, MIDDLE),

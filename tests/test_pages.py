@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 from paper import pages
+from paper.methods import RATES
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
@@ -33,6 +34,13 @@ def test_links_into_the_code_lead_to_the_functions_they_name():
     for name, file, line in links:
         at = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"\s*def {name.rpartition('.')[2]}\(", at), (name, file, line)
+
+
+def test_the_page_names_the_methods_whose_rate_lies_at_the_edge_of_those_tried():
+    text = " ".join((ROOT / "docs" / "tables.md").read_text().split())
+    named = re.search(r"at the edge of what was tried for (.*?)\.", text)[1]
+    edges = [method for method, (rate, tried) in RATES.items() if rate in (tried[0], tried[-1])]
+    assert re.findall(r"`([\w-]+)`", named) == edges
 
 
 def test_the_readme_is_short_and_what_it_links_to_is_there():
