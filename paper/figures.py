@@ -159,8 +159,10 @@ def accuracy(plt: ModuleType) -> Figure:
         left.plot(
             [trained] * len(score[method]), [100 * v for v in score[method]], ".", color="black", markersize=2
         )
-        side = {"ha": ("left", "right")[i % 2], "xytext": ((5, -5)[i % 2], 5)}
-        left.annotate(method, (trained, at[method]), textcoords="offset points", fontsize=8, **side)
+        up = (1, -1)[i % 2]  # names over and under the bars in turns, as neighbours are near
+        place = {"xytext": (0, 3 * up), "ha": "center", "va": ("bottom", "top")[i % 2]}
+        end = (trained, at[method] + up * error[method])
+        left.annotate(method, end, textcoords="offset points", fontsize=8, **place)
     left.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy, %", title="methods")
     left.margins(0.2, 0.1)
     controls = [m for m in ("hellora", *PLACEMENTS) if m in found][::-1]
