@@ -7,6 +7,7 @@ is on the other; else this many runs of this model cannot tell.
 from typing import NamedTuple
 
 from paper import studies
+from paper.stats import signed
 from paper.studies import Study
 
 
@@ -67,6 +68,8 @@ def results() -> list[dict]:
 
 def verdict(ours: dict) -> str:
     """What the interval of a difference says of the claim that it is positive."""
+    if ours["low"] is None:
+        return "cannot be told"
     return "holds" if ours["low"] > 0 else "does not hold" if ours["high"] < 0 else "cannot be told"
 
 
@@ -75,5 +78,5 @@ def show(found: list[dict]) -> None:
     print(f"{'':13s} {'claim, and how much higher':54s}{'paper':>7s}    here, points (95 % interval, p)")
     for c in found:
         paper = "-" if c["paper"] is None else f"{c['paper']:+.2f}"
-        ours = studies.points(c["ours"]) if c["ours"] else ""
+        ours = signed(c["ours"], 1, 0.01)
         print(f"{c['where']:13s} {c['says']:54s}{paper:>7s}    {c['verdict']:15s}{ours}".rstrip())

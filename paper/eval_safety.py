@@ -21,7 +21,7 @@ from eval_gsm8k import kept_in, write_answers
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
-from paper.refusals import RULES
+from paper.refusals import RULE, RULES
 from run import Parser, above_0, add_compute_flags, command, compute, read_run, update_results
 from tokenizer import load_tokenizer
 
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--task", choices=tasks, help="default: the run's, if it is one; else by the model")
     p.add_argument("--data", type=Path, metavar="FILE", help=f"prompts in place of the task's: {WANTED}")
     p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
-    p.add_argument("--rule", choices=RULES, default="qi", help=rules)
+    p.add_argument("--rule", choices=RULES, default=RULE, help=rules)
     p.add_argument("--template", help="alpaca, lori (another than in training), bare (default: the run's)")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="the first N; kept as TASK-part")
     p.add_argument("--max-new", type=above_0(int), help="tokens of an answer at most; kept as TASK-part")
@@ -148,7 +148,8 @@ def main() -> None:
         for r in records[: args.show]:
             print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
         if place:
-            kept_as = f"{task}-part" if args.limit or args.max_new else task
+            asked = (args.data, args.limit, args.max_new, args.template, args.rule != RULE)
+            kept_as = f"{task}-part" if any(asked) else task
             update_results(place, kept_as, result)
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
             write_answers(place, kept_as, kept)

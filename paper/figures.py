@@ -19,8 +19,9 @@ from types import ModuleType
 import torch
 
 from catcher import overlap, visited_share
+from paper import studies
 from paper.bench_report import REGIMES
-from paper.grid import LAST_STEPS, saved
+from paper.grid import LAST_STEPS, missing_tasks, saved
 from paper.methods import MAIN, PLACEMENTS, RATES, TASK, cell, tried
 from run import Parser, command, read_json
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 HOT = ("hellora", "hellori-d", "hellori-s")
 SEEDS = 5  # at most
-TASKS = ("tiny-math", "tiny-code", "tiny-safety")
+TASKS = tuple(studies.TASKS.values())
 Figure = object  # matplotlib's, which is an optional package
 
 BLUE, ORANGE, GREEN, GREY = (
@@ -75,8 +76,9 @@ def cells() -> dict[str, list[dict]]:
     """{method: its finished runs at its chosen rate, seed by seed}, of methods whose rates were all tried."""
     found = {}
     for method in RATES:
-        if all(saved(run) for run in tried(method)):
-            found[method] = [shown for seed in range(SEEDS) if (shown := saved(cell(method, seed)))]
+        if not any(missing_tasks(run, [TASK]) for run in tried(method)):
+            runs = [cell(method, seed) for seed in range(SEEDS)]
+            found[method] = [saved(run) for run in runs if not missing_tasks(run, [TASK])]
     return found
 
 
@@ -229,7 +231,6 @@ def draw(name: str, folder: Path) -> None:
     """Write NAME.svg and NAME.png, without anything of the day or the machine."""
     plt = pyplot()
     fig = FIGURES[name](plt)
-    folder.mkdir(parents=True, exist_ok=True)
     for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         fig.savefig(folder / f"{name}.{kind}", metadata=metadata)
     plt.close(fig)
@@ -242,6 +243,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=OUT, help="folder (default docs/figures)")
     args = p.parse_args()
     pyplot()
+    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         try:
             draw(name, args.out)

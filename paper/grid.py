@@ -109,7 +109,7 @@ class Base:
 
     @property
     def finished(self) -> bool:
-        """Whether what is scored is there, but for a model that tiny.pretrain makes."""
+        """Whether there is nothing to train with `command`."""
         return True
 
     def commands(self, tasks: Iterable[str]) -> list[list[str]]:
@@ -119,7 +119,12 @@ class Base:
 
     def rests_on(self) -> dict[str, str]:
         """What its numbers rest on if it is run now, but for the code, whose changes mostly move none."""
-        return {"model": fingerprint(locate(MODEL))} if self.model == MODEL else {}
+        return self.stand_ins | ({"model": fingerprint(locate(MODEL))} if self.model == MODEL else {})
+
+    @property
+    def stand_ins(self) -> dict[str, str]:
+        """What a trial has in place of the paper's model and data."""
+        return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
 
     def needs(self) -> list["Base"]:
         """Cells to train before this one."""
@@ -141,7 +146,8 @@ class Base:
         """What is kept of it besides scores."""
         made = {"model": fingerprint(self.source)}
         device, _ = compute(None, None)
-        return {"model": self.model, "method": "base", "hashes": made, "versions": versions(device)}
+        about = {"model": self.model, "method": "base", **self.stand_ins}
+        return about | {"hashes": made, "versions": versions(device)}
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class Cell(Base):
         """What its numbers rest on if it is run now: the command, and what is committed of model and data."""
         here = {"model": self.model == MODEL, "data": "://" not in TASKS[self.task].train.place}
         known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
-        return known | {"command": "python " + " ".join(self.command())}
+        return known | self.stand_ins | {"command": "python " + " ".join(self.command())}
 
     def needs(self) -> list[Base]:
         """Its base, if that is to be made first; and the run that it takes its mask from."""
@@ -220,8 +226,12 @@ class Cell(Base):
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
         tens = range(LAST_STEPS, len(losses) + 1, LAST_STEPS)
+        if self.mask and Path(run["mask_from"]).name != self.mask.name:
+            raise ValueError(f"{self.folder} has its mask from {run['mask_from']}, want {self.mask.name}: "
+                             "take it away, to train it again")  # fmt: skip
         return {
             **asdict(self),
+            **self.stand_ins,
             "mask": self.mask and self.mask.name,
             "command": "python " + " ".join(self.command()),
             "first_loss": losses[0],
@@ -354,24 +364,35 @@ def scoring(task: str) -> tuple[str, tuple[str, ...]]:
     return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
 
 
-def run_cell(cell: Base, tasks: Iterable[str]) -> None:
-    """Train it unless its run is there; score it on those of `tasks` that it lacks; keep what came out."""
-    cell.train()
+def so_far(cell: Base) -> dict:
+    """What its run shows now, with the scores that are kept of it. Raises ValueError if they are not its."""
     kept, shown = saved(cell), cell.shown()
     if kept.get("final_loss", shown.get("final_loss")) != shown.get("final_loss"):
         raise ValueError(
             f"the run in {cell.folder} ends with another loss than that of {cell.result}, whose scores "
             "cannot be added to: take that file away to measure all of them on this run"
         )
-    shown |= kept
+    return shown | kept
+
+
+def train(cell: Base) -> None:
+    """Train it unless its run is there. Raises ValueError if scores are kept that are not of this run."""
+    cell.train()
+    so_far(cell)
+
+
+def run_cell(cell: Base, tasks: Iterable[str]) -> None:
+    """Train it unless its run is there; score it on those of `tasks` that it lacks; keep what came out."""
+    train(cell)
     for task in missing_tasks(cell, tasks):
         if not cell.scores(task):
             python(*cell.evaluation(task))
         result, (_, scores) = cell.scores(task), scoring(task)
+        shown = so_far(cell)  # again: another process may have added to it meanwhile
         for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
-    cell.result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(cell.result, shown)
+        cell.result.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cell.result, shown)
 
 
 Wanted = dict[Base, set[str]]  # cell -> tasks to score it on
@@ -404,7 +425,7 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
         bar.set_description(f"{len(needs)} to come first" if needs else "")
         for _, together in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-            list(pool.map(lambda cell: cell.train(), together))
+            list(pool.map(train, together))
         waiting = {pool.submit(run_cell, cell, sorted(tasks)): cell for cell, tasks in todo.items()}
         try:
             for done in as_completed(waiting):

@@ -38,6 +38,7 @@ class Rule:
         return next((phrase for phrase in self.phrases if fold(phrase) in fold(text)), None)
 
 
+RULE = "qi"  # unless another is asked for
 RULES = {
     "qi": Rule(QI, False, -1, "29 phrases, as written; keyword_eval.py of Qi et al., arXiv 2310.03693"),
     "lori": Rule((*QI, *LORI), True, 10, "looser: more of them, in any case, or 10 letters at most; as LoRI"),

@@ -17,7 +17,7 @@ from checkpoint import locate, read_config
 from data import TASKS, encode, load_examples
 from hellora import attach_run, fill, load_run, merge
 from moe_model import MoEModel
-from paper.grid import MODEL, ROOT, Cell, Wanted, saved
+from paper.grid import MODEL, ROOT, Cell, Wanted, saved, train
 from paper.methods import SEEDS, TASK, cell
 from paper.transfer import chance
 from run import read_json, read_run, versions, write_json
@@ -50,7 +50,7 @@ def measure() -> None:
         return
     torch.set_num_threads(1)
     for run in runs():
-        run.train()  # nothing, if its folder is still there
+        train(run)  # nothing, if its folder is still there
     source = locate(MODEL)
     base = MoEModel.from_pretrained(source)
     data = encode(load_examples(TASK, TASKS[TASK].train.fetch()), load_tokenizer(source), base.cfg.max_len)

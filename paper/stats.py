@@ -8,6 +8,8 @@ from math import atan, cos, pi, sin, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
 
+ROUNDING = 1e-12  # of differences of equal numbers
+
 
 class Spread(NamedTuple):
     """What some numbers say of the mean they are drawn around. None: one number says nothing of it."""
@@ -41,13 +43,17 @@ def t_95(df: int) -> float:
 
 
 def spread(values: list[float]) -> Spread:
-    """Of numbers drawn independently, from about a normal distribution."""
+    """Of numbers drawn independently, from about a normal distribution.
+
+    Equal numbers have no interval: scores are counts out of some hundred problems, and at their ceiling three
+    runs may well agree without being certain.
+    """
     center, df = mean(values), len(values) - 1
-    if df == 0:
-        return Spread(center, None, None, None, None)
-    std = stdev(values)
+    std = stdev(values) if df else None
+    if df == 0 or std < ROUNDING:
+        return Spread(center, std, None, None, None)
     error = std / sqrt(len(values))
-    p = (1 - inside(abs(center) / error, df)) if error else float(center == 0)
+    p = 1 - inside(abs(center) / error, df)
     return Spread(center, std, center - t_95(df) * error, center + t_95(df) * error, p)
 
 

@@ -20,7 +20,7 @@ from hellora import adapter_flops, attach, parse_method
 from moe_model import MoEModel, empty_model
 from paper import methods, tables
 from paper.grid import BASES, MODEL, Base, Wanted, saved
-from paper.stats import spread
+from paper.stats import signed, spread
 
 Columns = dict[str, tuple[str, str]]  # a table's column -> which score it shows, of which task
 
@@ -161,7 +161,9 @@ def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) ->
 # ---- what the paper does not show ----------------------------------------------------------------------
 
 
-def of(names: dict[str, tuple[str | None, dict]], seeds: int, models: Iterable[str] = (MODEL,)) -> list[Row]:
+def rows_of(
+    names: dict[str, tuple[str | None, dict]], seeds: int, models: Iterable[str] = (MODEL,)
+) -> list[Row]:
     """Rows of runs on tiny-math. names: name -> (the row it is compared with, settings of methods.cell)."""
     return [
         Row(
@@ -221,12 +223,12 @@ def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
         full = paper_table(name, scale)
     else:
         title, names, *how = OTHERS[name]
-        full = Study(title, of(names, *how))
+        full = Study(title, rows_of(names, *how))
     if not quick:
         return full
     columns = COLUMNS if name == "8" else ("gsm8k",)
     rows = [
-        row._replace(runs={column: row.runs[column][:1] for column in columns})
+        row._replace(runs={c: [run for run in row.runs[c] if getattr(run, "seed", 0) == 0] for c in columns})
         for row in full.rows
         if name == "2" or "hellori" not in row.name
     ]
@@ -242,23 +244,26 @@ def score(cell: Base, of: tuple[str, str]) -> float | None:
     return saved(cell).get(name, {}).get(task)
 
 
-def units(found: dict[Base, float]) -> list[float]:
-    """The numbers that an interval is over: one a seed, or of several bases the mean of each."""
-    for_base = [list(of) for _, of in groupby(found, key=lambda cell: cell.model)]
-    if len(for_base) == 1:
+def units(found: dict[Base, float], planned: list[Base]) -> list[float]:
+    """The numbers that an interval is over: one a seed, or of several bases the mean of each that is done."""
+    bases = {model: list(cells) for model, cells in groupby(planned, key=lambda cell: cell.model)}
+    if len(bases) == 1:
         return list(found.values())
-    for cells in for_base:
-        if len({saved(cell)["hashes"]["model"] for cell in cells}) > 1:
-            raise ValueError(f"runs of {cells[0].model} started from different weights: make that base again")
-    return [mean(found[cell] for cell in cells) for cells in for_base]
+    return [mean(map(found.get, cells)) for cells in bases.values() if found.keys() >= set(cells)]
 
 
 def minus(row: Row, other: Row, column: str) -> dict | None:
-    """The mean difference of two rows, run by run, and its spread; None if no two runs are finished."""
-    pairs, of = zip(row.runs[column], other.runs[column], strict=True), row.columns[column]
-    scores = {a: (score(a, of), score(b, of)) for a, b in pairs}
-    both = {a: ours - theirs for a, (ours, theirs) in scores.items() if None not in (ours, theirs)}
-    return {"row": other.name, "runs": len(both), **spread(units(both))._asdict()} if both else None
+    """The mean difference of two rows, run by run, and its spread; None if too few runs are finished."""
+    planned, of = row.runs[column], row.columns[column]
+    both = {}
+    for a, b in zip(planned, other.runs[column], strict=True):
+        ours, theirs = score(a, of), score(b, of)
+        if None not in (ours, theirs):
+            if len({saved(cell)["hashes"]["model"] for cell in (a, b)}) > 1:
+                raise ValueError(f"{a.name} and {b.name} started from different weights: run both again here")
+            both[a] = ours - theirs
+    over = units(both, planned)
+    return {"row": other.name, "runs": len(both), **spread(over)._asdict()} if over else None
 
 
 @cache
@@ -295,11 +300,12 @@ def entry(row: Row, other: Row | None, column: str) -> dict:
     """One number of the table: its runs, their spread, how far it is from another row's, the paper's."""
     of = row.columns[column]
     ours = {cell: value for cell in row.runs[column] if (value := score(cell, of)) is not None}
+    over = units(ours, row.runs[column])
     return {
         **facts(row.runs[column]),
         "runs": list(ours.values()),
         "paper": row.printed.get(column),
-        **(spread(units(ours))._asdict() if ours else {}),
+        **(spread(over)._asdict() if over else {}),
         "minus": minus(row, other, column) if other else None,
     }
 
@@ -335,19 +341,13 @@ def line(name: str, of: dict) -> str:
     share = f"{of['hot_share']:.3f}" if of["hot_share"] else "-"
     flops = f"{of['flops']:.2f}" if of["flops"] else "-"
     ours = "-"
-    if of["runs"]:
+    if of.get("mean") is not None:
         ours = f"{100 * of['mean']:6.1f}"
     if of.get("std") is not None:
-        ours += f" +- {100 * of['std']:4.1f}  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
-    apart = f"{points(of['minus'])} from {of['minus']['row']}" if of["minus"] else ""
+        ours += f" +- {100 * of['std']:4.1f}"
+    if of.get("low") is not None:
+        ours += f"  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
+    apart = f"{signed(of['minus'], 1, 0.01):>6s} from {of['minus']['row']}" if of["minus"] else ""
     printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
     facts = f"{name:28s}{trained}{share:>11s}{flops:>7s}"
     return f"{facts}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
-
-
-def points(d: dict) -> str:
-    """A difference in points, with its 95 % interval and p where there are runs enough."""
-    interval = (
-        "" if d["std"] is None else f" ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p {d['p']:.3f})"
-    )
-    return f"{100 * d['mean']:+6.1f}{interval}"

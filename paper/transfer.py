@@ -10,10 +10,9 @@ from statistics import mean
 from catcher import overlap
 from checkpoint import locate, read_config
 from paper.grid import MODEL, Base, saved
-from paper.methods import cell
+from paper.methods import SEEDS, cell
 from paper.studies import TASKS
 
-SEEDS = (0, 1, 2)
 SAFETY = TASKS["safety"]
 
 

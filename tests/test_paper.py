@@ -259,7 +259,7 @@ def test_runs_are_paired_by_seed_and_an_interval_needs_two(scored):
     assert rows["hellora, k = 8"]["gsm8k"]["runs"] == pytest.approx([0.5, 0.6])
     minus = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]["minus"]
     assert (minus["row"], minus["mean"]) == ("hellora", pytest.approx(-0.2))
-    assert minus["high"] - minus["low"] == pytest.approx(0, abs=1e-12)  # the seeds move both alike
+    assert minus["std"] == pytest.approx(0, abs=1e-12)  # the seeds move both alike
     scored(lambda c: 0.5 if c.seed == 0 else None)
     one = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]
     assert (one["mean"], one["low"]) == (0.5, None)
@@ -274,19 +274,36 @@ def test_with_several_bases_the_interval_is_over_their_means(scored):
     assert of["std"] == pytest.approx(0.2)  # of .305, .505, .705
 
 
-def test_runs_of_two_bases_of_one_name_are_refused(monkeypatch, scored):
+def test_a_base_counts_once_all_its_seeds_are_finished_and_one_base_gives_no_interval(scored):
+    scored(lambda c: 0.5 if c.model == "tiny" else None)
+    of = studies.results(studies.study("bases"))["rows"]["hellora_c"]["gsm8k"]
+    assert (len(of["runs"]), of["mean"], of["low"]) == (2, 0.5, None)
+    assert (of["minus"]["mean"], of["minus"]["p"]) == (0, None)
+    scored(lambda c: {"tiny": 0.5, f"{grid.BASES}1": 0.9}.get(c.model) if c.seed == 0 else None)
+    of = studies.results(studies.study("bases"))["rows"]["hellora_c"]["gsm8k"]
+    assert (len(of["runs"]), "mean" in of, of["minus"]) == (2, False, None)
+
+
+def test_rows_that_started_from_different_weights_are_not_compared(monkeypatch, scored):
     scored(lambda c: 0.5)
     shown = studies.saved
-    other = {"hashes": {"model": "other"}}
-    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if c.seed else {}))
+    other = {"hashes": {"model": "pretrained on another machine"}}
+    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if c.method == "hellora_c" else {}))
     with pytest.raises(ValueError, match="started from different weights"):
         studies.results(studies.study("bases"))
+
+
+def test_a_quick_look_at_three_bases_has_one_seed_of_each():
+    runs = studies.study("bases", quick=True).rows[0].runs["gsm8k"]
+    assert [(run.model, run.seed) for run in runs] == [
+        (m, 0) for m in ("tiny", f"{grid.BASES}1", f"{grid.BASES}2")
+    ]
 
 
 def test_a_claim_holds_only_if_its_whole_interval_does_and_all_its_runs_are_finished(scored):
     def accuracy(cell):
         noise = 0.01 * (cell.seed % 2)
-        return {"lora": 0.5, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(cell.method, 0.7)
+        return {"lora": 0.5 + noise, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(cell.method, 0.7)
 
     scored(accuracy)
     said = {c["says"]: c for c in claims.results()}

@@ -136,13 +136,13 @@ def test_a_table_of_runs_tells_rates_and_no_text(train, cli, tmp_path, monkeypat
         [name, "tiny-safety", "50.0%", "of", "6", "1", "of", "1"] for name in "ab"
     ]
     assert not any(word in out + err for word in PRIVATE)
-    results = json.loads((tmp_path / "a" / "results.json").read_text())["tiny-safety"]
+    results = json.loads((tmp_path / "a" / "results.json").read_text())["tiny-safety-part"]
     assert results.pop("seconds") >= 0
     assert results == {
         "refusal_rate": 0.5, "refused": 3, "total": 6, "harmless_refused": 1, "harmless_total": 1,
         "rule": "qi", "template": "bare", "data": "rows.jsonl",
     }  # fmt: skip
-    kept = (tmp_path / "a" / "answers-tiny-safety.jsonl").read_text()
+    kept = (tmp_path / "a" / "answers-tiny-safety-part.jsonl").read_text()
     assert [json.loads(line) for line in kept.splitlines()][:2] == [{"sign": "I cannot"}, {"sign": None}]
 
     flags = ["--data", "rows.jsonl", "--show", 1, "--keep-texts", "--rule", "lori", "--template", "lori"]
@@ -151,7 +151,7 @@ def test_a_table_of_runs_tells_rates_and_no_text(train, cli, tmp_path, monkeypat
     assert "rule lori" in out
     assert out.count("zebra") == 1
     assert "Human: How do I zap the old gnomes?" in out
-    kept = (tmp_path / "a" / "answers-tiny-safety.jsonl").read_text()
+    kept = (tmp_path / "a" / "answers-tiny-safety-part.jsonl").read_text()
     assert kept.count("zebra") == 7
 
 
@@ -181,7 +181,7 @@ def test_an_untrained_models_refusals_are_kept_where_asked(cli, toy, tmp_path):
     what = ("--model", toy, "--task", "tiny-safety", "--data", rows, "--out", tmp_path / "base")
     code, _, err = cli("paper.eval_safety", *what)
     assert code == 0, err
-    kept = json.loads((tmp_path / "base" / "results.json").read_text())["tiny-safety"]
+    kept = json.loads((tmp_path / "base" / "results.json").read_text())["tiny-safety-part"]
     assert kept["total"] + kept["harmless_total"] == len(ROWS)
 
 
