@@ -1,12 +1,14 @@
 """README.md and docs/: what they print is what the commands print, what they quote is what the files say."""
 
+import json
 import re
 
 import pytest
 from conftest import ROOT
 
-from paper import pages
+from paper import pages, reproduce
 from paper.methods import RATES
+from paper.tables import OLMOE
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
@@ -34,6 +36,26 @@ def test_links_into_the_code_lead_to_the_functions_they_name():
     for name, file, line in links:
         at = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"\s*def {name.rpartition('.')[2]}\(", at), (name, file, line)
+
+
+def test_the_output_to_expect_is_that_of_a_committed_run():
+    text = (ROOT / "README.md").read_text()
+    kept = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())
+    assert f"after: accuracy {kept['seeds']['0']['tiny-math']['accuracy']:.1%} on 500 problems" in text
+    for layer, ids in kept["hot_experts"]["0"].items():
+        assert re.search(rf"^layer  {layer} │.* of visits go to {re.escape(str(ids))}$", text, re.M)
+    trained, stored = kept["run"]["trained"], kept["run"]["stored"]
+    assert f"{trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})" in text
+
+
+def test_the_exact_percents_in_prose_are_those_of_the_params_table():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
+    lora, hot, dora = (rows[OLMOE, m, k] for m, k in (("lora", 64), ("hellora", 8), ("dora", 64)))
+    for name, before, after in (("percent", "The famous ", " % is a ratio"), ("trained", "it is ", " %.")):
+        assert f"{before}{100 * hot[name] / lora[name]:.2f}{after}" in text
+    assert f"{hot['percent']:.4f} rounded to 0.7" in text
+    assert f"{dora['percent']:.4f} % with the router adapted" in text
 
 
 def test_the_page_names_the_methods_whose_rate_lies_at_the_edge_of_those_tried():
