@@ -263,7 +263,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     what("what", nargs="?", choices=["all", "params", "flops", "claims", "text", *MODULES, *studies.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
-    add("--quick", action="store_true", help="one seed, fewer rows and columns")
+    add("--quick", action="store_true", help="one seed of one base, fewer rows and columns")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
     add("--finished", action="store_true", help="run nothing: show what the finished runs give")
     add("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
