@@ -135,7 +135,8 @@ def paper_table(number: str, scale: Scale) -> Study:
             for (method, k), values in table.rows.items():
                 own = {column: runs(table, method, k, column, scale) for column in scale.seeds[number]}
                 other = names.get(against(method, k, 2 if table.backbone == tables.MIXTRAL else 8))
-                printed = dict(zip(elsewhere.columns, elsewhere.rows.get((method, k), ()), strict=False))
+                there = elsewhere.rows.get((method, k), (None,) * len(elsewhere.columns))
+                printed = {c: v for c, v in zip(elsewhere.columns, there, strict=True) if v is not None}
                 printed |= {c: v for c, v in zip(table.columns, values, strict=True) if v is not None}
                 rows.append(Row(names[method, k], own, other, printed, scale.columns))
     return Study(f"Table {number}{scale.says}: {TITLES[number]}", rows)
