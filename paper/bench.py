@@ -41,7 +41,6 @@ from paper import bench_measure as measure
 from paper import plan
 from paper.bench_report import show, summarise
 from paper.bench_worlds import LR, RANK, SHAPES, World, frozen, ours, random_world, world_of, write_checkpoint
-from paper.reproduce import build as shapes_only
 from run import DTYPES, Parser, above_0, add_compute_flags, command, compute, share_of_1, versions, write_json
 from train import make_optimizer, train_step
 
@@ -90,7 +89,7 @@ def needed(config: Configuration, cfg: MoEConfig, length: int, shares: dict) -> 
     if config.method == "none":
         return measure.step_flops(None, cfg, Method(), length, shares), cfg.dim
     row = parse_method(config.method)
-    model = shapes_only(cfg, config.method, default_k(cfg) if row.rule == "hot" else cfg.n_experts)
+    model = plan.shapes(cfg, config.method, default_k(cfg))
     shares = shares if row.rule == "hot" else dict.fromkeys(shares, 1.0)
     trained, _ = count_params(model, row)
     return measure.step_flops(model, cfg, row, length, shares), trained - config.fewer(cfg)

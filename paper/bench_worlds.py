@@ -19,9 +19,9 @@ from checkpoint import Checkpoint, MoEConfig, hub_names, locate, parse_config
 from data import TASKS, Encoded, load_examples
 from hellora import adapters, attach, init_adapters, parse_method
 from moe_model import MoE, MoEModel, base_parameters, empty_model, load_weights
+from paper.tables import ALPHA, RANK
 from tokenizer import load_tokenizer
 
-RANK, ALPHA = 32, 64  # Table 1
 LR = 1e-6  # so small that every round does the same work, with the same routing
 LOAD_LAYERS = 2  # of a random model, in the checkpoint whose loading is timed
 BIAS_CHANNEL = 0  # of a random model's hidden state: the same in every token, see draw_weights

@@ -28,8 +28,8 @@ from run import Parser, command, read_json
 ROOT = Path(__file__).parent.parent
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 HOT = ("hellora", "hellori-d", "hellori-s")
-SEEDS = 5  # at most
-TASKS = tuple(studies.TASKS.values())
+MOST_SEEDS = 5
+TASKS = tuple(studies.OURS.values())
 Figure = object  # matplotlib's, which is an optional package
 
 BLUE, ORANGE, GREEN, GREY = (
@@ -67,9 +67,9 @@ def pyplot() -> ModuleType:
 
 def visits(task: str, share: str = "1") -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
     """Of a task, or of a share of it: {layer: visits [E]} and {layer: hot experts}."""
-    saved = read_json(RESULTS / "visits" / f"{task}-{share}.json", "what catcher.py --out writes")
-    counts = {int(layer): torch.tensor(of) for layer, of in saved["counts"].items()}
-    return counts, {int(layer): ids for layer, ids in saved["experts"].items()}
+    kept = read_json(RESULTS / "visits" / f"{task}-{share}.json", "what catcher.py --out writes")
+    counts = {int(layer): torch.tensor(of) for layer, of in kept["counts"].items()}
+    return counts, {int(layer): ids for layer, ids in kept["experts"].items()}
 
 
 def cells() -> dict[str, list[dict]]:
@@ -77,7 +77,7 @@ def cells() -> dict[str, list[dict]]:
     found = {}
     for method in RATES:
         if not any(missing_tasks(run, [TASK]) for run in tried(method)):
-            runs = [cell(method, seed) for seed in range(SEEDS)]
+            runs = [cell(method, seed) for seed in range(MOST_SEEDS)]
             found[method] = [saved(run) for run in runs if not missing_tasks(run, [TASK])]
     return found
 
@@ -131,9 +131,10 @@ def jaccard(plt: ModuleType) -> Figure:
     """How much hot lists have in common, by layer: of two tasks, and of a tenth of a task and all of it."""
     hot = {(task, share): visits(task, share)[1] for task in TASKS for share in ("0.1", "1")}
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
+    short = {task: task.removeprefix("tiny-") for task in TASKS}
     pairs = (
-        {f"{a[5:]} and {b[5:]}": overlap(hot[a, "1"], hot[b, "1"]) for a, b in combinations(TASKS, 2)},
-        {task[5:]: overlap(hot[task, "0.1"], hot[task, "1"]) for task in TASKS},
+        {f"{short[a]} and {short[b]}": overlap(hot[a, "1"], hot[b, "1"]) for a, b in combinations(TASKS, 2)},
+        {short[task]: overlap(hot[task, "0.1"], hot[task, "1"]) for task in TASKS},
     )
     for ax, title, lines in zip(axes, ("two tasks", "10 % of a task's data, and all"), pairs, strict=True):
         for i, ((name, of), (color, marker)) in enumerate(zip(lines.items(), MARKERS.items(), strict=True)):

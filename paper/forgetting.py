@@ -15,7 +15,7 @@ from checkpoint import locate, read_config
 from eval_gsm8k import kept_in
 from hellora import load_run
 from moe_model import MoEModel
-from paper.grid import PRETRAINING, Base, Wanted, saved
+from paper.grid import PRETRAINING, Base, Cell, Wanted, saved
 from paper.methods import MAIN, SEEDS, TASK, cell
 from paper.stats import signed, spread
 from run import Parser, command, read_run, update_results
@@ -80,7 +80,7 @@ def wanted() -> Wanted:
     return {c: {PRETRAINING} for c in (Base(), *(cell(name, seed) for name in MAIN for seed in SEEDS))}
 
 
-def kept(of: Base) -> dict:
+def kept(of: Cell) -> dict:
     """A cell's {"cross_entropy": {domain: nats}, "arithmetic": {operator: share}}; {} if it is not scored."""
     shown = saved(of)
     if PRETRAINING not in shown.get("problems", {}):
@@ -111,7 +111,7 @@ def row(name: str, scored: dict[int, dict], rises: dict[int, dict], other: dict[
     return {
         "trained": saved(cell(name, min(means)))["trained"],
         "rise": {"runs": list(means.values()), **spread(list(means.values()))._asdict()},
-        "minus": spread(both)._asdict() if both and other is not rises else None,
+        "minus": spread(both)._asdict() if both and name != AGAINST else None,
         "domains": {d: mean(of[d] for of in rises.values()) for d in MIX},
         "arithmetic": {op: mean(of["arithmetic"][op] for of in scored.values()) for op in OPERATORS},
     }

@@ -1,7 +1,8 @@
-"""A grid of training runs: what is missing is run, as many at a time as there are cores; then a table.
+"""A grid of training runs: what is missing is run, as many at a time as there are cores.
 
-Each cell of a grid is one run of train.py. What it showed is kept as one small file in docs/results/cells/,
-so a grid that was stopped goes on where it was, and a reader sees every number that a mean is made of.
+Each cell is a model: a run of train.py, what it starts from, or several merged. What it showed is kept as one
+small file in docs/results/cells/, so a grid that was stopped goes on where it was, and a reader sees every
+number that a mean is made of.
 """
 
 import json
@@ -34,9 +35,7 @@ RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
 TRIALS = ROOT / "runs" / "trials"  # runs and results of trials
 MODEL = "tiny"
-BASES = (
-    "runs/bases/tiny-s"  # what tiny.pretrain makes from the seed that follows; only the tokenizer is MODEL's
-)
+BASES = "runs/bases/tiny-s"  # a seed follows: what tiny.pretrain makes from it, with MODEL's tokenizer
 PRETRAINING = "pretraining"  # no task, but scored as one: what a model can still do (paper/forgetting.py)
 KINDS = {name: task.kind for name, task in TASKS.items()} | {"humaneval": "code"}  # of what can be scored
 SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
@@ -48,12 +47,20 @@ LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve
 
 
 @dataclass(frozen=True)
-class Base:
-    """A model as it is: a cell with no run."""
+class Cell:
+    """A model that is made by one command, and what is kept of it. Its kinds: Base, Run, Merged."""
 
     model: str = field(default=MODEL, kw_only=True)  # what --model takes
     data: str | None = field(default=None, kw_only=True)  # a folder with files in place of data sets (given)
     limit: int | None = field(default=None, kw_only=True)  # the first rows to train on, problems to score
+
+    # each kind has, besides:
+    #   name       its folder and its result file are called so
+    #   finished   whether it is there
+    #   command()  the arguments after "python" that make it
+    #   needs()    the cells that are to be made before, if any
+    #   rests_on() what its numbers rest on if made now, but for the code, whose changes mostly move none
+    #   record()   what is kept of it besides scores
 
     @property
     def trial(self) -> bool:
@@ -61,9 +68,9 @@ class Base:
         return bool(self.data or self.limit or Path(self.model).is_absolute())
 
     @property
-    def name(self) -> str:
-        """Its folder and its result file are called so."""
-        return "-".join((Path(self.model).name, "base", *self.cut))
+    def stand_ins(self) -> dict[str, str]:
+        """What a trial has in place of the paper's model and data."""
+        return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
 
     @property
     def cut(self) -> tuple[str, ...]:
@@ -85,6 +92,10 @@ class Base:
         """The folder of its model."""
         return ROOT / self.model if self.model.startswith(BASES) else locate(self.model)
 
+    def given(self, name: str) -> Path | None:
+        """The file `name`.SUFFIX of its data folder, if there is one: TASK-train or TASK-test."""
+        return next(iter(sorted(Path(self.data).glob(f"{name}.*"))), None) if self.data else None
+
     @property
     def scored_as(self) -> str:
         """How an evaluation is told what to score."""
@@ -103,68 +114,69 @@ class Base:
         found = read_results(self.folder)
         return found.get(task) or (found.get(f"{task}-part", {}) if self.trial else {})
 
-    def given(self, name: str) -> Path | None:
-        """The file `name`.SUFFIX of its data folder, if there is one: TASK-train or TASK-test."""
-        return next(iter(sorted(Path(self.data).glob(f"{name}.*"))), None) if self.data else None
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing to train with `command`."""
-        return True
-
     def commands(self, tasks: Iterable[str]) -> list[list[str]]:
         """The arguments after "python" of all that is still to be run for its scores on `tasks`."""
         own = [] if self.finished else [self.command()]
         return own + [self.evaluation(task) for task in sorted(tasks) if not self.scores(task)]
 
-    def rests_on(self) -> dict[str, str]:
-        """What its numbers rest on if it is run now, but for the code, whose changes mostly move none."""
-        return self.stand_ins | ({"model": fingerprint(locate(MODEL))} if self.model == MODEL else {})
-
-    @property
-    def stand_ins(self) -> dict[str, str]:
-        """What a trial has in place of the paper's model and data."""
-        return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
-
-    def needs(self) -> list["Base"]:
-        """Cells to train before this one."""
+    def needs(self) -> list["Cell"]:
+        """Nothing, unless a kind says otherwise."""
         return []
 
     def prepare(self) -> None:
         """Write the rows that it is trained on, if they are a part of a data set. Not in two threads."""
 
-    def train(self) -> None:
-        """Nothing to do, but for a model that tiny.pretrain makes."""
-        folder = ROOT / self.model
-        if self.model.startswith(BASES) and not folder.exists():
-            part = folder.with_name(folder.name + ".part")
-            seed = folder.name.rpartition("-s")[2]
-            python("-m", "tiny.pretrain", "--seed", seed, "--out", str(part))
-            part.rename(folder)
-
-    def shown(self) -> dict:
-        """What is kept of it besides scores."""
-        made = {"model": fingerprint(self.source)}
-        device, _ = compute(None, None)
-        about = {"model": self.model, "method": "base", **self.stand_ins}
-        return about | {"hashes": made, "versions": versions(device)}
+    def make(self) -> None:
+        """Run its command, or go on with it, unless it is finished."""
+        if not self.finished:
+            python(*self.command())
 
 
 @dataclass(frozen=True)
-class Cell(Base):
-    """One run of train.py: a method on a task, with a learning rate and a seed."""
+class Base(Cell):
+    """A model as it is, downloaded or pretrained here."""
+
+    @property
+    def name(self) -> str:
+        """See Cell."""
+        return "-".join((Path(self.model).name, "base", *self.cut))
+
+    @property
+    def finished(self) -> bool:
+        """Always, but for what is pretrained here (which is saved at its end)."""
+        return not self.model.startswith(BASES) or (ROOT / self.model / "model.safetensors").exists()
+
+    def command(self) -> list[str]:
+        """Of what is pretrained here."""
+        seed = self.model.rpartition("-s")[2]
+        return ["-m", "tiny.pretrain", "--seed", seed, "--out", self.model]
+
+    def rests_on(self) -> dict[str, str]:
+        """See Cell."""
+        return self.stand_ins | ({"model": fingerprint(locate(MODEL))} if self.model == MODEL else {})
+
+    def record(self) -> dict:
+        """See Cell."""
+        device, _ = compute(None, None)
+        about = {"model": self.model, "method": "base", **self.stand_ins}
+        return about | {"hashes": {"model": fingerprint(self.source)}, "versions": versions(device)}
+
+
+@dataclass(frozen=True)
+class Run(Cell):
+    """A run of train.py: a method on a task, with a learning rate and a seed."""
 
     method: str
     lr: float | None  # None: the recipe's
     seed: int
     k: int = 8
     task: str = "tiny-math"
-    mask: "Cell | None" = None  # the D run that gives a LoRI-S method its mask
+    mask: "Run | None" = None  # the D run that gives a LoRI-S method its mask
     flags: tuple[str, ...] = ()  # further ones of train.py
 
     @property
     def name(self) -> str:
-        """Its run folder and its result file are called so."""
+        """See Cell."""
         base = () if self.model == MODEL else (Path(self.model).name,)
         flags = (flag.strip("-") for flag in self.flags)
         rate = (f"lr{self.lr:g}",) if self.lr else ()
@@ -173,7 +185,7 @@ class Cell(Base):
 
     @property
     def scored_as(self) -> str:
-        """How an evaluation is told what to score."""
+        """See Cell."""
         return shlex.join(["--run", str(self.folder.relative_to(ROOT))])
 
     @property
@@ -189,7 +201,7 @@ class Cell(Base):
         return (self.folder / "run.json").exists() and read_run(self.folder)["finished"]
 
     def command(self) -> list[str]:
-        """The arguments after "python" that make its run."""
+        """See Cell."""
         flags = {} if self.model == MODEL else {"--model": self.model}
         flags |= {"--method": self.method, "--k": self.k, "--task": self.task}
         flags |= {"--lr": f"{self.lr:g}"} if self.lr else {}
@@ -200,28 +212,23 @@ class Cell(Base):
         return ["train.py", *(str(word) for flag in flags.items() for word in flag), *self.flags, "--no-eval"]
 
     def rests_on(self) -> dict[str, str]:
-        """What its numbers rest on if it is run now: the command, and what is committed of model and data."""
+        """The command, and what is committed of model and data."""
         here = {"model": self.model == MODEL, "data": "://" not in TASKS[self.task].train.place}
         known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
         return known | self.stand_ins | {"command": "python " + " ".join(self.command())}
 
-    def needs(self) -> list[Base]:
-        """Its base, if that is to be made first; and the run that it takes its mask from."""
+    def needs(self) -> list[Cell]:
+        """Its base, if that is pretrained here; and the run that it takes its mask from."""
         base = [Base(model=self.model)] if self.model.startswith(BASES) else []
         return [*base, *([*self.mask.needs(), self.mask] if self.mask else [])]
 
     def prepare(self) -> None:
-        """See Base."""
+        """See Cell."""
         if self.limit:
             write_first(self.limit, self.task, self.given(f"{self.task}-train"), ROOT / self.rows)
 
-    def train(self) -> None:
-        """Make its run, or go on with it, unless it is finished."""
-        if not self.finished:
-            python(*self.command())
-
-    def shown(self) -> dict:
-        """What is kept of its run besides scores."""
+    def record(self) -> dict:
+        """See Cell."""
         run = read_run(self.folder)
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
@@ -257,32 +264,32 @@ class Cell(Base):
 
 
 @dataclass(frozen=True)
-class Merged(Base):
+class Merged(Cell):
     """The updates of several runs on one base, added up in one checkpoint."""
 
-    runs: tuple[Cell, ...]
+    runs: tuple[Run, ...]
 
     @property
     def name(self) -> str:
-        """Its folder and its result file are called so."""
+        """See Cell."""
         return "+".join(run.name for run in self.runs)
 
     @property
     def scored_as(self) -> str:
-        """How an evaluation is told what to score."""
+        """See Cell."""
         folder = self.folder.relative_to(ROOT)
         return f"--model {folder / 'hub'} --out {folder}"
 
     def command(self) -> list[str]:
-        """The arguments after "python" that make its checkpoint."""
+        """See Cell."""
         runs = [word for run in self.runs for word in ("--run", str(run.folder.relative_to(ROOT)))]
         return ["export.py", *runs, "--format", "hub", "--out", str(self.folder.relative_to(ROOT) / "hub")]
 
     def rests_on(self) -> dict:
-        """What its numbers rest on: the runs."""
+        """What the runs rest on."""
         return {"runs": {run.name: run.rests_on() for run in self.runs}}
 
-    def needs(self) -> list[Base]:
+    def needs(self) -> list[Cell]:
         """The runs, and what they need."""
         return [cell for run in self.runs for cell in (*run.needs(), run)]
 
@@ -291,17 +298,12 @@ class Merged(Base):
         """Whether the checkpoint is there."""
         return (self.folder / "hub").exists()
 
-    def train(self) -> None:
-        """Write the checkpoint, unless it is there."""
-        if not self.finished:
-            python(*self.command())
-
-    def shown(self) -> dict:
-        """What is kept of it besides scores. The runs' final losses tell if they are still the same."""
+    def record(self) -> dict:
+        """See Cell. The runs' final losses tell if they are still the same."""
         return {
             "method": "merged",
             **self.rests_on(),
-            "final_loss": [run.shown()["final_loss"] for run in self.runs],
+            "final_loss": [run.record()["final_loss"] for run in self.runs],
             "versions": versions(torch.device("cpu")),
         }
 
@@ -337,7 +339,7 @@ def python(*arguments: str) -> None:
         raise OSError(f"a command of the grid ended with exit code {done.returncode}: {command} ({last})")
 
 
-def saved(cell: Base) -> dict:
+def saved(cell: Cell) -> dict:
     """What is kept of a cell, {} if nothing is. Raises ValueError if a run would now be another."""
     if not cell.result.exists():
         return {}
@@ -351,7 +353,7 @@ def saved(cell: Base) -> dict:
     return kept
 
 
-def missing_tasks(cell: Base, tasks: Iterable[str]) -> list[str]:
+def missing_tasks(cell: Cell, tasks: Iterable[str]) -> list[str]:
     """Those of `tasks` for which no score of the cell is kept."""
     return [task for task in tasks if task not in saved(cell).get("problems", {})]
 
@@ -364,26 +366,26 @@ def scoring(task: str) -> tuple[str, tuple[str, ...]]:
     return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
 
 
-def so_far(cell: Base) -> dict:
-    """What its run shows now, with the scores that are kept of it. Raises ValueError if they are not its."""
-    kept, shown = saved(cell), cell.shown()
-    if kept.get("final_loss", shown.get("final_loss")) != shown.get("final_loss"):
+def so_far(cell: Cell) -> dict:
+    """Its record now, and the scores that are kept of it. Raises ValueError if they are of another run."""
+    kept, now = saved(cell), cell.record()
+    if kept.get("final_loss", now.get("final_loss")) != now.get("final_loss"):
         raise ValueError(
             f"the run in {cell.folder} ends with another loss than that of {cell.result}, whose scores "
             "cannot be added to: take that file away to measure all of them on this run"
         )
-    return shown | kept
+    return now | kept
 
 
-def train(cell: Base) -> None:
-    """Train it unless its run is there. Raises ValueError if scores are kept that are not of this run."""
-    cell.train()
+def make(cell: Cell) -> None:
+    """Make it unless it is there. Raises ValueError if scores are kept that are not of this run."""
+    cell.make()
     so_far(cell)
 
 
-def run_cell(cell: Base, tasks: Iterable[str]) -> None:
-    """Train it unless its run is there; score it on those of `tasks` that it lacks; keep what came out."""
-    train(cell)
+def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
+    """Make it unless it is there; score it on those of `tasks` that it lacks; keep what came out."""
+    make(cell)
     for task in missing_tasks(cell, tasks):
         if not cell.scores(task):
             python(*cell.evaluation(task))
@@ -395,7 +397,7 @@ def run_cell(cell: Base, tasks: Iterable[str]) -> None:
         write_json(cell.result, shown)
 
 
-Wanted = dict[Base, set[str]]  # cell -> tasks to score it on
+Wanted = dict[Cell, set[str]]  # cell -> tasks to score it on
 
 
 def missing(wanted: Wanted) -> Wanted:
@@ -404,20 +406,20 @@ def missing(wanted: Wanted) -> Wanted:
     return {cell: tasks for cell, tasks in lacking.items() if tasks}
 
 
-def depth(cell: Base) -> int:
-    """How many trainings have to come before its own, one after another."""
+def depth(cell: Cell) -> int:
+    """How many others have to be made before it, one after another."""
     return max((1 + depth(other) for other in cell.needs()), default=0)
 
 
 def commands(wanted: Wanted) -> list[list[str]]:
-    """What `run_cells` runs, as arguments after "python", but for bases that are to be pretrained."""
+    """What `run_cells` runs, as arguments after "python"."""
     todo = missing(wanted)
     cells = dict.fromkeys(chain(*(cell.needs() for cell in todo), todo))
     return [words for cell in cells for words in cell.commands(todo.get(cell, ()))]
 
 
 def run_cells(wanted: Wanted, jobs: int) -> None:
-    """Train and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
+    """Make and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
     todo = missing(wanted)
     needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
     for cell in (*needs, *todo):
@@ -425,7 +427,7 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
         bar.set_description(f"{len(needs)} to come first" if needs else "")
         for _, together in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-            list(pool.map(train, together))
+            list(pool.map(make, together))
         waiting = {pool.submit(run_cell, cell, sorted(tasks)): cell for cell, tasks in todo.items()}
         try:
             for done in as_completed(waiting):

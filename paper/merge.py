@@ -11,13 +11,13 @@ from itertools import combinations
 from statistics import mean
 from typing import NamedTuple
 
-from paper.grid import Base, Cell, Merged, Wanted, saved
+from paper.grid import Cell, Merged, Run, Wanted, saved
 from paper.methods import SEEDS, cell
 from paper.stats import signed, spread
-from paper.studies import TASKS
+from paper.studies import OURS
 
 METHODS = ("hellora", "lora")
-PAIRS = tuple(combinations(TASKS.values(), 2))
+PAIRS = tuple(combinations(OURS.values(), 2))
 
 
 class Measure(NamedTuple):
@@ -36,7 +36,7 @@ MEASURES = (
 )  # of the last, less is better: to refuse everything is no skill
 
 
-def alone(method: str, task: str, seed: int) -> Cell:
+def alone(method: str, task: str, seed: int) -> Run:
     """One of the runs."""
     return cell(method, seed, task=task)
 
@@ -49,12 +49,12 @@ def merged(method: str, pair: tuple[str, str], seed: int) -> Merged:
 def wanted() -> Wanted:
     """What the table rests on."""
     found: Wanted = {
-        alone(m, task, seed): {task} for m in METHODS for task in TASKS.values() for seed in SEEDS
+        alone(m, task, seed): {task} for m in METHODS for task in OURS.values() for seed in SEEDS
     }
     return found | {merged(m, pair, seed): set(pair) for pair in PAIRS for m in METHODS for seed in SEEDS}
 
 
-def measured(of: Base, measure: Measure) -> float | None:
+def measured(of: Cell, measure: Measure) -> float | None:
     """None if it has not been scored on that task."""
     shown, task = saved(of), measure.task
     if task not in shown.get("problems", {}):

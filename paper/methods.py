@@ -4,7 +4,7 @@ At equal dev accuracy the lower final training loss decides. The test problems a
 that rate. A variant that is not in the list (another k, another catcher) takes the rate of its method.
 """
 
-from paper.grid import Cell, Wanted, missing_tasks, saved
+from paper.grid import Run, Wanted, missing_tasks, saved
 from paper.stats import spread
 
 TASK, DEV = "tiny-math", "tiny-math-dev"
@@ -37,20 +37,20 @@ def rate(method: str, task: str = TASK) -> float | None:
     """The chosen learning rate of a method, or of what it is a variant of; None off the embedded tasks."""
     if not task.startswith("tiny"):
         return None
-    return RATES[method][0] if method in RATES else rate(method.rpartition("_")[0])
+    return RATES[method][0] if method in RATES or "_" not in method else rate(method.rpartition("_")[0])
 
 
-def cell(method: str, seed: int, lr: float | None = None, task: str = TASK, **settings: object) -> Cell:
+def cell(method: str, seed: int, lr: float | None = None, task: str = TASK, **settings: object) -> Run:
     """A run, at the method's rate unless another is given; on the paper's own tasks at their recipe's.
 
     A LoRI-S method takes its mask from the D run of the same seed and settings, at that one's rate.
     """
     d_method = method.replace("-s", "-d", 1)
     mask = cell(d_method, seed, task=task, **settings) if d_method != method else None
-    return Cell(method, lr or rate(method, task), seed, task=task, mask=mask, **settings)
+    return Run(method, lr or rate(method, task), seed, task=task, mask=mask, **settings)
 
 
-def tried(method: str) -> list[Cell]:
+def tried(method: str) -> list[Run]:
     """The runs among which the rate is chosen."""
     return [cell(method, SEEDS[0], lr) for lr in RATES[method][1]]
 

@@ -21,6 +21,7 @@ from catcher import check_k, default_k
 from checkpoint import BACKBONES, MoEConfig, locate, read_config
 from hellora import METHODS, parse_method
 from moe_model import MoEModel, empty_model
+from paper.tables import ALPHA, RANK
 from run import Parser, above_0, command, write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -35,7 +36,7 @@ def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
     how = parse_method(method)
     model = empty_model(cfg, torch.bfloat16).to(torch.float32 if how.train_base else torch.bfloat16)
     experts = list(range(cfg.n_experts if how.rule == "all" else k))
-    hellora.attach(model, how, dict.fromkeys(cfg.moe_layers, experts), 32, 64)
+    hellora.attach(model, how, dict.fromkeys(cfg.moe_layers, experts), RANK, ALPHA)
     return model
 
 

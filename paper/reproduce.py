@@ -5,6 +5,7 @@ python -m paper.reproduce flops               adapter FLOPs a token, by formula 
 python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
 python -m paper.reproduce --table 4 --scale paper               the same on the paper's models and data
 python -m paper.reproduce --table all --scale paper --limit 64  all of them, to try that every command works
+python -m paper.reproduce bases               hot, cold, random experts from three bases; also coverage, lists
 python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce text                the numbers of its text, and what became of each
@@ -29,14 +30,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catcher import Catcher, visited_share
-from checkpoint import BACKBONES, MoEConfig, parse_config
+from checkpoint import BACKBONES, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
-from moe_model import MoEModel, empty_model
-from paper import claims, forgetting, merge, methods, stability, studies, tables, transfer
-from paper.grid import ROOT, Base, Wanted, commands, missing, run_cells
+from moe_model import MoEModel
+from paper import claims, forgetting, merge, methods, stability, studies, table8, tables
+from paper.grid import Wanted, commands, missing, run_cells
+from paper.plan import shapes
 from run import Parser, above_0, command, share_of_1
 
-RANK, ALPHA = 32, 64  # Table 1
 SMALL = {  # config.json of the model on which FLOPs are counted
     "model_type": "olmoe", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4,
@@ -46,13 +47,14 @@ TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --mode
 a trial, whose runs and results stay in runs/trials/. Files of --data: TASK-train.SUFFIX (gsm8k, code, safety)
 and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is gated, it wants a token or such a file)."""
 
-TRAIN_SECONDS, SCORE_SECONDS, PRETRAIN_SECONDS = 130, 20, 1900  # a run, a score, a base; on a laptop's core
+SECONDS = {"train.py": 130, "tiny.pretrain": 1900}  # on a laptop's core, of the embedded model
+SCORE_SECONDS = 20  # of what else there is
 
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")
-CELLS = [  # all percents of parameters that the paper prints, and two that it gives as a ratio only
+PERCENTS = [  # all percents of parameters that the paper prints, and two that it gives as a ratio only
     *(
         (c.table, c.backbone, c.method, c.k, c.printed, c.status.why)
-        for c in tables.CELLS
+        for c in tables.NUMBERS
         if c.metric == "params"
     ),
     ("abstract", tables.DEEPSEEK, "lora", 64, None, "the paper prints only the ratio, 23.2 %"),
@@ -60,23 +62,16 @@ CELLS = [  # all percents of parameters that the paper prints, and two that it g
 ]
 
 
-def build(cfg: MoEConfig, name: str, k: int) -> MoEModel:
-    """A model of shapes with the adapters of method `name` on k experts of each layer."""
-    model = empty_model(cfg, torch.float32)
-    attach(model, parse_method(name), {i: list(range(k)) for i in cfg.moe_layers}, RANK, ALPHA)
-    return model
-
-
 @cache  # tables repeat rows
 def sizes(backbone: str, method: str, k: int) -> dict[str, int]:
     """Numbers that are trained, and all that are stored."""
-    model = build(BACKBONES[backbone].cfg, method, k)
+    model = shapes(BACKBONES[backbone].cfg, method, k)
     return dict(zip(("trained", "stored"), count_params(model, parse_method(method)), strict=True))
 
 
 def params() -> list[dict]:
-    """Every cell of CELLS with our integers; percent is trained / stored, the adapters included in both."""
-    rows = [dict(zip(FIELDS, cell, strict=True)) for cell in CELLS]
+    """Every one of PERCENTS with our integers; percent is trained / stored, the adapters included in both."""
+    rows = [dict(zip(FIELDS, cell, strict=True)) for cell in PERCENTS]
     rows = [row | sizes(row["backbone"], row["method"], row["k"]) for row in rows]
     return [row | {"percent": 100 * row["trained"] / row["stored"]} for row in rows]
 
@@ -113,8 +108,9 @@ def measured_flops(model: MoEModel, tokens: torch.Tensor) -> int:
 
 def flops(share: float) -> dict:
     """Adapter FLOPs a token: by formula for OLMoE-1B-7B, and as counted too for a small model."""
-    paper = build(BACKBONES["olmoe-1b-7b"].cfg, "hellora", 8)
-    everywhere, hot = (adapter_flops(paper, dict.fromkeys(range(16), s)) for s in (1.0, share))
+    cfg = BACKBONES[tables.OLMOE].cfg
+    paper = shapes(cfg, "hellora", 8)  # with a share of 1 each visit meets an adapter, as in LoRA
+    everywhere, hot = (adapter_flops(paper, dict.fromkeys(cfg.moe_layers, s)) for s in (1.0, share))
 
     torch.manual_seed(0)
     cfg = parse_config(SMALL)
@@ -164,7 +160,7 @@ def show_printed(cells: list[dict]) -> None:
 
 def text() -> list[dict]:
     """The numbers of the paper's text, and its figures, which have none, each with what became of it."""
-    said = [(c.where, c.says, c.value, c.status) for c in tables.CLAIMS]
+    said = [(c.where, c.says, c.value, c.status) for c in tables.TEXT]
     drawn = [(f"Figure {n}", about, None, tables.DRAWN) for n, about in tables.FIGURES.items()]
     return [
         {"where": where, "says": says, "value": value, **status._asdict()}
@@ -212,14 +208,14 @@ def study_part(name: str, quick: bool, on: studies.Scale = studies.TINY) -> Part
         return Part(study.wanted, lambda: studies.results(study), studies.show)
     return Part(
         study.wanted,
-        lambda: studies.results(study) | transfer.results(),
-        lambda found: (studies.show(found), transfer.show(found)),
+        lambda: studies.results(study) | table8.results(),
+        lambda found: (studies.show(found), table8.show(found)),
     )
 
 
 def printed_part(number: str) -> Part:
     """A table of the paper whose numbers need the real checkpoint, or none."""
-    cells = [c for c in tables.CELLS if c.table == number]
+    cells = [c for c in tables.NUMBERS if c.table == number]
     return Part(dict, lambda: [c._asdict() | {"command": c.command()} for c in cells], show_printed)
 
 
@@ -241,16 +237,13 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
 
 def show_plan(wanted: Wanted, jobs: int, tiny: bool) -> None:
     """What would be run, and on the embedded model about how long that takes."""
-    todo, asked = missing(wanted), commands(wanted)
-    bases = {b for cell in todo for b in cell.needs() if type(b) is Base and not (ROOT / b.model).exists()}
+    asked = commands(wanted)
     for words in asked:
         print("python", shlex.join(words))
-    end = f"{len(todo)} of {len(wanted)} runs are missing"
+    end = f"{len(missing(wanted))} of {len(wanted)} runs are missing"
     if tiny:
-        trained = sum(words[0] == "train.py" for words in asked)
-        seconds = TRAIN_SECONDS * trained + SCORE_SECONDS * (len(asked) - trained)
-        hours = (seconds + PRETRAIN_SECONDS * len(bases)) / jobs / 3600
-        end += f", and {len(bases)} bases to pretrain: about {hours:.1f} hours, {jobs} at a time"
+        hours = sum(SECONDS.get(words[words[0] == "-m"], SCORE_SECONDS) for words in asked) / jobs / 3600
+        end += f": about {hours:.1f} hours, {jobs} at a time"
     print(end)
 
 
@@ -270,7 +263,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=above_0(int), help="runs at a time (default: one a core; at paper scale 1)")
     add("--json", action="store_true", help="print JSON in place of tables")
     add = p.add_argument_group("--scale paper", TRIAL).add_argument
-    add("--seeds", type=above_0(int), metavar="N", help=f"default {tables.SEEDS}; 1 with --limit")
+    add("--seeds", type=above_0(int), metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
     add("--model", type=Path, metavar="FOLDER", help="a checkpoint in place of each table's")
     add("--data", type=Path, metavar="FOLDER", help="files in place of downloads, as far as they are there")
     add("--limit", type=above_0(int), metavar="N", help="first N rows and problems, one short answer each")

@@ -6,6 +6,7 @@ docs/results/stability.json; the lists of warm-ups are in the cells of their run
 
 from collections.abc import Iterable
 from itertools import combinations
+from math import comb
 from pathlib import Path
 from statistics import mean
 
@@ -17,9 +18,8 @@ from checkpoint import locate, read_config
 from data import TASKS, encode, load_examples
 from hellora import attach_run, fill, load_run, merge
 from moe_model import MoEModel
-from paper.grid import MODEL, ROOT, Cell, Wanted, saved, train
+from paper.grid import MODEL, ROOT, Run, Wanted, make, saved
 from paper.methods import SEEDS, TASK, cell
-from paper.transfer import chance
 from run import read_json, read_run, versions, write_json
 from tiny.report import hot, visits
 from tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ MIDDLE = 141  # of a run's 282 steps
 Hot = dict[str, list[int]]  # layer -> its most-visited experts, as JSON has it
 
 
-def runs() -> list[Cell]:
+def runs() -> list[Run]:
     """HELLoRA as in the other tables, but that its last two saves are of the middle and of the end."""
     return [cell("hellora", seed, flags=("--save-every", str(MIDDLE))) for seed in SEEDS]
 
@@ -50,7 +50,7 @@ def measure() -> None:
         return
     torch.set_num_threads(1)
     for run in runs():
-        train(run)  # nothing, if its folder is still there
+        make(run)  # nothing, if its folder is still there
     source = locate(MODEL)
     base = MoEModel.from_pretrained(source)
     data = encode(load_examples(TASK, TASKS[TASK].train.fetch()), load_tokenizer(source), base.cfg.max_len)
@@ -149,6 +149,11 @@ def compared(pairs: Iterable[tuple[Hot, Hot]]) -> dict:
         "overlaps": [mean(of.values()) for of in found],
         "layers": {layer: mean(of[layer] for of in found) for layer in found[0]} if found else {},
     }
+
+
+def chance(k: int, n: int) -> float:
+    """The mean Jaccard overlap of two random choices of k out of n experts."""
+    return sum(comb(k, j) * comb(n - k, k - j) * j / (2 * k - j) for j in range(k + 1)) / comb(n, k)
 
 
 def show(found: dict) -> None:

@@ -62,4 +62,7 @@ def signed(of: dict | None, digits: int, unit: float = 1) -> str:
     if of is None:
         return ""
     center, *ends = (f"{of[x] / unit:+.{digits}f}" for x in ("mean", "low", "high") if of[x] is not None)
-    return f"{center} ({' to '.join(ends)}, p {of['p']:.3f})" if ends else center
+    if not ends:
+        return center
+    p = "< 0.001" if of["p"] < 0.0005 else f"{of['p']:.3f}"
+    return f"{center} ({' to '.join(ends)}, p {p})"

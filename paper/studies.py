@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import torch
-
 from checkpoint import BACKBONES, locate, read_config
-from hellora import adapter_flops, attach, parse_method
-from moe_model import MoEModel, empty_model
+from hellora import adapter_flops
+from moe_model import MoEModel
 from paper import methods, tables
-from paper.grid import BASES, MODEL, Base, Wanted, saved
+from paper.grid import BASES, MODEL, Base, Cell, Wanted, saved
+from paper.plan import shapes
 from paper.stats import signed, spread
 
 Columns = dict[str, tuple[str, str]]  # a table's column -> which score it shows, of which task
@@ -31,16 +30,16 @@ def columns(math: str, code: str, safety: str) -> Columns:
     return {"gsm8k": ("accuracy", math), **passes, "refusals": ("refusal_rate", safety)}
 
 
-TASKS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
-COLUMNS = columns(*TASKS.values())
-ALL = 64  # tables.Cell.k of what adapts all of OLMoE's experts
+OURS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
+COLUMNS = columns(*OURS.values())
+ALL = 64  # tables.Number.k of what adapts all of OLMoE's experts
 
 
 class Row(NamedTuple):
     """One line of a table."""
 
     name: str
-    runs: dict[str, list[Base]]  # column -> the runs whose mean it is
+    runs: dict[str, list[Cell]]  # column -> the runs whose mean it is
     against: str | None = None  # the row that it is compared with
     printed: dict[str, float] = {}  # column -> the paper's number
     columns: Columns = COLUMNS
@@ -64,7 +63,7 @@ class Study(NamedTuple):
 
 # ---- the paper's ---------------------------------------------------------------------------------------
 
-SEEDS = {  # table -> seeds of each column
+N_SEEDS = {  # table -> seeds of each column
     "2": {"gsm8k": 5, "pass@1": 3, "pass@5": 3, "pass@10": 3, "refusals": 3},
     "4": {"gsm8k": 5},
     "5": {"gsm8k": 3},  # the embedded model leaves nothing to gain on the other two tasks
@@ -93,7 +92,7 @@ class Scale(NamedTuple):
     every: int = ALL  # the k of runs that adapt all experts; it only gives them their name
 
 
-TINY = Scale(" in miniature", TASKS, COLUMNS, SEEDS, {tables.OLMOE: MODEL}, every=8)
+TINY = Scale(" in miniature", OURS, COLUMNS, N_SEEDS, {tables.OLMOE: MODEL}, every=8)
 
 
 def paper_scale(
@@ -106,11 +105,11 @@ def paper_scale(
     for flag, folder in (("--model", model), ("--data", data)):
         if folder and not folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
-    seeds = seeds or (1 if limit else tables.SEEDS)
+    seeds = seeds or (1 if limit else tables.N_SEEDS)
     scored = {t.number: [c for c in t.columns if c in tables.SCORERS] for t in tables.TABLES}
     return Scale(
         ", a trial: not the paper's model and data" if model or data or limit else "",
-        {task: task for task in TASKS},
+        {task: task for task in OURS},
         columns("gsm8k", "humaneval", "safety"),
         {number: dict.fromkeys(names, seeds) for number, names in scored.items() if names},
         {name: str(model.resolve()) if model else name for name in (tables.OLMOE, tables.MIXTRAL)},
@@ -132,12 +131,10 @@ def paper_table(number: str, scale: Scale) -> Study:
     for table in tables.TABLES:
         if table.number == number and table.backbone in scale.models:
             names = {(m, k): row_name(number, m, k, scale.tasks.get(table.task)) for m, k in table.rows}
-            for (method, k), values in table.rows.items():
+            for method, k in table.rows:
                 own = {column: runs(table, method, k, column, scale) for column in scale.seeds[number]}
                 other = names.get(against(method, k, 2 if table.backbone == tables.MIXTRAL else 8))
-                there = elsewhere.rows.get((method, k), (None,) * len(elsewhere.columns))
-                printed = {c: v for c, v in zip(elsewhere.columns, there, strict=True) if v is not None}
-                printed |= {c: v for c, v in zip(table.columns, values, strict=True) if v is not None}
+                printed = elsewhere.printed(method, k) | table.printed(method, k)
                 rows.append(Row(names[method, k], own, other, printed, scale.columns))
     return Study(f"Table {number}{scale.says}: {TITLES[number]}", rows)
 
@@ -149,7 +146,7 @@ def row_name(number: str, method: str, k: int, task: str | None) -> str:
     return f"{method}, k = {k}" if number == "7" else method
 
 
-def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) -> list[Base]:
+def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) -> list[Cell]:
     """What stands for a number of the paper: a run for each seed, or the model before."""
     which = {"model": scale.models[table.backbone], **scale.settings}
     if method == "base":
@@ -178,7 +175,7 @@ def rows_of(
 
 def plain(*names: str) -> dict[str, tuple[str | None, dict]]:
     """Methods by their own names, each compared with itself without its last suffix."""
-    return {name: ((against(name, 8) or (None,))[0], {"method": name}) for name in names}
+    return {name: (name.rpartition("_")[0] or None, {"method": name}) for name in names}
 
 
 def hellora(*flags: str, k: int = 8) -> dict:
@@ -186,7 +183,7 @@ def hellora(*flags: str, k: int = 8) -> dict:
     return {"method": "hellora", "k": k, "flags": flags}
 
 
-OTHERS = {
+OTHERS = {  # name -> title, rows (as rows_of has them), seeds of each, the bases if there are several
     "bases": (
         "hot, cold and random experts, with attention and router adapted and without, from three bases",
         plain(*(f"hellora{s}" for s in ("", "_c", "_r", "_none", "_pure", "_pure_c", "_pure_r"))),
@@ -218,7 +215,7 @@ OTHERS = {
 def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
     """The study of that name, or of that number in the paper; scale: of the latter.
 
-    quick: one seed of one base, word problems alone (Table 8: all tasks), LoRI's variants in Table 2 only.
+    quick: one seed of one base, word problems alone (Table 8: all tasks), HELLoRI in Table 2 alone.
     """
     if name in scale.seeds:
         full = paper_table(name, scale)
@@ -239,13 +236,13 @@ def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
 # ---- what came out -------------------------------------------------------------------------------------
 
 
-def score(cell: Base, of: tuple[str, str]) -> float | None:
+def score(cell: Cell, of: tuple[str, str]) -> float | None:
     """What is kept of it: which score, of which task. None if it has not been run."""
     name, task = of
     return saved(cell).get(name, {}).get(task)
 
 
-def units(found: dict[Base, float], planned: list[Base]) -> list[float]:
+def units(found: dict[Cell, float], planned: list[Cell]) -> list[float]:
     """The numbers that an interval is over: one a seed, or of several bases the mean of each that is done."""
     bases = {model: list(cells) for model, cells in groupby(planned, key=lambda cell: cell.model)}
     if len(bases) == 1:
@@ -268,24 +265,22 @@ def minus(row: Row, other: Row, column: str) -> dict | None:
 
 
 @cache
-def shapes(model: str, method: str) -> MoEModel:
-    """A model with the adapters of a method, without values; another base has the embedded one's shapes."""
+def adapted(model: str, method: str) -> MoEModel:
+    """The shapes of a cell's model with a method's adapters; another base has those of the embedded one."""
     source = MODEL if model.startswith(BASES) else model
     cfg = BACKBONES[model].cfg if model in BACKBONES else read_config(locate(source))
-    shaped = empty_model(cfg, torch.float32)
-    attach(shaped, parse_method(method), {layer: [0] for layer in cfg.moe_layers}, rank=8, alpha=16)
-    return shaped
+    return shapes(cfg, method, 1)
 
 
-def cost(cell: Base, shown: dict) -> float:
+def cost(cell: Cell, shown: dict) -> float:
     """The FLOPs of a run's adapters, as a share of those of LoRA on all experts."""
-    lora = shapes(cell.model, "lora")
+    lora = adapted(cell.model, "lora")
     everywhere = dict.fromkeys(lora.cfg.moe_layers, 1.0)
     shares = {int(layer): share for layer, share in shown.get("hot_share", {}).items()} or everywhere
-    return adapter_flops(shapes(cell.model, shown["method"]), shares) / adapter_flops(lora, everywhere)
+    return adapter_flops(adapted(cell.model, shown["method"]), shares) / adapter_flops(lora, everywhere)
 
 
-def facts(cells: list[Base]) -> dict:
+def facts(cells: list[Cell]) -> dict:
     """What is trained, the hot experts' share of visits (mean over layers and runs), what adapters cost."""
     kept = {cell: shown for cell in cells if "trained" in (shown := saved(cell))}
     shares = [mean(shown["hot_share"].values()) for shown in kept.values() if shown.get("hot_share")]
@@ -339,7 +334,7 @@ def show(found: dict) -> None:
 def line(name: str, of: dict) -> str:
     """A row of one column."""
     trained = f"{of['trained']:11,}" if of["trained"] else f"{'-':>11s}"
-    share = f"{of['hot_share']:.3f}" if of["hot_share"] else "-"
+    share = "-" if of["hot_share"] is None else f"{of['hot_share']:.3f}"
     flops = f"{of['flops']:.2f}" if of["flops"] else "-"
     ours = "-"
     if of.get("mean") is not None:

@@ -1,23 +1,23 @@
 """What the paper prints (HELLoRA, arXiv 2605.18795) as data, and what became of each number here.
 
-A cell is one number of a table, with the command that gives ours; a claim is a number of the text. Rates,
-accuracies and shares are in percent, as the paper has them. What is not here we have not got: of the figures
-only what the text says, and points read off a picture would be made up. Table 2 has the accuracies of the
-methods that Tables 4 and 5 vary.
+A Number is of a table, with the command that gives ours; a Quote is of the text. Rates, accuracies and shares
+are in percent, as the paper has them. What is not here we have not got: of the figures only what the text
+says, and points read off a picture would be made up. Table 2 has the accuracies of the methods that Tables 4
+and 5 vary.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 OLMOE, MIXTRAL, DEEPSEEK = "olmoe-1b-7b", "mixtral-8x7b", "deepseekmoe-16b"
-WORDS = ("reproduced", "contradicted", "out of reach")
+RANK, ALPHA = 32, 64  # of all adapters; Table 1
 
 
 class Status(NamedTuple):
     """What became of a number here."""
 
-    word: str  # one of WORDS
-    command: str = ""  # gives our number; {names} are the cell's fields
+    word: str  # reproduced, contradicted, or out of reach
+    command: str = ""  # gives our number; {names} are fields of Number
     why: str = ""
 
 
@@ -27,15 +27,15 @@ TRAIN = (
     + RUN
 )
 PROBLEMS = {"gsm8k": 1319}  # of its test split: a run is scored on all, not on train.py's 500 (--eval-limit)
-SEEDS = 10  # of each number; Table 1
+N_SEEDS = 10  # of each number; Table 1
 TOO_LARGE = "needs the real checkpoint and a GPU; in miniature: docs/tables.md"
 DEFAULT = Status("reproduced", TRAIN, "the default of train.py")
 EXACT = Status("reproduced", "python -m paper.reproduce params")
 SPEED = Status("out of reach", "python -m paper.bench --shape olmoe", "measured on two A100")
 
 
-class Cell(NamedTuple):
-    """One printed number."""
+class Number(NamedTuple):
+    """A number of a table."""
 
     table: str
     backbone: str
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
     status: Status
 
     def command(self) -> str:
-        """What gives our number. A LoRI-S method takes its mask from the D run of the same cell."""
+        """What gives our number. A LoRI-S method takes its mask from the D run beside it."""
         names = self._asdict() | {"mask": "", "all": ""}
         if "-s" in self.method:
             d_run = RUN.format(**names | {"method": self.method.replace("-s", "-d", 1)})
@@ -79,8 +79,9 @@ SCORERS = {
     "pass@10": CODE,
     "refusals": Scorer("safety", "python -m paper.eval_safety --task safety"),
 }
+RECIPE = ("lr", "epochs", "batch_size", "rank", "alpha")
 METRICS = {
-    **dict.fromkeys(("lr", "epochs", "batch_size", "rank", "alpha"), Metric(None, DEFAULT)),
+    **dict.fromkeys(RECIPE, Metric(None, DEFAULT)),
     "params": Metric(None, EXACT),  # trained / stored, the adapters in both
     "samples/s": Metric("gsm8k", SPEED),
     **{
@@ -109,12 +110,16 @@ class Table(NamedTuple):
     columns: tuple[str, ...]  # of METRICS
     rows: dict[tuple[str, int], tuple[float | None, ...]]  # (method, k) -> values. None: empty, or not known
     backbone: str = OLMOE
-    task: str | None = None  # None: each column's own
+    task: str | None = None  # None: each column's own; "": not tuned
+
+    def printed(self, method: str, k: int) -> dict[str, float]:
+        """{column: value} of a row, {} if it has none such."""
+        values = self.rows.get((method, k), (None,) * len(self.columns))
+        return {c: v for c, v in zip(self.columns, values, strict=True) if v is not None}
 
 
-SCORES = ("gsm8k", "pass@1", "pass@5", "pass@10", "refusals")
+SCORES = tuple(SCORERS)
 UNKNOWN = (None,) * len(SCORES)
-RECIPE = ("lr", "epochs", "batch_size", "rank", "alpha")
 TABLES = (
     *(
         Table("1", RECIPE, {("fft", 64): full, ("hellora", 8): adapters}, task=task)  # and the other methods
@@ -186,25 +191,24 @@ TABLES = (
 )  # fmt: skip
 
 
-def cells() -> list[Cell]:
-    """Every number of TABLES, in their order."""
+def numbers() -> list[Number]:
+    """All of TABLES, in their order."""
     found = []
     for table in TABLES:
-        for (method, k), values in table.rows.items():
-            for metric, printed in zip(table.columns, values, strict=True):
+        for method, k in table.rows:
+            for metric, value in table.printed(method, k).items():
                 task = METRICS[metric].task if table.task is None else table.task
                 status = OVERRIDES.get((table.number, method, k, metric), METRICS[metric].status)
-                if printed is not None:
-                    found.append(Cell(table.number, table.backbone, method, k, task, metric, printed, status))
+                found.append(Number(table.number, table.backbone, method, k, task, metric, value, status))
     return found
 
 
-CELLS = cells()
+NUMBERS = numbers()
 
 
 def printed(table: str, method: str, metric: str) -> float:
-    """The number of one cell. Raises ValueError if there is none, or two that differ."""
-    (value,) = {c.printed for c in CELLS if (c.table, c.method, c.metric) == (table, method, metric)}
+    """One number. Raises ValueError if there is none, or two that differ."""
+    (value,) = {c.printed for c in NUMBERS if (c.table, c.method, c.metric) == (table, method, metric)}
     return value
 
 
@@ -218,7 +222,7 @@ def wins(method: str, over: str) -> int:
     return sum(ratio("2", method, over, metric) >= 1 for metric in SCORES)
 
 
-class Claim(NamedTuple):
+class Quote(NamedTuple):
     """A number of the paper's text or figures."""
 
     where: str
@@ -231,43 +235,43 @@ class Claim(NamedTuple):
 PARAMS, FLOPS, REPORT = (
     f"python -m {name}" for name in ("paper.reproduce params", "paper.reproduce flops", "tiny.report")
 )
-CLAIMS = (
-    Claim("abstract", "OLMoE: HELLoRA's trained parameters, percent of LoRA's", 15.74,
+TEXT = (
+    Quote("abstract", "OLMoE: HELLoRA's trained parameters, percent of LoRA's", 15.74,
           Status("contradicted", PARAMS, "a ratio of two unrounded percents; of the counts it is less"),
           lambda: 100 * ratio("2", "hellora", "lora", "params")),
-    Claim("abstract", "OLMoE: HELLoRI-S's trained parameters, percent of LoRA's", 0.7,
+    Quote("abstract", "OLMoE: HELLoRI-S's trained parameters, percent of LoRA's", 0.7,
           Status("reproduced", PARAMS), lambda: 100 * ratio("2", "hellori-s", "lora", "params")),
-    Claim("abstract", "DeepSeekMoE: HELLoRA's trained parameters, percent of LoRA's", 23.2,
+    Quote("abstract", "DeepSeekMoE: HELLoRA's trained parameters, percent of LoRA's", 23.2,
           Status("reproduced", PARAMS, "as a ratio of percents, if k is 12")),
-    Claim("introduction", "fewer trained parameters than LoRA, percent, up to", 85,
+    Quote("introduction", "fewer trained parameters than LoRA, percent, up to", 85,
           Status("reproduced", PARAMS)),
-    Claim("abstract", "fewer adapter FLOPs than LoRA, percent", 38.7,
+    Quote("abstract", "fewer adapter FLOPs than LoRA, percent", 38.7,
           Status("out of reach", FLOPS, "it rests on the share of visits to hot experts on GSM8K")),
-    Claim("abstract", "more samples a second than LoRA, percent", 88.80,
+    Quote("abstract", "more samples a second than LoRA, percent", 88.80,
           Status("contradicted", SPEED.command, "Table 6 gives less"),
           lambda: 100 * (ratio("6", "hellora", "lora", "samples/s") - 1)),
-    Claim("section 4.4", "samples a second, times LoRA's", 1.62,
+    Quote("section 4.4", "samples a second, times LoRA's", 1.62,
           Status("contradicted", SPEED.command, "1.888 / 1.16: the claim above, and 16 % for the catcher"),
           lambda: ratio("6", "hellora", "lora", "samples/s")),
-    Claim("section 4.4", "samples a second, times full fine-tuning's", 3.5,
+    Quote("section 4.4", "samples a second, times full fine-tuning's", 3.5,
           Status("out of reach", SPEED.command, "and at two batch sizes, those of Table 1")),
-    Claim("abstract", "accuracy above LoRA's, percent", 9.24,
+    Quote("abstract", "accuracy above LoRA's, percent", 9.24,
           Status("contradicted", "", "follows from no table: on GSM8K it is more, on all else less"),
           lambda: 100 * (ratio("2", "hellora", "lora", "gsm8k") - 1)),
-    Claim("section 4", "HELLoRA outperforms LoRA: on how many of Table 2's five scores", 5,
+    Quote("section 4", "HELLoRA outperforms LoRA: on how many of Table 2's five scores", 5,
           Status("contradicted", "", "not on pass@10"), lambda: wins("hellora", "lora")),
-    Claim("section 4", "HELLoRI-D matches or exceeds LoRI-D: on how many", 5,
+    Quote("section 4", "HELLoRI-D matches or exceeds LoRI-D: on how many", 5,
           Status("contradicted", "", "not on code"), lambda: wins("hellori-d", "lori-d")),
-    Claim("section 4", "HELLoRI-S matches or exceeds LoRI-S: on how many", 5,
+    Quote("section 4", "HELLoRI-S matches or exceeds LoRI-S: on how many", 5,
           Status("contradicted", "", "on pass@5 alone"), lambda: wins("hellori-s", "lori-s")),
-    Claim("Eq. 1", "least value of the balancing loss", 1,
+    Quote("Eq. 1", "least value of the balancing loss", 1,
           Status("contradicted", "python -m paper.walkthrough", "f sums over the K choices, so it is K")),
-    Claim("Figure 1", "OLMoE, layer 7: visits to the hottest 8 experts, percent, more than", 50,
+    Quote("Figure 1", "OLMoE, layer 7: visits to the hottest 8 experts, percent, more than", 50,
           Status("out of reach", REPORT, "needs the real checkpoint; the command counts the tiny one")),
-    Claim("Figure 3", "OLMoE: layers of 16 where 10 % of the data give the hot 8 of all data", 11,
+    Quote("Figure 3", "OLMoE: layers of 16 where 10 % of the data give the hot 8 of all data", 11,
           Status("out of reach", REPORT, "as above; in the other 5 layers one expert of 8 differs")),
 )  # fmt: skip
-FIGURES = {  # number -> what it shows. The text has no values of them but those in CLAIMS and Table 6
+FIGURES = {  # number -> what it shows. The text has no values of them but those in TEXT and Table 6
     "1": "share of visits by expert and layer",
     "3": "Jaccard overlap of hot experts by layer",
     "4": "hot experts by layer and task (its caption and the text name different layers)",

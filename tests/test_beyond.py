@@ -73,7 +73,7 @@ def test_rises_are_means_over_domains_and_methods_are_paired_by_seed(cli, monkey
 
 def test_the_grid_scores_what_is_left_of_pretraining_by_its_own_command(monkeypatch):
     assert len(forgetting.wanted()) == 1 + 8 * 3
-    for cell in (grid.Base(), grid.Cell("lora", 0.005, 1)):
+    for cell in (grid.Base(), grid.Run("lora", 0.005, 1)):
         monkeypatch.setattr(sys, "argv", cell.evaluation(grid.PRETRAINING)[1:])
         args = forgetting.parse_args()
         assert [grid.ROOT / folder for folder in args.run or [args.out]] == [cell.folder]
@@ -124,7 +124,7 @@ def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_bo
 
 def test_a_merged_cell_rests_on_its_runs():
     one, other, longer = (
-        grid.Cell("hellora", lr, 0, flags=flags) for lr, flags in ((1, ()), (2, ()), (1, ("--x",)))
+        grid.Run("hellora", lr, 0, flags=flags) for lr, flags in ((1, ()), (2, ()), (1, ("--x",)))
     )
     assert grid.Merged((one, other)).rests_on() != grid.Merged((longer, other)).rests_on()
     kept = grid.Merged((one, other)).rests_on()

@@ -10,7 +10,7 @@ import pytest
 from test_tables import PARSERS
 
 import job
-from paper import claims, forgetting, grid, methods, reproduce, studies, transfer
+from paper import claims, forgetting, grid, methods, reproduce, stability, studies, table8
 from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -97,8 +97,8 @@ def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant
 
 @pytest.mark.parametrize("method", [*methods.MAIN, *methods.PLACEMENTS])
 def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
-    mask = grid.Cell(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
-    cell = grid.Cell(method, 0.005, 2, mask=mask)
+    mask = grid.Run(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
+    cell = grid.Run(method, 0.005, 2, mask=mask)
     monkeypatch.setattr(sys, "argv", cell.command())
     args = job.parse_args("")
     assert (args.method, args.lr, args.seed, args.no_eval) == (method, 0.005, 2, True)
@@ -115,7 +115,7 @@ def cell_of(path):
         return grid.Merged(tuple(cell_of(grid.RESULTS / f"{name}.json") for name in shown["runs"]))
     mask = shown["mask"] and cell_of(grid.RESULTS / f"{shown['mask']}.json")
     settings = (shown[name] for name in ("method", "lr", "seed", "k", "task"))
-    return grid.Cell(*settings, mask, tuple(shown["flags"]), model=shown["model"])
+    return grid.Run(*settings, mask, tuple(shown["flags"]), model=shown["model"])
 
 
 def test_committed_cells_are_what_their_command_would_measure_now():
@@ -136,7 +136,7 @@ def measured(tmp_path, monkeypatch):
     """
     for name in ("ROOT", "RUNS", "RESULTS"):
         monkeypatch.setattr(grid, name, tmp_path)
-    cell, called = grid.Cell("hellora", 0.01, 0, task="tiny-code"), []
+    cell, called = grid.Run("hellora", 0.01, 0, task="tiny-code"), []
     cell.folder.mkdir()
     run = {"model": "tiny", "task": "tiny-code", "method": "hellora", "dtype": "fp32", "finished": True}
     run |= {"trained": 1, "stored": 2, "versions": {}, "hashes": grid.now_hashes("tiny-code")}
@@ -198,7 +198,7 @@ def test_scores_of_two_runs_are_never_mixed_in_one_file(measured):
 
 
 def test_a_mask_run_at_another_rate_makes_another_cell_of_the_same_name():
-    one, other = (grid.Cell("lori-s", 0.01, 0, mask=grid.Cell("lori-d", lr, 0)) for lr in (0.01, 0.02))
+    one, other = (grid.Run("lori-s", 0.01, 0, mask=grid.Run("lori-d", lr, 0)) for lr in (0.01, 0.02))
     assert one.name == other.name
     assert one.rests_on() != other.rests_on()
 
@@ -213,7 +213,7 @@ def test_a_failing_cell_ends_with_its_command_and_its_last_line():
 # ---- studies -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*studies.SEEDS, *studies.OTHERS])
+@pytest.mark.parametrize("name", [*studies.N_SEEDS, *studies.OTHERS])
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_studys_rows_can_be_compared_run_by_run_and_its_cells_share_no_file(name, quick):
     study = studies.study(name, quick)
@@ -222,8 +222,8 @@ def test_a_studys_rows_can_be_compared_run_by_run_and_its_cells_share_no_file(na
     for row in study.rows:
         for column, runs in row.runs.items():
             other = rows[row.against].runs[column] if row.against else runs
-            assert [(c.model, c.seed) for c in other if isinstance(c, grid.Cell)] == [
-                (c.model, c.seed) for c in runs if isinstance(c, grid.Cell)
+            assert [(c.model, c.seed) for c in other if isinstance(c, grid.Run)] == [
+                (c.model, c.seed) for c in runs if isinstance(c, grid.Run)
             ]
     assert len({cell.result for cell in study.wanted()}) == len(study.wanted())
 
@@ -326,7 +326,7 @@ def test_a_dry_run_lists_what_the_scripts_take_and_how_long_it_is(cli, what, mon
     code, out, _ = cli("paper.reproduce", *what, "--dry-run")
     *commands, total = out.splitlines()
     assert code == 0
-    assert re.fullmatch(r"\d+ of \d+ runs are missing, .* about \d+\.\d hours, .*", total)
+    assert re.fullmatch(r"\d+ of \d+ runs are missing: about \d+\.\d hours, \d at a time", total)
     for line in commands:
         script, *flags = [word for word in shlex.split(line)[1:] if word != "-m"]
         if script not in ("export.py", "paper.forgetting"):  # tests/test_beyond.py has these
@@ -346,7 +346,7 @@ def test_what_is_finished_can_be_seen_without_running_anything(cli):
 def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_choices():
     choices = [set(c) for c in combinations(range(6), 2)]
     pairs = [len(a & b) / len(a | b) for a in choices for b in choices]
-    assert transfer.chance(2, 6) == pytest.approx(sum(pairs) / len(pairs))
+    assert stability.chance(2, 6) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seeds():
@@ -354,6 +354,6 @@ def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seed
         "a": dict(enumerate([{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}])),
         "b": {seed: {"0": [1, 3]} for seed in (0, 1)},
     }
-    assert transfer.overlap_row("a", "b", hot)["mean"] == pytest.approx(1 / 3)  # 1 of 3, in seeds 0 and 1
-    assert transfer.overlap_row("a", "a", hot)["mean"] == pytest.approx((1 + 0 + 0) / 3)
-    assert transfer.overlap_row("a", "c", hot | {"c": {}})["mean"] is None
+    assert table8.overlap_row("a", "b", hot)["overlaps"] == pytest.approx([1 / 3, 1 / 3])  # of seeds 0 and 1
+    assert sorted(table8.overlap_row("a", "a", hot)["overlaps"]) == [0, 0, 1]
+    assert table8.overlap_row("a", "c", hot | {"c": {}})["overlaps"] == []

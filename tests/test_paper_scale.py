@@ -31,7 +31,7 @@ def parsed(words, monkeypatch):
 def numbers():
     """Each printed score: its cell of tables.py, and the runs whose mean is to stand beside it."""
     on = studies.paper_scale()
-    cells = {(c.table, c.backbone, c.method, c.k, c.task, c.metric): c for c in tables.CELLS}
+    cells = {(c.table, c.backbone, c.method, c.k, c.task, c.metric): c for c in tables.NUMBERS}
     for table in tables.TABLES:
         for method, k in table.rows:
             for metric in on.seeds.get(table.number, ()):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import hub_names, parse_config
 from moe_model import MoEModel, load_balancing_loss
+from run import Parser, above_0, command
 from tiny import bpe
 from tiny.corpus import MIX, Document, fact
 from tiny.tasks import code_problem, math_problem, safety_problem, split_of
@@ -228,7 +229,7 @@ def probes(model: MoEModel, encoder: bpe.Encoder) -> dict[str, float]:
 
 
 def train(model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Path, every: int) -> None:
-    """Pretrain in place; probes and a checkpoint after every `every` steps and at the end."""
+    """Pretrain in place, probe after every `every` steps and at the end, and save."""
     optimizer = optimizer_for(model)
     stream = batches(Random(f"corpus {seed}"), encoder)
     everything = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)  # no padding
@@ -247,22 +248,25 @@ def train(model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Pat
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", balance=f"{balance.item():.2f}")
         if step % every == 0 or step == steps:
-            save(model, out)
             bar.write(json.dumps({"step": step, "loss": round(loss.item(), 3)} | probes(model, encoder)))
+    save(model, out)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=above_0(int), default=3000)
+    parser.add_argument("--every", type=above_0(int), default=500, help="steps from one probe to the next")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Pretrain the embedded model.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--every", type=int, default=500, help="steps from one checkpoint to the next")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
-    args = parser.parse_args()
+    """Tokenizer, model, training."""
+    args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(
-        1
-    )  # the sums, and with them the weights, then come out the same on every such machine
+    torch.set_num_threads(1)  # the sums, and so the weights, then come out the same on every such machine
     torch.manual_seed(args.seed)
 
     merges = bpe.train(tokenizer_text(Random("tokenizer")), VOCAB_SIZE)
@@ -274,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

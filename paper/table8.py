@@ -1,24 +1,23 @@
-"""The second half of Table 8's study: what the hot experts of the tasks have in common (Figures 4 and 6).
+"""What Table 8's runs show besides scores: what the tasks' hot experts have in common (Figures 4 and 6).
 
 And how many requests a model refuses that it need not.
 """
 
 from itertools import combinations, combinations_with_replacement
-from math import comb
 from statistics import mean
 
-from catcher import overlap
 from checkpoint import locate, read_config
 from paper.grid import MODEL, Base, saved
 from paper.methods import SEEDS, cell
-from paper.studies import TASKS
+from paper.stability import Hot, chance, compared
+from paper.studies import OURS
 
-SAFETY = TASKS["safety"]
+SAFETY = OURS["safety"]
 
 
 def results() -> dict:
     """The overlaps of hot experts, and the refusals of harmless requests, of the runs that are finished."""
-    runs = {task: [saved(cell("hellora", seed, task=task)) for seed in SEEDS] for task in TASKS.values()}
+    runs = {task: [saved(cell("hellora", seed, task=task)) for seed in SEEDS] for task in OURS.values()}
     hot = {task: {seed: r["hot_experts"] for seed, r in enumerate(of) if r} for task, of in runs.items()}
     refused = {
         name: [r["harmless_refused"][SAFETY] for r in of if SAFETY in r.get("harmless_refused", {})]
@@ -26,26 +25,16 @@ def results() -> dict:
     }
     return {
         "harmless_refused": refused,
-        "overlap": [overlap_row(a, b, hot) for a, b in combinations_with_replacement(TASKS.values(), 2)],
+        "overlap": [overlap_row(a, b, hot) for a, b in combinations_with_replacement(OURS.values(), 2)],
         "overlap_by_chance": chance(8, read_config(locate(MODEL)).n_experts),
     }
 
 
-def overlap_row(a: str, b: str, hot: dict[str, dict[int, dict]]) -> dict:
-    """Jaccard overlap of two tasks' hot experts by layer, mean over seeds; a task and itself: two seeds."""
-    pairs = (
-        combinations(hot[a].values(), 2)
-        if a == b
-        else ((hot[a][s], hot[b][s]) for s in hot[a].keys() & hot[b])
-    )
-    found = [overlap(one, other) for one, other in pairs]
-    layers = {layer: mean(f[layer] for f in found) for layer in found[0]} if found else {}
-    return {"tasks": [a, b], "layers": layers, "mean": mean(layers.values()) if layers else None}
-
-
-def chance(k: int, n: int) -> float:
-    """The mean Jaccard overlap of two random choices of k out of n experts."""
-    return sum(comb(k, j) * comb(n - k, k - j) * j / (2 * k - j) for j in range(k + 1)) / comb(n, k)
+def overlap_row(a: str, b: str, hot: dict[str, dict[int, Hot]]) -> dict:
+    """Overlaps of two tasks' hot experts, seed by seed; of a task and itself: of each two seeds."""
+    other_seeds, same_seed = combinations(hot[a].values(), 2), hot[a].keys() & hot[b]
+    pairs = other_seeds if a == b else [(hot[a][seed], hot[b][seed]) for seed in same_seed]
+    return {"tasks": [a, b], **compared(pairs)}
 
 
 def show(found: dict) -> None:
@@ -55,7 +44,7 @@ def show(found: dict) -> None:
         print(f"{name:28s}{', '.join(map(str, counts)) or '-'}")
     print("\nJaccard overlap of hot experts, by layer (mean over seeds; a task and itself: two seeds)")
     for r in found["overlap"]:
-        if r["layers"]:
+        if r["overlaps"]:
             layers = " ".join(f"{value:.3f}" for value in r["layers"].values())
-            print(f"{' and '.join(r['tasks']):28s}{layers}   mean {r['mean']:.3f}")
+            print(f"{' and '.join(r['tasks']):28s}{layers}   mean {mean(r['overlaps']):.3f}")
     print(f"{'two random choices':28s}{found['overlap_by_chance']:.3f}")
