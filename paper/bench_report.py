@@ -101,7 +101,8 @@ def show_others(record: dict) -> None:
         if row["seconds"]:
             print(f"load, {name}: {median(row['seconds']):.2f} s")
     for regime, value in record["regimes"].items():
-        time = f"{value['time']['median']:.2f}x in time, " if value["time"] else ""
+        spread = "{median:.2f}x in time ({least:.2f} to {most:.2f}), "
+        time = spread.format(**value["time"]) if value["time"] else ""
         operations = f"{value['operations']:.2f}x in operations"
         print(f"lora -> hellora, {regime}: {time}{operations} (paper: {PAPER['ratio']}x in time)")
     if "losses_differ_by" in record:

@@ -10,6 +10,8 @@ from importlib import import_module
 import pytest
 from conftest import ROOT
 
+import paper
+
 ORDER = [  # a file may import only files before it
     "ranks", "run", "checkpoint", "tokenizer", "dispatch", "moe_model", "data", "catcher", "hellora", "lori",
     "state", "generate", "eval_gsm8k", "job", "train", "export",
@@ -91,3 +93,7 @@ def test_results_quoted_in_tiny_s_readme_are_the_committed_ones():
 def test_nothing_private_is_committed():
     for path in [p for d in (".", "docs", "paper", "tests", "tiny") for p in (ROOT / d).glob("*.[pm][yd]")]:
         assert not re.search(r"(?<![\w.])/(work|root|home)/", path.read_text()), path
+
+
+def test_papers_page_of_contents_names_every_file():
+    assert set(re.findall(r"\w+", paper.__doc__)) >= {p.stem for p in (ROOT / "paper").glob("[!_]*.py")}
