@@ -213,7 +213,7 @@ class HotList:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
     # fmt: off
     add("--model", default="tiny", help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
@@ -225,8 +225,8 @@ def parse_args() -> argparse.Namespace:
     add("--share", type=share_of_1, default=0.1, help="share of the split to look at (default 0.1)")
     add("--seed", type=seed_number, default=0, help="picks that share (default 0)")
     add("--batch-size", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
-    add("--out", type=Path, help="write hot_experts.json here")
-    add("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
+    either("--out", type=Path, help="write hot_experts.json here")
+    either("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
     # fmt: on
     add_compute_flags(add)
     return p.parse_args()

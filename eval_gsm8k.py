@@ -23,6 +23,7 @@ from run import (
     Parser,
     above_0,
     add_compute_flags,
+    at_least_0,
     command,
     compute,
     read_run,
@@ -148,7 +149,10 @@ def parse_args() -> argparse.Namespace:
         help="score the first N problems (default: as many as the run scored; else all)",
     )
     p.add_argument(
-        "--shots", type=int, default=0, help="put N solved training problems before each (default 0)"
+        "--shots",
+        type=at_least_0(int),
+        default=0,
+        help="put N solved training problems before each (default 0)",
     )
     p.add_argument("--template", help="prompt and answer form (default: the run's, or the task's)")
     p.add_argument(

@@ -108,7 +108,7 @@ def parse_args(description: str) -> argparse.Namespace:
     train("--batch-size", type=above_0(int), help="examples in an optimizer step (default: the recipe's)")
     train("--micro-batch", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
     train("--lr", type=above_0(float), help="learning rate (default: the recipe's)")
-    train("--balance", type=at_least_0, default=0.0, metavar="C", help="coefficient of Eq. 1 (default 0)")
+    train("--balance", type=at_least_0(float), default=0.0, metavar="C", help="factor of Eq. 1 (default 0)")
     train("--seed", type=seed_number, default=0, help="of data order, A, catcher (default 0)")
     run("--out", type=Path, metavar="DIR", help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
     run("--resume", action="store_true", help="go on with an unfinished run, or fail if there is none")

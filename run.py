@@ -116,12 +116,18 @@ def above_0(kind: type) -> Callable[[str], float]:
     return parse
 
 
-def at_least_0(text: str) -> float:
-    """An argparse type: a number that may be 0."""
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}, want a number from 0 on")
+def at_least_0(kind: type) -> Callable[[str], float]:
+    """An argparse type: an int or float that may be 0."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if 0 <= kind(text) < float("inf"):
+                return kind(text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, want {'a number' if kind is float else 'an integer'} from 0 on"
+        )
+
+    return parse
 
 
 def share_of_1(text: str) -> float:
@@ -172,7 +178,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}): is the disk full?") from error
+        why = "" if isinstance(error, PermissionError) else ": is the disk full?"
+        raise OSError(f"{path} could not be written ({error}){why}") from error
 
 
 def sync_names(folder: Path) -> None:

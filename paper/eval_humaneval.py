@@ -208,7 +208,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=above_0(int), metavar="N", help="the first N problems (default: all)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep samples and results here")
     add("--n", type=above_0(int), default=20, help="samples of a problem (default 20)")
-    add("--temperature", type=at_least_0, default=0.2, help="default 0.2; 0: the likeliest token, with --n 1")
+    add("--temperature", type=at_least_0(float), default=0.2, help="default 0.2; 0: greedy, with --n 1")
     add("--top-p", type=share_of_1, default=0.95, help="draw from this share of each choice (default 0.95)")
     add("--seed", type=seed_number, default=0, help="of the samples (default 0)")
     add("--max-new", type=above_0(int), help="tokens of a completion at most (default: 512; tiny-code 96)")

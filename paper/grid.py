@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -43,6 +43,7 @@ SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
     "code": ("--max-new", "32", "--n", "1"),  # so pass@5 and pass@10 have no value
     "safety": ("--max-new", "32"),
 }
+RUNNING: set[subprocess.Popen] = set()  # the commands under way
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
@@ -331,12 +332,16 @@ def python(*arguments: str) -> None:
     One thread each is the most work per core, and makes a cell's numbers independent of the cores there are.
     Raises OSError with the command and the last line that it printed if it fails.
     """
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        *_, last = ["no message", *done.stderr.split("\n")[:-1]]
+    how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, *arguments], **how, **pipes) as child:
+        RUNNING.add(child)
+        _, errors = child.communicate()
+        RUNNING.discard(child)
+    if child.returncode:
+        *_, last = ["no message", *errors.split("\n")[:-1]]
         command = f"python {' '.join(arguments)}"
-        raise OSError(f"a command of the grid ended with exit code {done.returncode}: {command} ({last})")
+        raise OSError(f"a command of the grid ended with exit code {child.returncode}: {command} ({last})")
 
 
 def saved(cell: Cell) -> dict:
@@ -393,7 +398,6 @@ def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
         shown = so_far(cell)  # again: another process may have added to it meanwhile
         for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
-        cell.result.parent.mkdir(parents=True, exist_ok=True)
         write_json(cell.result, shown)
 
 
@@ -419,21 +423,37 @@ def commands(wanted: Wanted) -> list[list[str]]:
 
 
 def run_cells(wanted: Wanted, jobs: int) -> None:
-    """Make and score what is missing, `jobs` at a time. What is done is kept at once, and not done again."""
+    """Make and score what is missing, `jobs` at a time. What is done is kept at once, and not done again.
+
+    The first failure, or a signal, ends all: train.py saves what it has, to go on from there the next time.
+    Raises OSError if a command fails, or if there is no writing where results are kept.
+    """
     todo = missing(wanted)
     needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
+    for place in {cell.result.parent for cell in todo}:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(f"{place} cannot be written to, and results are kept there")
     for cell in (*needs, *todo):
         cell.prepare()
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
         bar.set_description(f"{len(needs)} to come first" if needs else "")
-        for _, together in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-            list(pool.map(make, together))
-        waiting = {pool.submit(run_cell, cell, sorted(tasks)): cell for cell, tasks in todo.items()}
+        tasks: list[Future] = []
         try:
-            for done in as_completed(waiting):
+            for _, level in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
+                tasks = [pool.submit(make, cell) for cell in level]
+                for done in as_completed(tasks):
+                    done.result()
+            tasks = [pool.submit(run_cell, cell, sorted(on)) for cell, on in todo.items()]
+            names = {task: cell.name for task, cell in zip(tasks, todo, strict=True)}
+            for done in as_completed(tasks):
                 done.result()
-                bar.set_description(waiting[done].name)
+                bar.set_description(names[done])
                 bar.update()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the runs that are under way end or are resumed
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(task.done() for task in tasks):
+                while RUNNING:
+                    RUNNING.pop().terminate()
+                wait(tasks, timeout=0.1)
             raise

@@ -6,7 +6,7 @@ python -m paper.reproduce --table 4           a table of the paper on the embedd
 python -m paper.reproduce --table 4 --scale paper               the same on the paper's models and data
 python -m paper.reproduce --table all --scale paper --limit 64  all of them, to try that every command works
 python -m paper.reproduce bases               hot, cold, random experts from three bases; also coverage, lists
-python -m paper.reproduce methods             every method's learning rate, chosen among three on dev problems
+python -m paper.reproduce methods             every method's learning rate, chosen on dev problems
 python -m paper.reproduce claims              the paper's claims beside what the finished runs say
 python -m paper.reproduce text                the numbers of its text, and what became of each
 python -m paper.reproduce forgetting          what tuning costs of what pretraining taught
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -257,10 +258,10 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
     add("--quick", action="store_true", help="one seed of one base, fewer rows and columns")
-    add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
-    add("--finished", action="store_true", help="run nothing: show what the finished runs give")
     add("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
     add("--jobs", type=above_0(int), help="runs at a time (default: one a core; at paper scale 1)")
+    add("--finished", action="store_true", help="run nothing: show what the finished runs give")
+    add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
     add("--json", action="store_true", help="print JSON in place of tables")
     add = p.add_argument_group("--scale paper", TRIAL).add_argument
     add("--seeds", type=above_0(int), metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
@@ -268,7 +269,18 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="FOLDER", help="files in place of downloads, as far as they are there")
     add("--limit", type=above_0(int), metavar="N", help="first N rows and problems, one short answer each")
     # fmt: on
-    return p.parse_args(words)
+    args = p.parse_args(words)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    asked, quick = args.what or args.table, ("all", *studies.N_SEEDS, *studies.OTHERS)
+    if args.quick and (args.scale == "paper" or asked not in quick):
+        raise ValueError(f"{asked} has no quick form at --scale {args.scale}: omit --quick")
+    if args.dry_run and (args.finished or args.json):
+        raise ValueError("--dry-run only lists commands: omit --finished and --json")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -276,8 +288,6 @@ def main(words: list[str] | None = None) -> None:
     args = parse_args(words)
     jobs = args.jobs or (os.cpu_count() if args.scale == "tiny" else 1)
     known, asked = parts(args), args.what or args.table
-    if args.quick and asked in MODULES:
-        raise ValueError(f"{asked} has no quick form: omit --quick")
     chosen = {asked: known[asked]} if asked in known else known
     if args.table == "all":
         chosen = {name: part for name, part in known.items() if name.isdigit()}
@@ -302,4 +312,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too stops the runs under way
     command(main)

@@ -100,11 +100,13 @@ def paper_scale(
 ) -> Scale:
     """The paper's backbones, data sets and recipe; or what stands in for them in a trial (paper.grid.Base).
 
-    Raises FileNotFoundError if one of the folders is not there.
+    Raises FileNotFoundError if one of the folders is not there, or not a checkpoint's.
     """
     for flag, folder in (("--model", model), ("--data", data)):
         if folder and not folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
+    if model and not (model / "config.json").exists():
+        raise FileNotFoundError(f"--model {model}: there is no config.json in it, want a checkpoint's folder")
     seeds = seeds or (1 if limit else tables.N_SEEDS)
     scored = {t.number: [c for c in t.columns if c in tables.SCORERS] for t in tables.TABLES}
     return Scale(

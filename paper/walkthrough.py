@@ -25,7 +25,7 @@ from examples.golden import ALPHA, COUNTED, RANK, K, set_waves
 from hellora import LowRank, attach, count_params, merge, parse_method
 from lori import lori_masks
 from moe_model import Block, MoEModel, Routing, load_balancing_loss, positions
-from run import command
+from run import Parser, command
 from tokenizer import load_tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
@@ -233,6 +233,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Write the page anew."""
+    Parser(description=__doc__).parse_args()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

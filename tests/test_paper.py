@@ -1,10 +1,15 @@
 """The paper's Params cells and FLOPs, from the command that prints them."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
-from itertools import combinations
+import time
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from threading import Timer, main_thread
 
 import pytest
 from test_tables import PARSERS
@@ -85,6 +90,12 @@ def test_a_rate_is_chosen_on_dev_and_never_on_test():
     assert methods.row(tried, seeds)["accuracy"]["mean"] == pytest.approx(0.9)
     with pytest.raises(ValueError, match=r"lora is best at 2 on dev, but RATES .* says 3"):
         methods.row(tried, [result("lora", 3, 0, 0.6, 0.99)])
+
+
+def test_no_rate_lies_at_the_edge_of_those_tried_():
+    for method, (rate, tried) in methods.RATES.items():
+        assert tried[0] < rate < tried[-1], method
+        assert all(1.9 < b / a < 3.4 for a, b in pairwise(tried)), method
 
 
 def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant():
@@ -208,6 +219,48 @@ def test_a_failing_cell_ends_with_its_command_and_its_last_line():
     with pytest.raises(OSError, match=r"exit code 1: python -c import .*\(error: k is 0\)$") as raised:
         grid.python("-c", fails)
     assert "\n" not in str(raised.value)
+
+
+@dataclass(frozen=True)
+class Program(grid.Base):
+    """A cell that is made by a program of its own."""
+
+    code: str
+    finished = False
+
+    @property
+    def name(self):
+        return str(hash(self.code))
+
+    def command(self):
+        return ["-c", self.code]
+
+
+@pytest.mark.parametrize("end", ["a failure", "Ctrl-C"])
+def test_a_failure_or_a_signal_ends_the_commands_that_are_under_way(end, tmp_path, monkeypatch):
+    for name in ("ROOT", "RUNS", "RESULTS"):
+        monkeypatch.setattr(grid, name, tmp_path)
+    error, says = (OSError, "error: no") if end == "a failure" else (KeyboardInterrupt, None)
+    codes = [
+        "import time; time.sleep(300)",
+        "import sys; sys.exit('error: no')",
+        "import time; time.sleep(299)",
+    ]
+    if end == "Ctrl-C":
+        codes.pop(1)
+        Timer(1, signal.pthread_kill, (main_thread().ident, signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(error, match=says):
+        grid.run_cells({Program(code=code): {"tiny-math"} for code in codes}, 2)
+    assert time.monotonic() - start < 60
+    assert not grid.RUNNING
+
+
+def test_there_is_no_training_for_a_result_that_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, how: False)  # a root user may write anywhere
+    with pytest.raises(PermissionError, match="results are kept there"):
+        grid.run_cells({Program(code="0 / 0"): {"tiny-math"}}, 1)
 
 
 # ---- studies -------------------------------------------------------------------------------------------

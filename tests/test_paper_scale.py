@@ -97,6 +97,7 @@ def test_a_dry_run_lists_commands_in_an_order_that_can_be_run_and_needs_no_netwo
 
 
 def test_what_a_trial_shows_is_kept_apart_from_results(tmp_path):
+    (tmp_path / "config.json").touch()
     for stand_in in ({"model": tmp_path}, {"data": tmp_path}, {"limit": 3}):
         for number in studies.paper_scale().seeds:
             for cell in studies.study(number, scale=studies.paper_scale(**stand_in)).wanted():
@@ -112,6 +113,11 @@ def test_what_a_trial_shows_is_kept_apart_from_results(tmp_path):
         (["--table", "2", "--scale", "paper", "--model", "nowhere"], "--model nowhere: there is no such"),
         (["--table", "2", "--scale", "paper", "--data", "nowhere"], "--data nowhere: there is no such"),
         (["--table", "2", "--scale", "paper", "--limit", "0"], "above 0"),
+        (["--table", "2", "--scale", "paper", "--model", ROOT / "docs"], "there is no config.json in it"),
+        (["--table", "2", "--scale", "paper", "--quick"], "2 has no quick form at --scale paper"),
+        (["params", "--quick"], "params has no quick form"),
+        (["all", "--dry-run", "--finished"], "--dry-run only lists commands"),
+        (["all", "--dry-run", "--json"], "--dry-run only lists commands"),
     ],
 )
 def test_flags_that_do_not_go_together_end_in_one_line(cli, flags, says):
