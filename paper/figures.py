@@ -22,7 +22,7 @@ from catcher import overlap, visited_share
 from paper import studies
 from paper.bench_report import REGIMES
 from paper.grid import LAST_STEPS, missing_tasks, saved
-from paper.methods import MAIN, PLACEMENTS, RATES, TASK, cell, tried
+from paper.methods import DEV, MAIN, PLACEMENTS, RATES, TASK, cell, tried
 from run import Parser, command, read_json
 
 ROOT = Path(__file__).parent.parent
@@ -76,10 +76,12 @@ def cells() -> dict[str, list[dict]]:
     """{method: its finished runs at its chosen rate, seed by seed}, of methods whose rates were all tried."""
     found = {}
     for method in RATES:
-        if not any(missing_tasks(run, [TASK]) for run in tried(method)):
+        if not any(missing_tasks(run, [DEV]) for run in tried(method)):
             runs = [cell(method, seed) for seed in range(MOST_SEEDS)]
             found[method] = [saved(run) for run in runs if not missing_tasks(run, [TASK])]
-    return found
+    if not any(found.values()):
+        raise FileNotFoundError("no method's runs are finished: python -m paper.reproduce methods makes them")
+    return {method: runs for method, runs in found.items() if runs}
 
 
 def benches() -> dict[str, dict]:
@@ -240,7 +242,14 @@ def draw(name: str, folder: Path) -> None:
 def main() -> None:
     """Draw what there are results for."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=FIGURES,
+        default=list(FIGURES),
+        metavar="NAME",
+        help=f"of {', '.join(FIGURES)}",
+    )
     p.add_argument("--out", type=Path, default=OUT, help="folder (default docs/figures)")
     args = p.parse_args()
     pyplot()

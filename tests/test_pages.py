@@ -7,7 +7,6 @@ import pytest
 from conftest import ROOT
 
 from paper import pages, reproduce
-from paper.methods import RATES
 from paper.tables import OLMOE
 
 
@@ -56,13 +55,6 @@ def test_the_exact_percents_in_prose_are_those_of_the_params_table():
         assert f"{before}{100 * hot[name] / lora[name]:.2f}{after}" in text
     assert f"{hot['percent']:.4f} rounded to 0.7" in text
     assert f"{dora['percent']:.4f} % with the router adapted" in text
-
-
-def test_the_page_names_the_methods_whose_rate_lies_at_the_edge_of_those_tried():
-    text = " ".join((ROOT / "docs" / "tables.md").read_text().split())
-    named = re.search(r"at the edge of what was tried for (.*?)\.", text)[1]
-    edges = [method for method, (rate, tried) in RATES.items() if rate in (tried[0], tried[-1])]
-    assert re.findall(r"`([\w-]+)`", named) == edges
 
 
 def test_the_readme_is_short_and_what_it_links_to_is_there():
