@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -59,7 +60,6 @@ class Cell:
     #   name       its folder and its result file are called so
     #   finished   whether it is there
     #   command()  the arguments after "python" that make it
-    #   needs()    the cells that are to be made before, if any
     #   rests_on() what its numbers rest on if made now, but for the code, whose changes mostly move none
     #   record()   what is kept of it besides scores
 
@@ -121,7 +121,7 @@ class Cell:
         return own + [self.evaluation(task) for task in sorted(tasks) if not self.scores(task)]
 
     def needs(self) -> list["Cell"]:
-        """Nothing, unless a kind says otherwise."""
+        """The cells that are to be made before."""
         return []
 
     def prepare(self) -> None:
@@ -336,8 +336,13 @@ def python(*arguments: str) -> None:
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, *arguments], **how, **pipes) as child:
         RUNNING.add(child)
-        _, errors = child.communicate()
-        RUNNING.discard(child)
+        try:
+            _, errors = child.communicate()
+        except BaseException:  # a signal, if we are the main thread
+            child.terminate()
+            raise
+        finally:
+            RUNNING.discard(child)
     if child.returncode:
         *_, last = ["no message", *errors.split("\n")[:-1]]
         command = f"python {' '.join(arguments)}"
@@ -437,14 +442,17 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
     for cell in (*needs, *todo):
         cell.prepare()
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
-        bar.set_description(f"{len(needs)} to come first" if needs else "")
+        first = sum(not cell.finished for cell in needs)
+        bar.set_description(f"{first} to come first" if first else "")
         tasks: list[Future] = []
         try:
             for _, level in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-                tasks = [pool.submit(make, cell) for cell in level]
+                tasks.clear()
+                tasks.extend(pool.submit(make, cell) for cell in level)
                 for done in as_completed(tasks):
                     done.result()
-            tasks = [pool.submit(run_cell, cell, sorted(on)) for cell, on in todo.items()]
+            tasks.clear()
+            tasks.extend(pool.submit(run_cell, cell, sorted(on)) for cell, on in todo.items())
             names = {task: cell.name for task, cell in zip(tasks, todo, strict=True)}
             for done in as_completed(tasks):
                 done.result()
@@ -453,7 +461,8 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(task.done() for task in tasks):
-                while RUNNING:
-                    RUNNING.pop().terminate()
+                with suppress(KeyError):  # until there is none; a thread may take its own away meanwhile
+                    while True:
+                        RUNNING.pop().terminate()
                 wait(tasks, timeout=0.1)
             raise

@@ -1,8 +1,8 @@
 """Which learning rate each method gets on the embedded model: the best on the dev problems, seed 0.
 
 Three are tried, and further ones a factor of two apart until the best lies inside. At equal dev accuracy the
-lower final training loss decides. The test problems are looked at afterwards, at that rate. A variant that is
-not in the list (another k, another catcher) takes the rate of its method.
+lower final training loss decides; test scores decide nothing. A variant that is not in the list (another k,
+another catcher) takes the rate of its method.
 """
 
 from paper.grid import Run, Wanted, missing_tasks, saved
@@ -10,7 +10,7 @@ from paper.stats import spread
 
 TASK, DEV = "tiny-math", "tiny-math-dev"
 SEEDS = (0, 1, 2)
-RATES = {  # method -> the rate chosen, and those tried. Where A is frozen, or B sparse, larger ones do better
+RATES = {  # method -> the rate chosen, and those tried. Where B is sparse, larger ones do better
     "fft": (1e-3, (5e-4, 1e-3, 3e-3, 1e-2)),
     "lora": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2)),
     "dora": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2)),

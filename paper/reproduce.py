@@ -151,12 +151,12 @@ def show_flops(row: dict) -> None:
     )
 
 
-def show_printed(cells: list[dict]) -> None:
+def show_printed(numbers: list[dict]) -> None:
     """A table of the paper that has no miniature: its numbers, what became of each, and the commands."""
-    for c in cells:
+    for c in numbers:
         what = f"{c['backbone']} {c['method']} k={c['k']}" + (f" on {c['task']}" if c["task"] else "")
         print(f"{what:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}")
-    print("by:", *sorted({f"  {c['command']}" for c in cells}), sep="\n")
+    print("by:", *sorted({f"  {c['command']}" for c in numbers}), sep="\n")
 
 
 def text() -> list[dict]:
@@ -216,8 +216,8 @@ def study_part(name: str, quick: bool, on: studies.Scale = studies.TINY) -> Part
 
 def printed_part(number: str) -> Part:
     """A table of the paper whose numbers need the real checkpoint, or none."""
-    cells = [c for c in tables.NUMBERS if c.table == number]
-    return Part(dict, lambda: [c._asdict() | {"command": c.command()} for c in cells], show_printed)
+    numbers = [c for c in tables.NUMBERS if c.table == number]
+    return Part(dict, lambda: [c._asdict() | {"command": c.command()} for c in numbers], show_printed)
 
 
 def parts(args: argparse.Namespace) -> dict[str, Part]:

@@ -98,7 +98,7 @@ TINY = Scale(" in miniature", OURS, COLUMNS, N_SEEDS, {tables.OLMOE: MODEL}, eve
 def paper_scale(
     model: Path | None = None, data: Path | None = None, limit: int | None = None, seeds: int | None = None
 ) -> Scale:
-    """The paper's backbones, data sets and recipe; or what stands in for them in a trial (paper.grid.Base).
+    """The paper's backbones, data sets and recipe; or what stands in for them in a trial (paper.grid.Cell).
 
     Raises FileNotFoundError if one of the folders is not there, or not a checkpoint's.
     """

@@ -229,7 +229,7 @@ class Quote(NamedTuple):
     says: str
     value: float
     status: Status
-    from_cells: Callable[[], float] | None = None  # what the paper's own tables give for it, if they do
+    from_tables: Callable[[], float] | None = None  # what the paper's own tables give for it, if they do
 
 
 PARAMS, FLOPS, REPORT = (

@@ -92,7 +92,7 @@ def test_a_rate_is_chosen_on_dev_and_never_on_test():
         methods.row(tried, [result("lora", 3, 0, 0.6, 0.99)])
 
 
-def test_no_rate_lies_at_the_edge_of_those_tried_():
+def test_no_rate_lies_at_the_edge_of_those_tried():
     for method, (rate, tried) in methods.RATES.items():
         assert tried[0] < rate < tried[-1], method
         assert all(1.9 < b / a < 3.4 for a, b in pairwise(tried)), method

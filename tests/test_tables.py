@@ -36,7 +36,7 @@ def digits(value):
 # ---- the tables among themselves -----------------------------------------------------------------------
 
 
-def test_every_table_is_here_and_no_cell_twice():
+def test_every_table_is_here_and_no_number_twice():
     assert {c.table for c in NUMBERS} == set("12345678")
     cells = Counter((c.table, c.backbone, c.method, c.k, c.task, c.metric) for c in NUMBERS)
     assert set(cells.values()) == {1}
@@ -72,13 +72,13 @@ def test_scores_lie_on_the_grids_of_an_evaluator_that_drops_the_last_partial_bat
     assert (sum(is_share_of(164 * 20, x) for x in first), len(first)) == (15, 17)
 
 
-# ---- claims --------------------------------------------------------------------------------------------
+# ---- text ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("claim", [c for c in TEXT if c.from_cells], ids=lambda c: c.says)
-def test_a_claim_follows_from_the_papers_own_tables_if_and_only_if_we_say_so(claim):
-    follows = round(claim.from_cells(), digits(claim.value)) == claim.value
-    assert follows == (claim.status.word == "reproduced")
+@pytest.mark.parametrize("quote", [c for c in TEXT if c.from_tables], ids=lambda c: c.says)
+def test_a_number_of_the_text_follows_from_the_papers_own_tables_if_and_only_if_we_say_so(quote):
+    follows = round(quote.from_tables(), digits(quote.value)) == quote.value
+    assert follows == (quote.status.word == "reproduced")
 
 
 def test_the_parameter_claims_from_exact_integers():
