@@ -8,11 +8,7 @@ number that a mean is made of.
 import json
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -27,11 +23,11 @@ from catcher import HotList, visited_share
 from checkpoint import fingerprint, locate, read_config
 from data import FIELDS, TASKS, encode, load_examples, read_rows
 from job import SCORED_BY, SCORES, hashes
+from paper.parallel import ROOT, each, python
 from paper.tables import PROBLEMS
 from run import compute, read_json, read_results, read_run, versions, write_atomically, write_json
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
 TRIALS = ROOT / "runs" / "trials"  # runs and results of trials
@@ -44,7 +40,6 @@ SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
     "code": ("--max-new", "32", "--n", "1"),  # so pass@5 and pass@10 have no value
     "safety": ("--max-new", "32"),
 }
-RUNNING: set[subprocess.Popen] = set()  # the commands under way
 LAST_STEPS = 10  # a run's final training loss is the mean over these; its curve has a mean for so many
 
 
@@ -326,29 +321,6 @@ def write_first(n: int, task: str, given: Path | None, path: Path) -> None:
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def python(*arguments: str) -> None:
-    """Run a command of this repository in a process of its own, on one thread, in the clone's root.
-
-    One thread each is the most work per core, and makes a cell's numbers independent of the cores there are.
-    Raises OSError with the command and the last line that it printed if it fails.
-    """
-    how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, *arguments], **how, **pipes) as child:
-        RUNNING.add(child)
-        try:
-            _, errors = child.communicate()
-        except BaseException:  # a signal, if we are the main thread
-            child.terminate()
-            raise
-        finally:
-            RUNNING.discard(child)
-    if child.returncode:
-        *_, last = ["no message", *errors.split("\n")[:-1]]
-        command = f"python {' '.join(arguments)}"
-        raise OSError(f"a command of the grid ended with exit code {child.returncode}: {command} ({last})")
-
-
 def saved(cell: Cell) -> dict:
     """What is kept of a cell, {} if nothing is. Raises ValueError if a run would now be another."""
     if not cell.result.exists():
@@ -430,7 +402,6 @@ def commands(wanted: Wanted) -> list[list[str]]:
 def run_cells(wanted: Wanted, jobs: int) -> None:
     """Make and score what is missing, `jobs` at a time. What is done is kept at once, and not done again.
 
-    The first failure, or a signal, ends all: train.py saves what it has, to go on from there the next time.
     Raises OSError if a command fails, or if there is no writing where results are kept.
     """
     todo = missing(wanted)
@@ -441,28 +412,12 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
             raise PermissionError(f"{place} cannot be written to, and results are kept there")
     for cell in (*needs, *todo):
         cell.prepare()
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=not todo) as bar:
+    with tqdm(total=len(todo), unit="run", disable=not todo) as bar:
         first = sum(not cell.finished for cell in needs)
         bar.set_description(f"{first} to come first" if first else "")
-        tasks: list[Future] = []
-        try:
-            for _, level in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-                tasks.clear()
-                tasks.extend(pool.submit(make, cell) for cell in level)
-                for done in as_completed(tasks):
-                    done.result()
-            tasks.clear()
-            tasks.extend(pool.submit(run_cell, cell, sorted(on)) for cell, on in todo.items())
-            names = {task: cell.name for task, cell in zip(tasks, todo, strict=True)}
-            for done in as_completed(tasks):
-                done.result()
-                bar.set_description(names[done])
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(task.done() for task in tasks):
-                with suppress(KeyError):  # until there is none; a thread may take its own away meanwhile
-                    while True:
-                        RUNNING.pop().terminate()
-                wait(tasks, timeout=0.1)
-            raise
+        for _, level in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
+            for _ in each(make, level, jobs):
+                bar.refresh()
+        for cell in each(lambda cell: run_cell(cell, sorted(todo[cell])), todo, jobs):
+            bar.set_description(cell.name)
+            bar.update()

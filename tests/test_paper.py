@@ -15,7 +15,7 @@ import pytest
 from test_tables import PARSERS
 
 import job
-from paper import claims, forgetting, grid, methods, reproduce, stability, studies, table8
+from paper import claims, forgetting, grid, methods, parallel, reproduce, stability, studies, table8
 from run import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -253,7 +253,7 @@ def test_a_failure_or_a_signal_ends_the_commands_that_are_under_way(end, tmp_pat
     with pytest.raises(error, match=says):
         grid.run_cells({Program(code=code): {"tiny-math"} for code in codes}, 2)
     assert time.monotonic() - start < 60
-    assert not grid.RUNNING
+    assert not parallel.RUNNING
 
 
 def test_there_is_no_training_for_a_result_that_cannot_be_kept(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import HUB, ROOT, write_checkpoint, write_rows
 from test_tables import PARSERS
 
 import run
-from paper import grid, reproduce, studies, tables
+from paper import grid, studies, tables
 
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "test_paper_scale", "torch._dynamo"])  # the last: for optimizers
@@ -192,7 +192,6 @@ def test_every_command_of_every_table_ends_well_on_a_random_checkpoint_and_64_ro
     )  # where FORKS looks for its preload
     for name in ("ROOT", "RUNS", "RESULTS", "TRIALS"):
         monkeypatch.setattr(grid, name, tmp_path / getattr(grid, name).relative_to(ROOT))
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     called = []
     monkeypatch.setattr(grid, "python", lambda *words: (called.append(words), python(*words)))
 
