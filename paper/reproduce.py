@@ -48,7 +48,7 @@ TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --mode
 a trial, whose runs and results stay in runs/trials/. Files of --data: TASK-train.SUFFIX (gsm8k, code, safety)
 and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is gated, it wants a token or such a file)."""
 
-SECONDS = {"train.py": 130, "tiny.pretrain": 1900}  # on a laptop's core, of the embedded model
+SECONDS = {"train.py": 130, "tiny.pretrain": 1200}  # on a laptop's core, of the embedded model
 SCORE_SECONDS = 20  # of what else there is
 
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")

@@ -1,6 +1,6 @@
 """Makes the embedded model from a seed: tokenizer, pretraining, and the files as the Hub lays them out.
 
-    python -m tiny.pretrain             # about half an hour on one CPU core; replaces the files in tiny/
+    python -m tiny.pretrain             # about 20 minutes on one CPU core; replaces the files in tiny/
     python -m tiny.pretrain --steps 100 --out /tmp/tiny-trial
 
 Sizes are lettered as in moe_model.py.
