@@ -14,7 +14,7 @@ import re
 import time
 from pathlib import Path
 
-from checkpoint import locate
+from checkpoint import locate, read_config
 from data import TASKS, Example, default_task, load_examples
 from generate import generate
 from hellora import load_run
@@ -178,15 +178,10 @@ def main() -> None:
     """Score each run, or the model, and print one line for each."""
     args = parse_args()
     asked = (args.data, args.limit, args.shots, args.max_new, args.template)
+    base = {"model": args.model, "task": default_task(args.model or ""), "dtype": None}
     for folder in args.run or [None]:
-        place = kept_in(folder, args)
-        device, dtype = compute(args.device, args.dtype or (read_run(folder)["dtype"] if folder else None))
-        if folder:
-            model, tokenizer, run = load_run(folder, not args.factored, dtype, device)
-        else:
-            model = MoEModel.from_pretrained(args.model, dtype, device)
-            tokenizer, run = load_tokenizer(locate(args.model)), {"task": default_task(args.model)}
-        task = args.task or run["task"]
+        place, run = kept_in(folder, args), read_run(folder) if folder else base
+        source, task = locate(run["model"]), args.task or run["task"]
         if task not in TASKS or TASKS[task].kind != "math":
             known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
             raise ValueError(f"task {task!r} has no '#### N' answers to score here: want one of {known}")
@@ -194,8 +189,13 @@ def main() -> None:
         template = args.template or own.get("template") or TASKS[task].template
         path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
         limit = args.limit or own.get("eval_limit")
-        examples = problems(task, template, Path(path), limit, args.shots)
-        check_scorable(examples, tokenizer, model.cfg.max_len)
+        examples, tokenizer = problems(task, template, Path(path), limit, args.shots), load_tokenizer(source)
+        check_scorable(examples, tokenizer, read_config(source).max_len)  # before minutes of loading
+        device, dtype = compute(args.device, args.dtype or run["dtype"])
+        if folder:
+            model = load_run(folder, not args.factored, dtype, device)[0]
+        else:
+            model = MoEModel.from_pretrained(source, dtype, device)
         max_new = args.max_new or TASKS[task].max_new
         result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
         print(
