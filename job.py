@@ -75,6 +75,7 @@ SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compare
     "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a", "epochs", "steps",
     "batch_size", "lr", "balance", "seed", "dtype",
 )  # fmt: skip
+CHOICE = {"coverage": None, "catcher": "warmup", "score": "count"}  # flags of how experts are chosen, unset
 
 
 def parse_args(description: str) -> argparse.Namespace:
@@ -214,6 +215,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_weights(cfg, Checkpoint(source))
     settings = resolve(args, cfg, dtype)
     start = take_over(args.mask_from, method, settings)
+    check_choice(args, method)
     if args.hot_experts:
         check_hot_list(HotList.read(args.hot_experts, cfg), method, settings)
     path = args.data or TASKS[settings["task"]].train.fetch()
@@ -244,6 +246,15 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
     if method.rule not in (None, "all"):
         settings["hot_experts"] = os.path.realpath(mask_from / "hot_experts.json")
     return lori_start(mask_from, settings, method, settings["mask_scope"], settings["redraw_a"])
+
+
+def check_choice(args: argparse.Namespace, method: Method) -> None:
+    """Raise ValueError for a flag of how experts are chosen if none is chosen: it would do nothing."""
+    given = [flag for flag, unset in CHOICE.items() if getattr(args, flag) != unset]
+    if given and method.rule in (None, "all"):
+        raise ValueError(
+            f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
+        )
 
 
 def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
