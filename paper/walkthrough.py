@@ -61,7 +61,7 @@ def scene() -> Scene:
     attach(model, parse_method("hellora"), hot, RANK, ALPHA)
     set_waves(model)
 
-    tokens, layer = torch.tensor([data[0].ids]), model.layers[LAYER]
+    tokens, layer = torch.tensor([data[0].ids[:-1]]), model.layers[LAYER]
     at = positions(model.cfg, tokens.shape[1], None, model.device)
     x = model.embed(tokens)
     for before in model.layers[:LAYER]:
