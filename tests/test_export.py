@@ -388,3 +388,21 @@ def test_golden_json_says_what_its_first_numbers_are_of():
         assert hot == golden["2 hot experts"][str(i)]
     most = visits[2].sort(descending=True)[0]
     assert most[7] - most[8] == 1  # as "about" warns
+
+
+def test_a_port_in_numpy_with_gradients_by_hand_gives_the_golden_numbers(monkeypatch):
+    """So they are not only what our code gives: nothing but golden.json and the checkpoint is shared."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import numpy_port
+
+    found, want = numpy_port.numbers(), numpy_port.GOLDEN
+    assert want.keys() - found.keys() == {
+        "about", "text of the first example", "examples", "1 experts of its last input",
+    }  # fmt: skip
+    for name, ours in found.items():
+        if exact(name):
+            assert ours == want[name], name
+        elif isinstance(ours, dict):
+            assert ours == pytest.approx(want[name], rel=1e-3), name  # our fp32 against its fp64
+        else:
+            assert ours == pytest.approx(want[name], abs=1e-5), name  # fp32
