@@ -22,7 +22,7 @@ from catcher import overlap, visited_share
 from paper import studies
 from paper.bench_report import REGIMES
 from paper.grid import LAST_STEPS, missing_tasks, saved
-from paper.methods import DEV, MAIN, PLACEMENTS, RATES, TASK, cell, tried
+from paper.methods import CONTROLS, DEV, MAIN, RATES, TASK, cell, tried
 from run import Parser, command, read_json
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def accuracy(plt: ModuleType) -> Figure:
         left.annotate(method, end, textcoords="offset points", fontsize=8, **place)
     left.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy, %", title="methods")
     left.margins(0.2, 0.1)
-    controls = [m for m in ("hellora", *PLACEMENTS) if m in found][::-1]
+    controls = [m for m in ("hellora", *CONTROLS) if m in found][::-1]
     for y, method in enumerate(controls):
         right.errorbar(at[method], y, xerr=error[method], marker="o", color=BLUE, linewidth=1)
         right.plot(

@@ -1,8 +1,8 @@
 """Which learning rate each method gets on the embedded model: the best on the dev problems, seed 0.
 
 Three are tried, and further ones a factor of two apart until the best lies inside. At equal dev accuracy the
-lower final training loss decides; test scores decide nothing. A variant that is not in the list (another k,
-another catcher) takes the rate of its method.
+lower final training loss decides; test scores decide nothing. What is not in the list (another k, another
+catcher, another base or task) takes the rate of its method.
 """
 
 from paper.grid import Run, Wanted, missing_tasks, saved
@@ -28,9 +28,17 @@ RATES = {  # method -> the rate chosen, and those tried. Where B is sparse, larg
     "hellora_pure_c": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_pure_r": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_pure_m": (1e-2, (5e-3, 1e-2, 2e-2)),
+    "hellori-d_m": (2e-2, (5e-3, 1e-2, 2e-2, 4e-2)),
+    "hellori-s_m": (8e-2, (4e-2, 8e-2, 0.16)),
+    "hellori-d_c": (2e-2, (5e-3, 1e-2, 2e-2, 4e-2)),
+    "hellori-s_c": (0.16, (4e-2, 8e-2, 0.16, 0.32)),
+    "hellori-d_pure": (4e-2, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+    "hellori-s_pure": (0.32, (8e-2, 0.16, 0.32, 0.64)),
+    "hellori-d_gate": (4e-2, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+    "hellori-s_gate": (8e-2, (4e-2, 8e-2, 0.16, 0.32)),
 }
 MAIN = tuple(method for method in RATES if "_" not in method)
-PLACEMENTS = tuple(method for method in RATES if "_" in method)
+CONTROLS = tuple(method for method in RATES if method.startswith("hellora_"))
 
 
 def rate(method: str, task: str = TASK) -> float | None:

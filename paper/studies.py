@@ -31,7 +31,8 @@ def columns(math: str, code: str, safety: str) -> Columns:
 
 
 OURS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
-COLUMNS = columns(*OURS.values())
+COLUMNS = columns(*OURS.values()) | {"harmless": ("harmless_refused", OURS["safety"])}  # the last: ours alone
+TRAINED_ON = {column: scorer.task for column, scorer in tables.SCORERS.items()} | {"harmless": "safety"}
 ALL = 64  # tables.Number.k of what adapts all of OLMoE's experts
 
 
@@ -64,7 +65,7 @@ class Study(NamedTuple):
 # ---- the paper's ---------------------------------------------------------------------------------------
 
 N_SEEDS = {  # table -> seeds of each column
-    "2": {"gsm8k": 5, "pass@1": 3, "pass@5": 3, "pass@10": 3, "refusals": 3},
+    "2": dict.fromkeys(COLUMNS, 3) | {"gsm8k": 5},
     "4": {"gsm8k": 5},
     "5": {"gsm8k": 3},  # the embedded model leaves nothing to gain on the other two tasks
     "7": {"gsm8k": 3},
@@ -153,7 +154,7 @@ def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) ->
     which = {"model": scale.models[table.backbone], **scale.settings}
     if method == "base":
         return [Base(**which)]
-    which |= {"task": scale.tasks[table.task or tables.SCORERS[column].task]}
+    which |= {"task": scale.tasks[table.task or TRAINED_ON[column]]}
     which |= {"k": scale.every if k == ALL else k}
     return [methods.cell(method, seed, **which) for seed in range(scale.seeds[table.number][column])]
 
@@ -241,7 +242,10 @@ def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
 def score(cell: Cell, of: tuple[str, str]) -> float | None:
     """What is kept of it: which score, of which task. None if it has not been run."""
     name, task = of
-    return saved(cell).get(name, {}).get(task)
+    value = saved(cell).get(name, {}).get(task)
+    if value is not None and name == "harmless_refused":  # kept as a count
+        return value / saved(cell)["harmless_total"][task]
+    return value
 
 
 def units(found: dict[Cell, float], planned: list[Cell]) -> list[float]:
@@ -326,7 +330,7 @@ def show(found: dict) -> None:
     print(found["title"])
     for column, (score, task) in found["columns"].items():
         print(
-            f"\n{f'{score} on {task}, %':31s} trained  hot share  FLOPs   runs          mean    95 % interval"
+            f"\n{f'{score} on {task}, %':34s} trained  hot share  FLOPs   runs          mean    95 % interval"
             f"   difference, points                                      paper"
         )
         for name, row in found["rows"].items():
@@ -347,5 +351,5 @@ def line(name: str, of: dict) -> str:
         ours += f"  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
     apart = f"{signed(of['minus'], 1, 0.01):>6s} from {of['minus']['row']}" if of["minus"] else ""
     printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
-    facts = f"{name:28s}{trained}{share:>11s}{flops:>7s}"
+    facts = f"{name:31s}{trained}{share:>11s}{flops:>7s}"
     return f"{facts}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()

@@ -1,30 +1,20 @@
-"""What Table 8's runs show besides scores: what the tasks' hot experts have in common (Figures 4 and 6).
-
-And how many requests a model refuses that it need not.
-"""
+"""What Table 8's runs show besides scores: what the tasks' hot experts have in common (Figures 4 and 6)."""
 
 from itertools import combinations, combinations_with_replacement
 from statistics import mean
 
 from checkpoint import locate, read_config
-from paper.grid import MODEL, Base, saved
+from paper.grid import MODEL, saved
 from paper.methods import SEEDS, cell
 from paper.stability import Hot, chance, compared
 from paper.studies import OURS
 
-SAFETY = OURS["safety"]
-
 
 def results() -> dict:
-    """The overlaps of hot experts, and the refusals of harmless requests, of the runs that are finished."""
+    """The overlaps of the hot experts of the runs that are finished."""
     runs = {task: [saved(cell("hellora", seed, task=task)) for seed in SEEDS] for task in OURS.values()}
     hot = {task: {seed: r["hot_experts"] for seed, r in enumerate(of) if r} for task, of in runs.items()}
-    refused = {
-        name: [r["harmless_refused"][SAFETY] for r in of if SAFETY in r.get("harmless_refused", {})]
-        for name, of in {"before": [saved(Base())], **{f"after {t}": of for t, of in runs.items()}}.items()
-    }
     return {
-        "harmless_refused": refused,
         "overlap": [overlap_row(a, b, hot) for a, b in combinations_with_replacement(OURS.values(), 2)],
         "overlap_by_chance": chance(8, read_config(locate(MODEL)).n_experts),
     }
@@ -38,10 +28,7 @@ def overlap_row(a: str, b: str, hot: dict[str, dict[int, Hot]]) -> dict:
 
 
 def show(found: dict) -> None:
-    """Both."""
-    print(f"\nharmless requests of {SAFETY} that are refused, in each run")
-    for name, counts in found["harmless_refused"].items():
-        print(f"{name:28s}{', '.join(map(str, counts)) or '-'}")
+    """Per layer."""
     print("\nJaccard overlap of hot experts, by layer (mean over seeds; a task and itself: two seeds)")
     for r in found["overlap"]:
         if r["overlaps"]:

@@ -99,14 +99,14 @@ def test_no_rate_lies_at_the_edge_of_those_tried():
 
 
 def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant():
-    assert methods.rate("hellori-d_m") == methods.rate("hellori-d")
+    assert methods.rate("hellori-d_r") == methods.rate("hellori-d")
     one = methods.cell("hellori-s_c", 3, k=4, task="tiny-code")
     assert (one.mask.method, one.mask.seed, one.mask.k, one.mask.task) == ("hellori-d_c", 3, 4, "tiny-code")
-    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s"), methods.rate("hellori-d"))
+    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s_c"), methods.rate("hellori-d_c"))
     assert one.needs() == [one.mask]
 
 
-@pytest.mark.parametrize("method", [*methods.MAIN, *methods.PLACEMENTS])
+@pytest.mark.parametrize("method", methods.RATES)
 def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
     mask = grid.Run(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
     cell = grid.Run(method, 0.005, 2, mask=mask)
@@ -304,6 +304,15 @@ def scored(monkeypatch):
         monkeypatch.setattr(studies, "saved", shown)
 
     return stand_in
+
+
+def test_harmless_refusals_are_kept_as_counts_and_shown_as_shares(monkeypatch):
+    kept = {"harmless_refused": {"tiny-safety": 30}, "harmless_total": {"tiny-safety": 120}}
+    monkeypatch.setattr(studies, "saved", lambda cell: kept)
+    of = studies.COLUMNS["harmless"]
+    assert studies.score(grid.Base(), of) == 0.25
+    monkeypatch.setattr(studies, "saved", lambda cell: {})
+    assert studies.score(grid.Base(), of) is None
 
 
 def test_runs_are_paired_by_seed_and_an_interval_needs_two(scored):
