@@ -181,10 +181,11 @@ def main() -> None:
     base = {"model": args.model, "task": default_task(args.model or ""), "dtype": None}
     for folder in args.run or [None]:
         place, run = kept_in(folder, args), read_run(folder) if folder else base
-        source, task = locate(run["model"]), args.task or run["task"]
+        task = args.task or run["task"]
         if task not in TASKS or TASKS[task].kind != "math":
             known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
             raise ValueError(f"task {task!r} has no '#### N' answers to score here: want one of {known}")
+        source = locate(run["model"])
         own = run if task == run["task"] else {}  # what was asked for at training holds for that task only
         template = args.template or own.get("template") or TASKS[task].template
         path = args.data or own.get("eval_data") or TASKS[task].test.fetch()

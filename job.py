@@ -75,7 +75,7 @@ SETTINGS = (  # the flags that decide a run's numbers: kept in run.json, compare
     "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a", "epochs", "steps",
     "batch_size", "lr", "balance", "seed", "dtype",
 )  # fmt: skip
-CHOICE = {"coverage": None, "catcher": "warmup", "score": "count"}  # flags of how experts are chosen, unset
+CHOICE = {"coverage": None, "catcher": "warmup", "score": "count"}  # flags of how experts are chosen
 
 
 def parse_args(description: str) -> argparse.Namespace:
@@ -97,8 +97,8 @@ def parse_args(description: str) -> argparse.Namespace:
     method("--rank", type=above_0(int), help="rank of the updates (default: the recipe's)")
     method("--alpha", type=above_0(float), help="updates are scaled by alpha / rank (default: the recipe's)")
     method("--coverage", type=share_of_1, help="not k, but the fewest with this share")
-    method("--catcher", choices=["warmup", "forward"], default="warmup", help="count in a LoRA warm-up?")
-    method("--score", choices=["count", "gate"], default="count", help="hot by visits or mean weight")
+    method("--catcher", choices=["warmup", "forward"], default=CHOICE["catcher"], help="count in a warm-up?")
+    method("--score", choices=["count", "gate"], default=CHOICE["score"], help="hot by visits or mean weight")
     method("--hot-experts", type=Path, metavar="FILE", help="a hot_experts.json to use; nothing is counted")
     method("--mask-from", type=Path, metavar="RUN", help="D run that gives lori-s and hellori-s the mask")
     method("--mask-scope", choices=["model", "layer", "matrix"], default="model", help="of its entries")
@@ -249,8 +249,8 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
 
 
 def check_choice(args: argparse.Namespace, method: Method) -> None:
-    """Raise ValueError for a flag of how experts are chosen if none is chosen: it would do nothing."""
-    given = [flag for flag, unset in CHOICE.items() if getattr(args, flag) != unset]
+    """Raise ValueError for a flag of how experts are chosen if the method adapts all or none."""
+    given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
     if given and method.rule in (None, "all"):
         raise ValueError(
             f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"

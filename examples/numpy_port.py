@@ -1,4 +1,4 @@
-"""HELLoRA without a framework: a port in numpy, gradients by hand, held against golden.json.
+"""HELLoRA in numpy: a port, gradients by hand, held against golden.json.
 
     python examples/numpy_port.py
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch  # for bfloat16, which numpy lacks
+import torch  # to read and round to bfloat16, which numpy lacks
 from numpy import ndarray as Array
 from safetensors.torch import load_file
 
@@ -248,7 +248,10 @@ def numbers() -> dict:
     found["3 loss with adapters"] = model.loss(trained, learn=True)
     found["4 norm of each gradient"] = {n: float(np.linalg.norm(g)) for n, g in model.grads.items()}
     adamw = GOLDEN["about"]["AdamW"]
-    for name, g in model.grads.items():  # AdamW's first step: its two averages are g and g squared
+    for (
+        name,
+        g,
+    ) in model.grads.items():  # AdamW's first step: its averages, bias-corrected, are g and g squared
         model.adapters[name] -= adamw["lr"] * g / (np.sqrt(g * g) + adamw["eps"])
     found["4 loss after one step of AdamW"] = model.loss(trained)
     model.merge()

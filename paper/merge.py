@@ -1,7 +1,7 @@
 """Two tasks' adapters in one model, which the paper leaves to future work: what each of the tasks keeps.
 
 Two runs on one base start from the same weights, so their updates can be added (export.py with two --run).
-HELLoRA's are on each task's own hot experts and meet in the few that are hot in both, and in attention and
+HELLoRA's are on each task's own hot experts and meet in those that are hot in both, and in attention and
 router; LoRA's meet everywhere. The sum is written in bf16, as the embedded model is; a run alone is scored in
 float32.
 """

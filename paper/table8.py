@@ -28,7 +28,7 @@ def overlap_row(a: str, b: str, hot: dict[str, dict[int, Hot]]) -> dict:
 
 
 def show(found: dict) -> None:
-    """Per layer."""
+    """A line for each two tasks: each layer's overlap, and the mean."""
     print("\nJaccard overlap of hot experts, by layer (mean over seeds; a task and itself: two seeds)")
     for r in found["overlap"]:
         if r["overlaps"]:

@@ -98,11 +98,11 @@ def test_no_rate_lies_at_the_edge_of_those_tried():
         assert all(1.9 < b / a < 3.4 for a, b in pairwise(tried)), method
 
 
-def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant():
+def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant_at_the_main_rate():
     assert methods.rate("hellori-d_r") == methods.rate("hellori-d")
     one = methods.cell("hellori-s_c", 3, k=4, task="tiny-code")
     assert (one.mask.method, one.mask.seed, one.mask.k, one.mask.task) == ("hellori-d_c", 3, 4, "tiny-code")
-    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s_c"), methods.rate("hellori-d_c"))
+    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s_c"), methods.rate("hellori-d"))
     assert one.needs() == [one.mask]
 
 
