@@ -248,6 +248,7 @@ def test_a_failure_or_a_signal_ends_the_commands_that_are_under_way(end, tmp_pat
     ]
     if end == "Ctrl-C":
         codes.pop(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
         Timer(1, signal.pthread_kill, (main_thread().ident, signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(error, match=says):
