@@ -249,12 +249,18 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
 
 
 def check_choice(args: argparse.Namespace, method: Method) -> None:
-    """Raise ValueError for a flag of how experts are chosen if the method adapts all or none."""
+    """Raise ValueError for a flag of how experts are chosen where none is: all, none, or a list.
+
+    With a list --coverage says that its layers may differ in length.
+    """
     given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
     if given and method.rule in (None, "all"):
         raise ValueError(
             f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
         )
+    listed = args.hot_experts or args.mask_from
+    if listed and given not in ([], ["coverage"]):
+        raise ValueError(f"--{given[-1]} is for choosing experts, but {listed} names them: omit it")
 
 
 def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
