@@ -48,6 +48,7 @@ from run import (
 from tokenizer import Tokenizer, load_tokenizer
 
 KS = (1, 5, 10)
+DRAWN = {"n": 20, "temperature": 0.2, "top_p": 0.95}  # how, for results.json: n samples of each problem
 SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
 MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
 ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")  # what cannot belong to the function
@@ -160,6 +161,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
+    part = part or any(getattr(args, name) != usual for name, usual in DRAWN.items())
     name = f"samples-{task}" + ("" if place else f"-{Path(args.model).name}") + ("-part" if part else "")
     path = (place or Path()) / f"{name}.jsonl"
     write_lines(path, samples)
@@ -170,7 +172,7 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     """Score a samples file: a line of the table, the outcomes beside it, and the results of its run.
 
     results.json is left alone unless the file is the run's own (or in --out). It has TASK's results only from
-    samples of all problems, and under TASK-part those of fewer, of others, or of shorter ones.
+    samples of all problems, and under TASK-part those of fewer, others, shorter ones, or drawn otherwise.
     """
     samples = list(read_rows(path, ("task_id", "completion")))
     task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
@@ -207,15 +209,16 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE", help="problems in place of the task's, .jsonl or .jsonl.gz")
     add("--limit", type=above_0(int), metavar="N", help="the first N problems (default: all)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep samples and results here")
-    add("--n", type=above_0(int), default=20, help="samples of a problem (default 20)")
-    add("--temperature", type=at_least_0(float), default=0.2, help="default 0.2; 0: greedy, with --n 1")
-    add("--top-p", type=share_of_1, default=0.95, help="draw from this share of each choice (default 0.95)")
+    add("--n", type=above_0(int), help="samples of a problem (default 20)")
+    add("--temperature", type=at_least_0(float), help="default 0.2; 0: greedy, with --n 1")
+    add("--top-p", type=share_of_1, help="draw from this share of each choice (default 0.95)")
     add("--seed", type=seed_number, default=0, help="of the samples (default 0)")
     add("--max-new", type=above_0(int), help="tokens of a completion at most (default: 512; tiny-code 96)")
     add("--batch-size", type=above_0(int), default=100, help="samples decoded together (default 100)")
     add("--seconds", type=above_0(float), default=SECONDS, help=f"a program's time (default {SECONDS:g})")
     add("--workers", type=above_0(int), help="programs run at a time (default: one a core)")
     # fmt: on
+    p.set_defaults(**DRAWN)
     add_compute_flags(add)
     return p.parse_args()
 
