@@ -412,12 +412,12 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
             raise PermissionError(f"{place} cannot be written to, and results are kept there")
     for cell in (*needs, *todo):
         cell.prepare()
-    with tqdm(total=len(todo), unit="run", disable=not todo) as bar:
-        first = sum(not cell.finished for cell in needs)
-        bar.set_description(f"{first} to come first" if first else "")
+    first = {cell for cell in needs if not cell.finished}
+    with tqdm(total=len(first) + len(todo), unit="run", disable=not todo) as bar:
         for _, level in groupby(sorted(needs, key=depth), depth):  # what is needed may itself need others
-            for _ in each(make, level, jobs):
-                bar.refresh()
+            for cell in each(make, level, jobs):
+                bar.set_description(cell.name)
+                bar.update(cell in first)
         for cell in each(lambda cell: run_cell(cell, sorted(todo[cell])), todo, jobs):
             bar.set_description(cell.name)
             bar.update()
