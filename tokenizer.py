@@ -25,11 +25,7 @@ Vocab = dict[str, int]
 Normaliser = Callable[[str], str]
 Merges = list[tuple[str, str]]
 
-SPECIAL_NAMES = {  # what the families call them, for a folder whose config.json has no ids
-    "bos_token_id": ("<s>", "<｜begin▁of▁sentence｜>"),
-    "eos_token_id": ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>"),
-    "pad_token_id": ("<|padding|>", "<pad>"),
-}
+EOS = ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")  # the families' names for what ends a text
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # HF's ByteLevel
 WORD_PIECES = "▁*[^▁]+|▁+"  # SentencePiece does not cut, but no token reaches from one of these into the next
 LARGEST_FILE = 1 << 24  # bytes; the families' have 5 million at most
@@ -64,9 +60,7 @@ class Bpe(NamedTuple):
 class Tokenizer:
     """The ids that a model's own tokenizer gives, and back. Made by `load_tokenizer`."""
 
-    bos: int | None
     eos: int  # ends a training example
-    pad: int  # the eos in families without one: tell padding by its place, not by its id
     stops: tuple[int, ...]  # each ends generation
 
     def __init__(self, bpe: Bpe, normalise: Normaliser, specials: Vocab, typed: Vocab, normal: Vocab):
@@ -116,23 +110,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def set_special_ids(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Fill in bos, eos, pad and stops: from config.json, else by the names that the families use."""
-    found = []
-    for key, names in SPECIAL_NAMES.items():
-        ids = config.get(key)
-        if ids is None:
-            ids = [tokenizer.specials[name] for name in names if name in tokenizer.specials][:1]
-        found.append(ids if isinstance(ids, list) else [ids])
-        known = all(type(i) is int and i in tokenizer.token_bytes for i in found[-1])
-        want(known, f"{key} is {ids}: want ids that the tokenizer has, below {tokenizer.vocab_size}")
+    """Fill in eos and stops: from config.json, else by the names that the families use."""
+    ids = config.get("eos_token_id")
+    if ids is None:
+        ids = [tokenizer.specials[name] for name in EOS if name in tokenizer.specials][:1]
+    stops = ids if isinstance(ids, list) else [ids]
+    known = all(type(i) is int and i in tokenizer.token_bytes for i in stops)
+    want(known, f"eos_token_id is {ids}: want ids that the tokenizer has, below {tokenizer.vocab_size}")
     rows, last = config.get("vocab_size") or tokenizer.vocab_size, tokenizer.vocab_size - 1
     want(
         last < rows, f"vocab_size is {rows}, but the tokenizer has ids up to {last}: want files of one model"
     )
-    bos, stops, pad = found
-    want(stops, f"nothing ends a text: want eos_token_id here or a token of {SPECIAL_NAMES['eos_token_id']}")
-    tokenizer.bos, tokenizer.eos, tokenizer.pad = (bos or [None])[0], stops[0], (pad or stops)[0]
-    tokenizer.stops = tuple(stops)
+    want(stops, f"nothing ends a text: want eos_token_id here or a token of {EOS}")
+    tokenizer.eos, tokenizer.stops = stops[0], tuple(stops)
 
 
 def want(fact: object, complaint: str) -> None:

@@ -173,8 +173,7 @@ def main() -> int:
         ours = load_alone(path)
         seconds = time.process_time() - start
         peer, added = peer_of(path)
-        ids = f"bos {ours.bos}, eos {ours.eos}, pad {ours.pad}"
-        print(f"{path}: loaded in {seconds:.2f} s; {ours.vocab_size} tokens, {ids}")
+        print(f"{path}: loaded in {seconds:.2f} s; {ours.vocab_size} tokens, eos {ours.eos}")
         for name, texts in {**data, "fuzz": list(fuzz_texts(args.fuzz, args.seed, added))}.items():
             causes, line = compare(ours, peer, texts)
             print(f"  {name:22} {line}", flush=True)
