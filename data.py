@@ -150,7 +150,7 @@ def default_task(model: str) -> str:
 
 def plain_math(row: dict) -> tuple[str, str]:
     """lm-evaluation-harness' GSM8K prompt; the calculator notes <<...>> are taken out of the answer."""
-    answer = "".join(part.rpartition(">>")[2] for part in row["answer"].split("<<"))
+    answer = re.sub("<<[^<>]*>>", "", row["answer"])
     return f"Question: {row['question']}\nAnswer:", f" {answer}"
 
 

@@ -42,7 +42,7 @@ NEXT_QUESTION = "Question:"  # a model that goes on with a new question has ende
 
 def normalise(number: str) -> str:
     """ "$1,000." -> "1000": what lm-evaluation-harness ignores when it compares."""
-    return re.sub(r"[,$]|\.$", "", number)
+    return re.sub("[,$]", "", number).removesuffix(".")
 
 
 def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]:
@@ -56,7 +56,7 @@ def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]
 def gold(row: dict) -> str:
     """The right number of a row. Raises ValueError if its answer does not end in "#### N"."""
     _, mark, number = row["answer"].rpartition("####")
-    if not mark:
+    if not mark or not re.fullmatch("-?[$0-9.,]+", number.strip()):
         raise ValueError(f"the answer of a problem has no '#### N': {row['answer'][-40:]!r}")
     return normalise(number.strip())
 
@@ -121,6 +121,11 @@ def kept_in(folder: Path | None, args: argparse.Namespace) -> Path | None:
     return folder or args.out
 
 
+def other_dtype(args: argparse.Namespace, run: dict) -> bool:
+    """Whether --dtype asks for another one than the run was trained in."""
+    return None not in (args.dtype, run.get("dtype")) and args.dtype != run["dtype"]
+
+
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
     """answers-TASK.jsonl: what was generated for each problem."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -177,7 +182,7 @@ def problems(task: str, template: str, path: Path, limit: int | None, shots: int
 def main() -> None:
     """Score each run, or the model, and print one line for each."""
     args = parse_args()
-    asked = (args.data, args.limit, args.shots, args.max_new, args.template)
+    asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
     base = {"model": args.model, "task": default_task(args.model or ""), "dtype": None}
     for folder in args.run or [None]:
         place, run = kept_in(folder, args), read_run(folder) if folder else base
@@ -204,7 +209,7 @@ def main() -> None:
             f"{result['accuracy_flexible']:.1%}) on {result['total']} problems in {result['seconds']} s"
         )
         if place:
-            kept_as = f"{task}-part" if any(asked) else task
+            kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
             update_results(place, kept_as, result)
             write_answers(place, kept_as, records)
 

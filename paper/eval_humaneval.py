@@ -16,6 +16,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from math import comb
 from pathlib import Path
 from statistics import mean
@@ -24,9 +25,10 @@ from zlib import crc32
 
 from tqdm import tqdm
 
+import ranks
 from checkpoint import locate
 from data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
-from eval_gsm8k import kept_in
+from eval_gsm8k import kept_in, other_dtype
 from generate import Sampling, generate
 from hellora import load_run
 from moe_model import MoEModel
@@ -161,7 +163,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
-    part = part or any(getattr(args, name) != usual for name, usual in DRAWN.items())
+    part = part or other_dtype(args, run) or any(getattr(args, name) != DRAWN[name] for name in DRAWN)
     name = f"samples-{task}" + ("" if place else f"-{Path(args.model).name}") + ("-part" if part else "")
     path = (place or Path()) / f"{name}.jsonl"
     write_lines(path, samples)
@@ -238,7 +240,7 @@ def main() -> None:
     for place in args.score or args.run or [None]:
         path, task = (place, None) if args.score else write_samples(place, args)
         if args.allow_code_execution:
-            score_file(path, task, args)
+            ranks.once(partial(score_file, path, task, args))  # rank 0 has the samples
         else:
             print(f"{path}: samples written, none executed. To score them, here or on another machine:")
             print(f"python -m paper.eval_humaneval --score {path} --allow-code-execution")

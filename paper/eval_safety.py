@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from checkpoint import locate
 from data import TASKS, TEMPLATES, read_rows
-from eval_gsm8k import kept_in, write_answers
+from eval_gsm8k import kept_in, other_dtype, write_answers
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
@@ -149,7 +149,7 @@ def main() -> None:
             print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
         if place:
             asked = (args.data, args.limit, args.max_new, args.template, args.rule != RULE)
-            kept_as = f"{task}-part" if any(asked) else task
+            kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
             update_results(place, kept_as, result)
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
             write_answers(place, kept_as, kept)

@@ -12,6 +12,7 @@ from conftest import ROOT, write_rows
 from data import (
     FIELDS,
     TASKS,
+    TEMPLATES,
     Encoded,
     Example,
     Source,
@@ -43,6 +44,12 @@ PROSE = "Below is an instruction that describes a task"
 CONTEXT = ", paired with an input that provides further context"
 END = ". Write a response that appropriately completes the request."
 PAD = " " * 20
+
+
+def test_only_calculator_notes_are_taken_out():
+    answer = "8 >> 1 = <<8/2=4>>4, 1 << 3 = <<2*4=8>>8\n#### 8"
+    want = " 8 >> 1 = 4, 1 << 3 = 8\n#### 8"
+    assert TEMPLATES["math", "plain"]({"question": "", "answer": answer})[1] == want
 
 
 @pytest.mark.parametrize("task", ["code", "safety"])

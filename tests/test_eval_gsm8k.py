@@ -19,6 +19,7 @@ from run import read_results
         ("#### -7", "-7", "-7"),
         ("#### 3.50", "3.50", "3.50"),
         ("#### 12.", "12", "12"),
+        ("#### 1,000.,", "1000", "1000"),  # first the commas go, then the dot
         ("#### $12", None, "12"),  # strict wants a digit after the mark, as the harness does
         ("####12", None, "12"),
         ("#### 4\n#### 5", "4", "5"),  # strict: the first; flexible: the last
@@ -42,8 +43,9 @@ def test_lori_answers_are_found_by_their_own_words():
 
 def test_gold_answers_are_normalised_the_same_way():
     assert gold({"answer": "x <<1>> 1\n#### 1,080"}) == "1080"
-    with pytest.raises(ValueError, match="has no '#### N'"):
-        gold({"answer": "12"})
+    for unlike in ("12", "####", "#### 12 apples"):  # no answer could ever equal it
+        with pytest.raises(ValueError, match="has no '#### N'"):
+            gold({"answer": unlike})
 
 
 def test_few_shot_prompts_show_solved_problems_first():
