@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from run import LARGEST_JSON, read_json, sha256
+from run import LARGEST_JSON, read_json, read_run, sha256
 
 BESIDE = (  # of a model's files, besides its weights; nothing here runs the Python ones
     "*.json", "tokenizer.model", "merges.txt", "*.jinja", "configuration_*.py", "modeling_*.py", "LICENSE*",
@@ -313,6 +313,20 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 def fingerprint(folder: Path) -> str:
     """sha256 of a model: config.json and all weights."""
     return sha256(folder / "config.json", *shard_paths(folder))
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of a run's base model. Raises FileNotFoundError or ValueError unless it is as it was."""
+    run = read_run(folder, "hashes")
+    try:
+        source = locate(run["model"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} was trained on {run['model']}, which is not there any more: put it back"
+        ) from error
+    if fingerprint(source) != run["hashes"]["model"]:
+        raise ValueError(f"{run['model']} is not any more what {folder} was trained on: put it back")
+    return source
 
 
 class Checkpoint:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from checkpoint import locate
+from checkpoint import base_of
 from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
 from ranks import on_rank_0, put, whole
 from run import read_run, write_atomically
@@ -357,7 +357,7 @@ def load_run(
     folder: str | Path, merged: bool = True, dtype: torch.dtype = torch.float32, device: object = "cpu"
 ) -> tuple[MoEModel, Tokenizer, dict]:
     """A finished run of train.py: its model (adapters merged, or live), its tokenizer, and its run.json."""
-    source = locate(read_run(Path(folder))["model"])
+    source = base_of(Path(folder))
     model = MoEModel.from_pretrained(source, dtype, device)
     run = attach_run(model, Path(folder))
     if merged:

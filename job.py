@@ -200,7 +200,7 @@ class Job:
         if method:
             hellora.attach(model, method, experts, self.settings["rank"], self.settings["alpha"])
         if ranks.world() > 1 and self.shard == "full":
-            ranks.shard(model, model.layers, dtype if method and method.train_base else None)
+            ranks.shard(model, model.layers, dtype if method and method.train_base else None, self.device)
         load_weights(model, Checkpoint(self.source), self.device)
         a_seed = f"{self.settings['seed']}{' redrawn' if self.settings['redraw_a'] else ''}"
         hellora.init_adapters(model, a_seed, self.start if method is self.method else None)

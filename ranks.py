@@ -41,7 +41,10 @@ def start(device: torch.device) -> torch.device:
     if world() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if mine >= there:
+            raise ValueError(f"more processes than the {there} GPUs here: want --nproc-per-node {there}")
+        device = torch.device("cuda", mine)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank():
@@ -111,17 +114,21 @@ def sum_gradients(params: Iterable[nn.Parameter]) -> None:
 # ---- parameters of which each rank has some rows -------------------------------------------------------
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
-    """--shard full: cut up `model`, layer by layer and then the rest, in place.
+def shard(
+    model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """--shard full: cut up `model`, layer by layer and then the rest, in place, for ranks on such devices.
 
     dtype: what trained weights are sent and computed in (full fine-tuning); None: as they are stored, which
     is right for a frozen bf16 base with fp32 adapters. Gradients are added up in float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*layers, model):
-        fully_shard(part, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
 def traffic(model: nn.Module, n: int, cut: bool) -> int:

@@ -33,7 +33,10 @@ def command(main: Callable[[], None]) -> NoReturn:
         main()
     except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
         sys.exit(_fail(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            less = "if it was scoring, train.py --no-eval leaves it to eval_*.py, with a smaller --batch-size"
+            sys.exit(_fail(OSError(f"out of memory: {less}")))
         if not ranks.is_lost(error):
             raise
         sys.exit(_fail(OSError(f"lost the other ranks, see what they say ({str(error).splitlines()[0]})")))
@@ -77,13 +80,18 @@ def deferred_stop() -> Iterator[list[int]]:
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that there is too little memory, on the CPU or on a GPU."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
 @contextmanager
 def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
     """Have a lack of memory in a training step end in one line that says what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+        if not lacks_memory(error):
             raise
         smaller = f"--micro-batch {micro_batch // 2}" if micro_batch > 1 else "--recompute"
         way_out = "want more memory" if micro_batch == 1 and recompute else f"add {smaller}"

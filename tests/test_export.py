@@ -198,6 +198,23 @@ def test_a_bf16_checkpoint_stays_bf16_and_the_rounding_is_told(cli, trained):
         assert torch.equal(got, want), name
 
 
+def test_a_float16_checkpoint_is_exported(cli, trained):
+    folder = trained("hellora", dtype=torch.float16)
+    for form in ("hub", "peft"):
+        code, _, err = cli("export.py", "--run", folder, "--format", form)
+        assert code == 0, err
+    after = load_file(folder / "hub" / "model.safetensors")
+    assert {t.dtype for t in after.values()} == {torch.float16}
+
+
+def test_a_peft_config_names_a_pinned_model_as_the_hub_does(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "base_name", lambda model: "org/name@main")
+    (tmp_path / "out").mkdir()
+    export.write_peft(trained("hellora"), tmp_path / "out", partial=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "main")
+
+
 def test_two_tasks_add_up(cli, trained):
     a = trained("hellora", out="a")
     b = trained("hellora_c", "--seed", 5, out="b")

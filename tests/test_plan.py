@@ -1,6 +1,7 @@
 """The arithmetic of docs/scaling.md. That what is sent is what is said: test_ranks.py."""
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -44,12 +45,20 @@ def test_a_gpu_of_16_holds_what_fsdp2_gives_it(model, method):
     want = plan.held(shapes, 16, True, tokens=1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
     try:
-        ranks.shard(shapes, shapes.layers, None)
+        ranks.shard(shapes, shapes.layers, None, torch.device("cpu"))
         parts = {p: p.to_local().numel() for p in shapes.parameters()}
     finally:
         dist.destroy_process_group()
     assert want["weights"] == sum(n * p.element_size() for p, n in parts.items()) + size_of(shapes.buffers())
     assert want["AdamW"] == sum(8 * n for p, n in parts.items() if p.requires_grad)
+
+
+def test_more_processes_than_gpus_end_in_one_line(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="want --nproc-per-node 1"):
+        ranks.start(torch.device("cuda"))
 
 
 def test_what_is_put_together_is_two_layers_the_rest_and_gradients():
