@@ -60,6 +60,13 @@ RECIPES = {
     ("tiny", False): Recipe(lr=1e-2, epochs=3, batch_size=32, rank=8, alpha=16, decay=True),
     ("tiny", True): Recipe(lr=3e-3, epochs=3, batch_size=32, decay=True),
 }
+
+
+def recipe(task: str, train_base: bool = False) -> Recipe:
+    """The recipe of a task, for adapters or for full fine-tuning."""
+    return RECIPES["tiny" if task.startswith("tiny") else task, train_base]
+
+
 SCORED_BY = {  # kind of task -> the command that scores a run
     "math": "python eval_gsm8k.py --run {}",
     "code": "python -m paper.eval_humaneval --run {} --allow-code-execution",
@@ -108,7 +115,7 @@ def parse_args(description: str) -> argparse.Namespace:
     either("--steps", type=above_0(int), help="optimizer steps, in place of --epochs")
     train("--batch-size", type=above_0(int), help="examples in an optimizer step (default: the recipe's)")
     train("--micro-batch", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
-    train("--lr", type=above_0(float), help="learning rate (default: the recipe's)")
+    train("--lr", type=above_0(float), help="learning rate (default: the recipe's; the warm-up has that)")
     train("--balance", type=at_least_0(float), default=0.0, metavar="C", help="factor of Eq. 1 (default 0)")
     train("--seed", type=seed_number, default=0, help="of data order, A, catcher (default 0)")
     run("--out", type=Path, metavar="DIR", help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
@@ -126,10 +133,9 @@ def parse_args(description: str) -> argparse.Namespace:
 def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
     """Everything that decides a run's numbers, with the recipe's values where a flag was not given."""
     task = args.task or default_task(args.model)
-    recipe = RECIPES["tiny" if task.startswith("tiny") else task, parse_method(args.method).train_base]
     own = {  # without a flag: from the recipe, or from the model
-        **vars(recipe), "task": task, "template": TASKS[task].template,
-        "k": default_k(cfg),
+        **vars(recipe(task, parse_method(args.method).train_base)),
+        "task": task, "template": TASKS[task].template, "k": default_k(cfg),
         "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
     }  # fmt: skip
     flags = {name: getattr(args, name) for name in SETTINGS}

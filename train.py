@@ -22,7 +22,7 @@ import state
 from catcher import Catcher, HotList, count_visits, sample, visited_share
 from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
 from eval_gsm8k import evaluate, write_answers
-from job import SCORED_BY, Job, open_record, parse_args, prepare
+from job import SCORED_BY, Job, open_record, parse_args, prepare, recipe
 from moe_model import MoEModel, load_balancing_loss
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
@@ -87,7 +87,7 @@ def catch(job: Job, folder: Path) -> dict[int, list[int]]:
         some = sample(job.data, CATCHER_SHARE, settings["seed"])
         if settings["catcher"] == "warmup":
             model = job.build(hellora.parse_method("lora"), everywhere)
-            catcher = warm_up(model, some, settings, job.micro_batch)
+            catcher = warm_up(model, some, settings | {"lr": recipe(settings["task"]).lr}, job.micro_batch)
         else:
             catcher = count_visits(job.build(), some, job.micro_batch, "catcher")
         about = {
@@ -103,8 +103,8 @@ def catch(job: Job, folder: Path) -> dict[int, list[int]]:
 def warm_up(model: MoEModel, data: list[Encoded], settings: dict, micro_batch: int) -> Catcher:
     """The paper's catcher: train LoRA everywhere for one pass over `data`, and count the visits meanwhile.
 
-    Only the counts survive. (So says section 3 of the paper; its section 4.3 counts on the untrained model,
-    which is --catcher forward.) Raises ValueError if the loss is not finite: the counts would mean nothing.
+    Only the counts survive (section 3; section 4.3 counts on the base: --catcher forward). The learning rate
+    is the recipe's: --lr must not decide which experts are hot. Raises ValueError if the loss is not finite.
     """
     optimizer, catcher = make_optimizer(model, settings["lr"]), Catcher(model.cfg.n_experts)
     size = settings["batch_size"]
@@ -112,7 +112,7 @@ def warm_up(model: MoEModel, data: list[Encoded], settings: dict, micro_batch: i
         examples = examples_of_step(data, step, size, settings["seed"])
         loss, norm = train_step(model, optimizer, examples, micro_batch, settings["balance"], catcher)
         if not math.isfinite(loss + norm):
-            raise ValueError(f"the warm-up's loss became {loss}: want a lower --lr, or --catcher forward")
+            raise ValueError(f"the warm-up's loss became {loss}: want --catcher forward")
     return catcher.gather()
 
 

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, small_run, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import state
 from hellora import load_run
+from run import read_results
 
 ROWS = [
     {"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(8) for b in range(5)
@@ -75,6 +76,25 @@ def test_the_loss_depends_neither_on_micro_batches_nor_on_recomputation_nor_on_t
         assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "a"), abs=1e-4)
 
 
+def test_a_base_that_changed_is_not_scored_as_the_runs(cli, quick, toy, tmp_path):
+    assert cli("train.py", *quick, "--steps", 1, "--no-eval", "--out", "r")[0] == 0
+    weights = load_file(toy / "model.safetensors")
+    save_file({name: w * 1.5 for name, w in weights.items()}, toy / "model.safetensors", {"format": "pt"})
+    code, _, err = cli("eval_gsm8k.py", "--run", "r")
+    assert code == 2
+    assert "is not any more what r was trained on" in err
+
+
+def test_too_little_memory_to_score_ends_in_one_line(cli, quick, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")  # as a GPU would
+
+    monkeypatch.setattr("train.evaluate", fail)
+    code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
+    assert code == 2
+    assert err.startswith("error: out of memory: if it was scoring")
+
+
 def test_a_finished_default_run_is_no_obstacle(cli, quick, tmp_path):
     for n in ("", "-2"):
         assert cli("train.py", *quick, "--steps", 2, "--no-eval")[0] == 0
@@ -92,8 +112,21 @@ def test_a_loaded_run_is_the_trained_model_merged_or_live(cli, quick, tmp_path):
     weights = {n: t for n, t in weights.items() if not n.startswith(("exp_avg", "step"))}
     assert weights.keys() == saved.keys()
     assert all(torch.equal(saved[n], v) for n, v in weights.items())
-    assert cli("eval_gsm8k.py", "--run", "r", "--factored")[0] == 0
+    for flags in (["--factored"], ["--dtype", "bf16"]):  # a trial, not the run's result
+        assert cli("eval_gsm8k.py", "--run", "r", *flags)[0] == 0
+    assert read_results(tmp_path / "r").keys() == {"tiny-math-part"}
     assert cli("catcher.py", "--run", "r")[0] == 0
+
+
+def test_the_learning_rate_has_no_say_in_which_experts_are_hot(cli, quick, tmp_path):
+    for out, flags in {"a": [], "b": ["--lr", 1], "c": ["--catcher", "forward"]}.items():
+        code, _, err = cli(
+            "train.py", *quick, "--batch-size", 1, "--steps", 1, "--no-eval", "--out", out, *flags
+        )
+        assert code == 0, err
+    counts = [json.loads((tmp_path / out / "hot_experts.json").read_text())["counts"] for out in "abc"]
+    assert counts[0] == counts[1]
+    assert counts[0] != counts[2]  # the warm-up's training does move them
 
 
 def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
