@@ -354,7 +354,7 @@ def so_far(cell: Cell) -> dict:
     if kept.get("final_loss", now.get("final_loss")) != now.get("final_loss"):
         raise ValueError(
             f"the run in {cell.folder} ends with another loss than that of {cell.result}, whose scores "
-            "cannot be added to: take that file away to measure all of them on this run"
+            "cannot be added to: take both away to measure all of them again"
         )
     return now | kept
 

@@ -65,9 +65,9 @@ class Study(NamedTuple):
 # ---- the paper's ---------------------------------------------------------------------------------------
 
 N_SEEDS = {  # table -> seeds of each column
-    "2": dict.fromkeys(COLUMNS, 3) | {"gsm8k": 5},
+    "2": dict.fromkeys(COLUMNS, 5),
     "4": {"gsm8k": 5},
-    "5": {"gsm8k": 3},  # the embedded model leaves nothing to gain on the other two tasks
+    "5": {"gsm8k": 3},  # HELLoRA has nothing left to gain on the other two tasks
     "7": {"gsm8k": 3},
     "8": dict.fromkeys(COLUMNS, 3),
 }
@@ -257,17 +257,24 @@ def units(found: dict[Cell, float], planned: list[Cell]) -> list[float]:
 
 
 def minus(row: Row, other: Row, column: str) -> dict | None:
-    """The mean difference of two rows, run by run, and its spread; None if too few runs are finished."""
+    """The mean difference of two rows, run by run, its spread, and how many runs of the first are ahead.
+
+    None if too few are finished. Raises ValueError if runs on one base started from different weights.
+    """
     planned, of = row.runs[column], row.columns[column]
-    both = {}
+    both, started = {}, {}
     for a, b in zip(planned, other.runs[column], strict=True):
         ours, theirs = score(a, of), score(b, of)
         if None not in (ours, theirs):
-            if len({saved(cell)["hashes"]["model"] for cell in (a, b)}) > 1:
-                raise ValueError(f"{a.name} and {b.name} started from different weights: run both again here")
+            for cell in (a, b):
+                first = started.setdefault(cell.model, cell)
+                if saved(first)["hashes"]["model"] != saved(cell)["hashes"]["model"]:
+                    names = f"{first.name} and {cell.name}"
+                    raise ValueError(f"{names} started from different weights: run both again here")
             both[a] = ours - theirs
     over = units(both, planned)
-    return {"row": other.name, "runs": len(both), **spread(over)._asdict()} if over else None
+    ahead = sum(difference > 0 for difference in both.values())
+    return {"row": other.name, "runs": len(both), "ahead": ahead, **spread(over)._asdict()} if over else None
 
 
 @cache
