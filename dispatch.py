@@ -23,9 +23,12 @@ def looped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """What looped_mm computes, in one call. A frozen weight gets no gradient, and x is not saved for one.
 
-    The kernel wants rows of a multiple of 16 bytes; narrower ones (rank 2, say) go through the loop.
+    The kernel wants rows of a multiple of 16 bytes; narrower ones (rank 2, say) go through the loop. So do
+    trained weights on Blackwell, where an expert without rows gets a gradient all the same (pytorch #172439).
     """
-    if any(size * x.element_size() % 16 for size in weight.shape[1:]):
+    narrow = any(size * x.element_size() % 16 for size in weight.shape[1:])
+    trained = weight.requires_grad and x.is_cuda
+    if narrow or (trained and torch.cuda.get_device_capability(x.device)[0] == 10):
         return looped_mm(x, weight, ends)
     return F.grouped_mm(x, weight, offs=ends)
 
