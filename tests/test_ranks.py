@@ -19,6 +19,7 @@ import state
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"} for n in range(13)]
 METHODS = ["fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"]
+SCORED = {"fft", "hellora"}  # the others' scoring adds nothing: it is their forward pass, and slow on 4 ranks
 
 
 def launched(n):
@@ -55,14 +56,15 @@ def read(folder):
     return [x for m in lines for x in (m["loss"], m["grad_norm"])], scores.get("correct"), scores.get("total")
 
 
-def same(got, want, bar):
+def same(got, want, bar, scored=True):
     assert len(got[0]) == len(want[0]) == 2 * 6
     assert got[0] == pytest.approx(want[0], abs=bar, rel=bar)
-    assert got[2] == want[2] == 5
+    assert got[2] == want[2] == (5 if scored else None)
 
 
 def flags(method, tag, shard=None):
     more = ["--shard", shard] if shard else []
+    more += [] if method in SCORED else ["--no-eval"]
     if method.endswith("-s"):
         more += ["--mask-from", f"{tag}-{method.replace('-s', '-d')}"]
     return ["--method", method, *more]
@@ -88,7 +90,7 @@ def test_every_method_and_both_ways_to_share_give_the_numbers_of_one(ranks, n):
     for shard in ("full", "none"):
         many = ranks(n, {f"{shard}-{m}": flags(m, shard, shard) for m in METHODS})
         for method in METHODS:
-            same(many[f"{shard}-{method}"], one[f"one-{method}"], 1e-5)
+            same(many[f"{shard}-{method}"], one[f"one-{method}"], 1e-5, method in SCORED)
 
 
 @pytest.mark.slow
