@@ -255,7 +255,7 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
 
 
 def check_choice(args: argparse.Namespace, method: Method) -> None:
-    """Raise ValueError for a flag of how experts are chosen where none is: all, none, or a list.
+    """Raise ValueError for a flag of how experts are chosen where that is settled: all, none, or a list's.
 
     With a list --coverage says that its layers may differ in length.
     """
