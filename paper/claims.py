@@ -3,6 +3,8 @@
 A claim holds here if the whole 95 % interval of the difference is on its side, and does not hold if all of it
 is on the other; else this many runs of this model cannot tell. That includes a tie: "matches or exceeds" is
 only told if it exceeds, or falls short.
+
+Of safety one pair is here: the embedded model refuses nearly all that is harmful after any method.
 """
 
 from typing import NamedTuple
@@ -23,15 +25,19 @@ class Claim(NamedTuple):
     column: str = "gsm8k"
 
 
-D, S = "hellori-d", "hellori-s"
+D, S, CODE = "hellori-d", "hellori-s", "pass@1"
 CLAIMS = (
     Claim("4.2, Table 2", "HELLoRA beats full fine-tuning on word problems", "2", "hellora", "fft"),
+    Claim("4.2, Table 2", "HELLoRA beats full fine-tuning on code", "2", "hellora", "fft", CODE),
     Claim("4.2, Table 2", "HELLoRA beats LoRA on word problems", "2", "hellora", "lora"),
-    Claim("4.2, Table 2", "HELLoRA beats LoRA on code", "2", "hellora", "lora", "pass@1"),
+    Claim("4.2, Table 2", "HELLoRA beats LoRA on code", "2", "hellora", "lora", CODE),
     Claim("4.2, Table 2", "HELLoRA beats LoRA on safety", "2", "hellora", "lora", "refusals"),
     Claim("4.2, Table 2", "HELLoRA beats DoRA on word problems", "2", "hellora", "dora"),
+    Claim("4.2, Table 2", "HELLoRA beats DoRA on code", "2", "hellora", "dora", CODE),
     Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on word problems", "2", D, "lori-d"),
+    Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on code", "2", D, "lori-d", CODE),
     Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on word problems", "2", S, "lori-s"),
+    Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on code", "2", S, "lori-s", CODE),
     Claim("4.3, Table 4", "HELLoRA: each layer's hot experts beat the model's", "4", "hellora", "hellora_m"),
     Claim("4.3, Table 4", "HELLoRA: hot experts beat cold ones", "4", "hellora", "hellora_c"),
     Claim("4.3, Table 4", "HELLoRI-D: each layer's hot experts beat the model's", "4", D, f"{D}_m"),
@@ -80,8 +86,9 @@ def verdict(ours: dict) -> str:
 
 def show(found: list[dict]) -> None:
     """A line each."""
-    print(f"{'':13s} {'claim, and how much higher':54s}{'paper':>7s}    here, points (95 % interval, p)")
+    print(f"{'':13s} {'claim, and how much higher':54s}{'paper':>7s}    points (95 % interval, p), ahead in")
     for c in found:
         paper = "-" if c["paper"] is None else f"{c['paper']:+.2f}"
         ours = signed(c["ours"], 1, 0.01)
+        ours += f", {c['ours']['ahead']} of {c['ours']['runs']}" if c["ours"] else ""
         print(f"{c['where']:13s} {c['says']:54s}{paper:>7s}    {c['verdict']:15s}{ours}".rstrip())

@@ -24,7 +24,7 @@ RATES = {  # method -> the rate chosen, and those tried; where B is sparse, larg
     "hellora_r": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_gate": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_none": (2e-2, (5e-3, 1e-2, 2e-2, 4e-2)),
-    "hellora_pure": (2e-2, (5e-3, 1e-2, 2e-2, 4e-2)),
+    "hellora_pure": (1e-2, (5e-3, 1e-2, 2e-2, 4e-2)),
     "hellora_pure_c": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_pure_r": (1e-2, (5e-3, 1e-2, 2e-2)),
     "hellora_pure_m": (1e-2, (5e-3, 1e-2, 2e-2)),
@@ -34,7 +34,7 @@ RATES = {  # method -> the rate chosen, and those tried; where B is sparse, larg
     "hellori-s_c": (8e-2, (4e-2, 8e-2, 0.16, 0.32)),
     "hellori-d_pure": (4e-2, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
     "hellori-s_pure": (0.16, (8e-2, 0.16, 0.32)),
-    "hellori-d_gate": (4e-2, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+    "hellori-d_gate": (2e-2, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
     "hellori-s_gate": (0.16, (8e-2, 0.16, 0.32)),
 }
 MAIN = tuple(method for method in RATES if "_" not in method)
