@@ -24,7 +24,8 @@ def finished(folder, seed, scores, model="m"):
 def test_every_task_gives_its_own_score_with_mean_and_spread(tmp_path):
     half = {task: {name: value / 2 for name, value in entry.items()} for task, entry in SCORED.items()}
     tried = {"humaneval-part": {"pass@1": 1.0}}  # a trial of one of the runs is left out
-    folders = [finished(tmp_path / "a", 0, SCORED | tried), finished(tmp_path / "b", 1, half)]
+    more = {"pretraining": {"cross_entropy": 1.0}}  # of no task: kept as it is
+    folders = [finished(tmp_path / "a", 0, SCORED | tried | more), finished(tmp_path / "b", 1, half | more)]
     value = summary(folders)
     # of x and x / 2: mean 3 x / 4, standard deviation x / sqrt(8)
     for score, task, x in (
@@ -33,7 +34,7 @@ def test_every_task_gives_its_own_score_with_mean_and_spread(tmp_path):
         ("refusal_rate", "tiny-safety", 0.9),
     ):
         assert value[score] == {task: pytest.approx({"mean": 0.75 * x, "std": x / 8**0.5})}
-    assert value["seeds"] == {"0": SCORED, "1": half}
+    assert value["seeds"] == {"0": SCORED | more, "1": half | more}
 
 
 def test_what_was_not_scored_everywhere_or_is_of_another_model_is_refused(tmp_path):

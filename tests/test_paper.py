@@ -347,11 +347,13 @@ def test_a_base_counts_once_all_its_seeds_are_finished_and_one_base_gives_no_int
     assert (len(of["runs"]), "mean" in of, of["minus"]) == (2, False, None)
 
 
-def test_rows_that_started_from_different_weights_are_not_compared(monkeypatch, scored):
+@pytest.mark.parametrize("differs", [lambda c: c.method == "hellora_c", lambda c: c.seed == 1])
+def test_runs_on_one_base_that_started_from_different_weights_are_not_compared(monkeypatch, scored, differs):
+    """Not in a pair, nor from one pair to the next."""
     scored(lambda c: 0.5)
     shown = studies.saved
     other = {"hashes": {"model": "pretrained on another machine"}}
-    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if c.method == "hellora_c" else {}))
+    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if differs(c) else {}))
     with pytest.raises(ValueError, match="started from different weights"):
         studies.results(studies.study("bases"))
 
