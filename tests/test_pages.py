@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from paper import pages, reproduce
+from paper import pages, reproduce, studies
 from paper.tables import OLMOE
 
 
@@ -63,3 +63,23 @@ def test_the_readme_is_short_and_what_it_links_to_is_there():
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert (ROOT / target).exists(), target
+
+
+def test_the_harmless_requests_that_readme_counts_as_refused_are_those_of_the_runs():
+    often = {True: [], False: []}  # HELLoRA and HELLoRI, or not -> whether a run refused over 5 %
+    rates = []
+    for row in studies.study("2").rows:
+        shown = [studies.saved(cell) for cell in row.runs["refusals"]]
+        often[row.name.startswith("hellor")] += [
+            run["harmless_refused"]["tiny-safety"] > 0.05 * run["harmless_total"]["tiny-safety"]
+            for run in shown
+        ]
+        rates.append(sum(run["refusal_rate"]["tiny-safety"] for run in shown) / len(shown))
+    ours, others = often[True], often[False]
+    assert sum(others) == 0
+    said = (
+        f"over 5 % of the harmless are refused too in {sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
+    )
+    text = (ROOT / "README.md").read_text()
+    assert f"{said}, in no other's {len(others)}." in text
+    assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
