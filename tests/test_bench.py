@@ -26,13 +26,14 @@ def wide():
 
 
 def test_a_grouped_hellora_layer_takes_few_operations(wide):
-    # Measured on a CPU; the bar is 240. 68 of them are its four RMSNorms, which CUDA has fused kernels for.
-    assert operations(ours(wide, "hellora"), wide) <= 240
+    # A budget: 236 were counted on a CPU, 68 of them in its four RMSNorms, for which CUDA has fused kernels.
+    # A fourth more leaves room for other forms, and none for a loop over the experts (hundreds more).
+    assert operations(ours(wide, "hellora"), wide) <= 295
 
 
-def test_loops_over_all_experts_take_1_7_times_the_operations_of_loops_over_the_hot(wide):
+def test_loops_over_all_experts_take_more_operations_than_loops_over_the_hot(wide):
     every, hot = (operations(ours(wide, name, "loop"), wide) for name in ("lora", "hellora"))
-    assert every / hot >= 1.7
+    assert every / hot >= 1.5  # 1795 and 797 were counted; the paper's ratio in time is 1.83
 
 
 @pytest.mark.slow
