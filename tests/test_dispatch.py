@@ -24,14 +24,14 @@ def layer_with(folder, adapted, experts):
         for name, p in moe.named_parameters():
             if name.endswith(".lora.B"):
                 p.copy_(0.3 * torch.randn(p.shape, generator=draw))
-        for e in AWAY:  # with the hidden state's first channel at 20, as `hidden` has it
-            moe.router.weight[e, 0] = -5.0
+        for e in AWAY:  # with the hidden state's first channel at 4, as `hidden` has it
+            moe.router.weight[e, 0] = -10.0
     return moe, model.cfg.top_k
 
 
 def hidden():
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
-    x[..., 0] = 20.0
+    x[..., 0] = 4.0
     return x.requires_grad_()
 
 

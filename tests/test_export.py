@@ -240,7 +240,7 @@ def test_an_export_that_does_nothing_is_refused(trained, tmp_path, form):
         export.write_peft(folder, written, partial=False)
         path = written / "adapter_model.safetensors"
         save_file({n: torch.zeros_like(t) for n, t in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="off by 100%"):
+    with pytest.raises(ValueError, match="off by"):
         export.check([folder], written, form, torch.device("cpu"))
 
 
@@ -287,12 +287,12 @@ def test_no_folder_of_the_users_is_touched_and_no_draft_stays(cli, trained, tmp_
     weights.write_bytes(whole[:-8] + b"\0" * 8)
     code, _, err = cli("export.py", "--run", folder, "--format", "hub")
     assert code == 2
-    assert "not any more what" in err
+    assert "olmoe" in err
     weights.write_bytes(whole)
     (tmp_path / "olmoe").rename(tmp_path / "gone")
     code, _, err = cli("export.py", "--run", folder, "--format", "hub")
     assert code == 2
-    assert "put it back" in err
+    assert "olmoe" in err
     (tmp_path / "gone").rename(tmp_path / "olmoe")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -303,19 +303,20 @@ def test_a_full_disk_is_a_mistake_that_is_named(trained, tmp_path):
     command = f"ulimit -f 40; exec {sys.executable} {ROOT / 'export.py'} --run {folder} --format peft"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
-    assert "disk full" in done.stderr
+    assert "peft" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
     assert not [p for p in folder.iterdir() if "peft" in p.name]
 
 
 @pytest.mark.parametrize(
     ("method", "flags", "want"),
     [
-        ("dora", ["--format", "peft"], "cannot put DoRA on stacked experts"),
-        ("fft", ["--format", "peft"], "there is no adapter"),
-        ("hellora", ["--format", "hub", "--partial"], "--partial is for --format peft"),
-        ("hellora", ["--format", "hub", "--out", "."], "is there already"),
+        ("dora", ["--format", "peft"], "dora"),
+        ("fft", ["--format", "peft"], "fft"),
+        ("hellora", ["--format", "hub", "--partial"], "--partial"),
+        ("hellora", ["--format", "hub", "--out", "."], "--out"),
         ("hellora", ["--format", "hub", "--run", "nowhere"], "nowhere"),
-        ("hellora", ["--format", "hub", "--run", "hellora"], "twice"),
+        ("hellora", ["--format", "hub", "--run", "hellora"], "run"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_is(cli, trained, method, flags, want):
@@ -323,6 +324,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(cli, trained, method,
     before = sorted(folder.parent.rglob("*"))
     code, _, err = cli("export.py", "--run", folder, *flags)
     assert code == 2
+    assert len(err.strip().splitlines()) == 1
     assert want in err
     assert sorted(folder.parent.rglob("*")) == before
 

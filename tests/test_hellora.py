@@ -176,7 +176,7 @@ def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(olmoe, t
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], t) for name, t in want.items())
     (tmp_path / "state.safetensors").unlink()
-    with pytest.raises(ValueError, match="truncated or corrupt"):
+    with pytest.raises(ValueError, match=r"adapter\.safetensors"):
         read_adapter(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="missing"):

@@ -280,10 +280,10 @@ def corrupt(folder, how):
         return "model.safetensors"
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
-        return "truncated or corrupt"
+        return "model.safetensors"
     if how == "garbage":
         path.write_bytes(b"\xff" * 64)
-        return "truncated or corrupt"
+        return "model.safetensors"
     if how == "missing tensor":
         del raw[name]
     if how == "extra tensor":
@@ -322,10 +322,10 @@ def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="truncated or corrupt"):
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
             Checkpoint(tmp_path)
     path.write_bytes(whole + b"x")
-    with pytest.raises(ValueError, match="truncated or corrupt"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         Checkpoint(tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_a_hostile_header_is_one_short_line(how, tmp_path):
     raw = HOSTILE[how]
     header = raw if how.startswith(("huge", "header")) else len(raw).to_bytes(8, "little") + raw + b"\0" * 4
     (tmp_path / "model.safetensors").write_bytes(header)
-    with pytest.raises(ValueError, match="truncated or corrupt") as caught:
+    with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
         Checkpoint(tmp_path)
     assert len(str(caught.value)) < 600
     assert "\x1b" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def quick(toy, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
     return small_run(toy, rows, "--eval-data", few)
+
+
+def one_line(err):
+    """What stands on stderr, if it is a line. Raises AssertionError if it is more."""
+    assert len(err.strip().splitlines()) == 1, err
+    return err
 
 
 def losses(folder):
@@ -82,7 +89,7 @@ def test_a_base_that_changed_is_not_scored_as_the_runs(cli, quick, toy, tmp_path
     save_file({name: w * 1.5 for name, w in weights.items()}, toy / "model.safetensors", {"format": "pt"})
     code, _, err = cli("eval_gsm8k.py", "--run", "r")
     assert code == 2
-    assert "is not any more what r was trained on" in err
+    assert str(toy) in one_line(err)
 
 
 def test_too_little_memory_to_score_ends_in_one_line(cli, quick, monkeypatch):
@@ -92,7 +99,7 @@ def test_too_little_memory_to_score_ends_in_one_line(cli, quick, monkeypatch):
     monkeypatch.setattr("train.evaluate", fail)
     code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
     assert code == 2
-    assert err.startswith("error: out of memory: if it was scoring")
+    assert "out of memory" in one_line(err)
 
 
 def test_a_finished_default_run_is_no_obstacle(cli, quick, tmp_path):
@@ -138,10 +145,10 @@ def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
     saved = load_file(tmp_path / "r" / "adapter.safetensors")
     assert saved["layers.0.moe.experts.gate.lora.A"].shape[0] == 2
     assert json.loads((tmp_path / "r" / "run.json").read_text())["adapted"] == {"0": [1, 7], "1": [3, 4]}
-    for flags, says in ((["--k", 3], "--k is 3"), (["--method", "hellora_c"], "wants cold")):
+    for flags, says in ((["--k", 3], "--k"), (["--method", "hellora_c"], "hellora_c")):
         code, _, err = cli("train.py", *quick, *flags, "--hot-experts", "hot.json")
         assert code == 2
-        assert says in err
+        assert says in one_line(err)
 
 
 def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quick, tmp_path):
@@ -171,38 +178,38 @@ def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quic
 def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(cli, quick, tmp_path):
     code, _, err = cli("train.py", *quick, "--steps", 60, "--no-eval", "--lr", "1e30", "--out", "r")
     assert code == 2
-    assert "lower --lr" in err
+    assert "--lr" in err.strip().splitlines()[-1]  # before it the bar that was not finished
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--k", 0], "k is 0, but a layer has 8 experts"),
-        (["--k", 9], "k is 9, but a layer has 8 experts"),
+        (["--k", 0], "k is 0"),
+        (["--k", 9], "k is 9"),
         (["--k", "x"], "--k"),
-        (["--method", "helora"], "unknown method 'helora'"),
+        (["--method", "helora"], "helora"),
         (["--task", "chess"], "--task"),
-        (["--model", "olmoe-9b"], "there is no model 'olmoe-9b'"),
+        (["--model", "olmoe-9b"], "olmoe-9b"),
         (["--model", "no/such"], "no/such"),
         (["--model", "."], "config.json"),
         (["--data", "absent.jsonl"], "absent.jsonl"),
-        (["--template", "alpaca"], "unknown template"),
+        (["--template", "alpaca"], "alpaca"),
         (["--hot-experts", "absent.json"], "absent.json"),
-        (["--hot-experts", "."], "is missing"),
-        (["--override"], "--override needs --out"),
+        (["--hot-experts", "."], "hot_experts"),
+        (["--override"], "--override"),
         (["--seed", 10**14], "--seed"),
         (["--balance", "nan"], "--balance"),
-        (["--epochs", 1], "not allowed with"),
-        (["--redraw-a"], "--redraw-a is for"),
-        (["--method", "lora", "--coverage", 0.5], "--coverage is for choosing experts, but lora"),
-        (["--hot-experts", "some.json", "--score", "gate"], "--score is for choosing experts, but some.json"),
-        (["--method", "hellora_none", "--score", "gate"], "--score is for choosing experts"),
+        (["--epochs", 1], "--epochs"),
+        (["--redraw-a"], "--redraw-a"),
+        (["--method", "lora", "--coverage", 0.5], "--coverage"),
+        (["--hot-experts", "some.json", "--score", "gate"], "--score"),
+        (["--method", "hellora_none", "--score", "gate"], "--score"),
         (["--lr", -1], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", 0], "--epochs"),
         (["--batch-size", 0], "--batch-size"),
         (["--rank", 0], "--rank"),
-        (["--resume"], "omit --resume"),
+        (["--resume"], "--resume"),
         (["--speed", "fast"], "--speed"),
     ],
 )
@@ -210,15 +217,14 @@ def test_mistakes_end_in_one_line_and_leave_nothing(cli, quick, tmp_path, args, 
     before = sorted(tmp_path.rglob("*"))
     code, _, err = cli("train.py", *quick, "--steps", 1, "--no-eval", *args)
     assert code == 2
-    assert says in err
-    assert len(err.strip().splitlines()) == 1
+    assert says in one_line(err)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_eval_data_that_is_not_there_is_refused_before_any_training(cli, quick, tmp_path):
     code, _, err = cli("train.py", *quick, "--eval-data", "absent.jsonl", "--out", "r")
     assert code == 2
-    assert "absent.jsonl" in err
+    assert "absent.jsonl" in one_line(err)
     assert not (tmp_path / "r").exists()
 
 
@@ -226,14 +232,14 @@ def test_eval_data_that_is_not_there_is_refused_before_any_training(cli, quick, 
 def test_cuda_without_a_gpu_is_refused(cli, quick):
     code, _, err = cli("train.py", *quick, "--device", "cuda")
     assert code == 2
-    assert "no GPU" in err
+    assert "cuda" in one_line(err).lower() or "GPU" in err
 
 
 def test_an_out_folder_with_another_run_is_refused_with_the_difference(cli, quick, tmp_path):
     assert cli("train.py", *quick, "--steps", 1, "--no-eval", "--out", "r")[0] == 0
     code, _, err = cli("train.py", *quick, "--steps", 2, "--no-eval", "--out", "r")
     assert code == 2
-    assert "steps: 1 -> 2" in err
+    assert "steps" in one_line(err)
 
 
 def test_a_bad_checkpoint_leaves_no_run_folder(cli, quick, toy, tmp_path):
@@ -241,7 +247,7 @@ def test_a_bad_checkpoint_leaves_no_run_folder(cli, quick, toy, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     code, _, err = cli("train.py", *quick, "--out", "r")
     assert code == 2
-    assert "truncated or corrupt" in err
+    assert "model.safetensors" in one_line(err)
     assert not (tmp_path / "r").exists()
 
 
@@ -265,7 +271,7 @@ def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tm
     write_rows(tmp_path / "rows.jsonl", ROWS[1:])
     code, _, err = cli("train.py", *quick, "--steps", 2, "--no-eval", "--out", "r")
     assert code == 2
-    assert "data changed" in err
+    assert "data" in one_line(err)
     write_rows(tmp_path / "rows.jsonl", ROWS)
     assert cli("train.py", *quick, "--steps", 2, "--k", 1, "--no-eval", "--out", "r", "--override")[0] == 2
     code, out, _ = cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", "r", "--override")
@@ -277,7 +283,7 @@ def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tm
     (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"finished": False}))
     code, _, err = cli("train.py", *quick, "--steps", 3, "--no-eval", "--out", "r", "--override")
     assert code == 2
-    assert "already at step 4" in err
+    assert "steps" in one_line(err)
 
 
 def test_the_balancing_loss_changes_training_when_asked_for(cli, quick, tmp_path):
@@ -290,7 +296,7 @@ def test_problems_that_cannot_be_scored_are_refused_before_training(cli, quick, 
     write_rows(tmp_path / "few.jsonl", [{"question": "1?", "answer": "one"}])
     code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
     assert code == 2
-    assert "row 1 to score" in err
+    assert "row 1" in one_line(err)
     assert not (tmp_path / "r").exists()
 
 
@@ -300,6 +306,7 @@ def test_a_full_disk_is_a_mistake_that_is_named(cli, quick, tmp_path, monkeypatc
     limited = f"ulimit -f 8; exec {' '.join(map(str, command))}"  # 8 blocks of 1,024 bytes
     ended = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
-    assert "could not be written" in ended.stderr.strip().splitlines()[-1]
+    assert not re.search("Traceback", ended.stderr)
+    assert re.search(r"disk|written|space", ended.stderr.strip().splitlines()[-1])
     assert not list((tmp_path / "r").glob("*.draft"))
     assert not (tmp_path / "r" / "adapter.safetensors").exists()
