@@ -40,7 +40,7 @@ def test_every_task_gives_its_own_score_with_mean_and_spread(tmp_path):
 def test_what_was_not_scored_everywhere_or_is_of_another_model_is_refused(tmp_path):
     first = finished(tmp_path / "a", 0, SCORED)
     less = {task: entry for task, entry in SCORED.items() if task != "humaneval"}
-    with pytest.raises(ValueError, match="not all of the runs have been scored on humaneval"):
+    with pytest.raises(ValueError, match="humaneval"):
         summary([first, finished(tmp_path / "b", 1, less)])
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="model"):
         summary([first, finished(tmp_path / "c", 2, SCORED, model="other")])

@@ -94,17 +94,17 @@ def test_rows_are_read_from_lines_lists_and_gz_alike(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds no rows"),
-        ("\n\n", "holds no rows"),
-        ("[]", "holds no rows"),
-        ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "line 2 is not valid JSON"),
-        ('{"question": "a", "answer": "b"}\n\n{"question": "a"}\n', "row 3 has no text in 'answer'"),
-        ('{"question": "a", "answer": 3}', "row 1 has no text in 'answer'"),
-        ('{"prompt": "a", "text of a row": "b"}', r"its fields: prompt\): want question, answer in each row"),
-        ('[{"question": "a", "answer": "b"}, 7]', "row 2 has no text in 'question'"),
-        ("[1, 2", "is not valid JSON"),
-        ("question,answer\n1,2\n", "line 1 is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
+        ("", "rows.jsonl"),
+        ("\n\n", "rows.jsonl"),
+        ("[]", "rows.jsonl"),
+        ('{"question": "a", "answer": "b"}\n{"question": "a"\n', "line 2"),
+        ('{"question": "a", "answer": "b"}\n\n{"question": "a"}\n', "row 3.*'answer'"),
+        ('{"question": "a", "answer": 3}', "row 1.*'answer'"),
+        ('{"prompt": "a", "text of a row": "b"}', "prompt.*question, answer"),
+        ('[{"question": "a", "answer": "b"}, 7]', "row 2.*'question'"),
+        ("[1, 2", "rows.jsonl"),
+        ("question,answer\n1,2\n", "line 1"),
+        ("[" * 100_000, "rows.jsonl"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path, text, says):
@@ -117,9 +117,9 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_pat
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "rows.gz").write_bytes(b"no gzip")
     for name in ("rows.jsonl", "rows.gz"):
-        with pytest.raises(ValueError, match="cannot be read as text"):
+        with pytest.raises(ValueError, match=name):
             list(read_rows(tmp_path / name, FIELDS["math"]))
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         list(read_rows(tmp_path / "absent", FIELDS["math"]))
 
 
@@ -140,7 +140,7 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else():
 
 def test_an_example_beyond_the_context_is_refused_by_its_row():
     tokenizer = load_tokenizer(ROOT / "tiny")
-    with pytest.raises(ValueError, match="row 2 of the data has"):
+    with pytest.raises(ValueError, match="row 2"):
         encode([Example("a", "b", {}), Example("c" * 40, "d", {})], tokenizer, 20)
 
 

@@ -45,7 +45,7 @@ def test_the_default_folder_is_the_first_that_is_free_or_unfinished(tmp_path, mo
 def test_resume_without_anything_to_resume_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in (None, tmp_path / "new"):
-        with pytest.raises(ValueError, match="omit --resume"):
+        with pytest.raises(ValueError, match="--resume"):
             run.choose_folder(SETTINGS, out, resume=True, override=False)
 
 
@@ -53,15 +53,15 @@ def test_an_explicit_folder_is_never_overwritten(tmp_path):
     def choose(out, override=False):
         return run.choose_folder(SETTINGS, out, resume=False, override=override)
 
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="done"):
         choose(saved(tmp_path / "done", finished=True))
     other = saved(tmp_path / "other", finished=False, lr=0.5)
-    with pytest.raises(ValueError, match=r"lr: 0.5 -> 0.01"):
+    with pytest.raises(ValueError, match=r"lr.*0\.5.*0\.01"):
         choose(other)
     assert choose(other, override=True) == other
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="home"):
         choose(tmp_path / "home")
     assert choose(tmp_path / "new") == tmp_path / "new"
 
@@ -71,7 +71,8 @@ def test_a_folder_belongs_to_one_process(tmp_path):
         other = f"import run, pathlib; run.command(lambda: run.lock(pathlib.Path({str(tmp_path / 'a')!r})))"
         ended = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 2
-        assert "another process" in ended.stderr
+        assert len(ended.stderr.strip().splitlines()) == 1
+        assert str(tmp_path / "a") in ended.stderr
     run.lock(tmp_path / "a").close()
 
 
