@@ -3,94 +3,75 @@
     python catcher.py --model tiny --task tiny-math      counts on the base model, no training
     python catcher.py --run DIR                          shows the list that a run was trained with
 
-Letters are those of moe_model.py.
+Read it from top to bottom: counting, the rules of choosing, the list that is kept, the command.
+train.py counts in the same way during its warm-up. The paper calls the step that finds the hot
+experts its catcher. Letters are those of moe_model.py.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ranks
-from checkpoint import MoEConfig, locate, read_config
-from data import TASKS, Encoded, collate, default_task, encode, load_examples, micro_batches
-from moe_model import IGNORE, MoEModel, Routing
-from run import (
-    COUNT,
-    Parser,
-    above_0,
-    add_compute_flags,
-    command,
-    compute,
-    read_json,
-    read_run,
-    seed_number,
-    share_of_1,
-    write_json,
+from moe_model import IGNORE, MoEConfig, MoEModel, Routing
+from plumbing import ranks
+from plumbing.checkpoint import locate, read_config
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute
+from plumbing.data import (
+    TASKS,
+    Encoded,
+    collate,
+    default_task,
+    encode,
+    load_examples,
+    micro_batches,
 )
-from tokenizer import load_tokenizer
+from plumbing.files import read_json, write_json
+from plumbing.run_folder import by_layer, read_run
+from plumbing.tokenizer import load_tokenizer
+
+# ---- counting ------------------------------------------------------------------------------------
 
 
 class Catcher:
-    """Histogram of expert visits of one task: (token, choice) pairs per layer, over real tokens only."""
+    """Visits of one task: (token, choice) pairs per layer and expert, over real tokens only."""
 
     def __init__(self, n_experts: int):
         self.n_experts = n_experts
         self.counts: dict[int, Tensor] = {}  # {MoE layer: visits [E] int64}
-        self.gates: dict[int, Tensor] = {}  # {MoE layer: sum of the routing weights [E] float64}
-        self.n_tokens = 0
+        self.gates: dict[int, Tensor] = {}  # {MoE layer: summed router probabilities [E] float64}
+        self.n_tokens: int | Tensor = 0
 
     @torch.no_grad()
     def add(self, routing: dict[int, Routing], real: Tensor) -> None:
-        """Count one forward pass. real [B, T] is False on padding. Nothing here waits for the device."""
+        """Count one forward pass. real [B, T] is False on padding. The host never waits here."""
         self.n_tokens = self.n_tokens + real.sum()
         for layer, decided in routing.items():
-            ids = decided.expert_ids.flatten()
-            counts = real[..., None].expand_as(decided.expert_ids).flatten()  # 1 for each visit that counts
             if layer not in self.counts:
-                self.counts[layer] = ids.new_zeros(self.n_experts)
-                self.gates[layer] = ids.new_zeros(self.n_experts, dtype=torch.float64)
+                self.counts[layer] = torch.zeros(
+                    self.n_experts, dtype=torch.long, device=real.device
+                )
+                self.gates[layer] = self.counts[layer].double()
+            # Padding adds 0. To leave it out, the host would have to wait for the number of rows.
+            ids = decided.expert_ids.flatten()  # [B*T*K]
+            counts = real[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 if real
             self.counts[layer].index_add_(0, ids, counts.long())
             self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * counts).double())
 
     def gather(self) -> "Catcher":
-        """Add what all ranks have counted, on every rank; itself."""
+        """Add what all ranks have counted, on every rank. Returns itself."""
         for tensor in (*self.counts.values(), *self.gates.values(), self.n_tokens):
             ranks.total(tensor)
         return self
 
     def scores(self, score: str) -> dict[int, Tensor]:
-        """{layer: [E]} on the CPU: "count", the visits, or "gate", the mean routing weight of a token."""
+        """{layer: [E]} on the CPU. "count": visits; "gate": a token's mean probability there."""
         if score == "gate":
             return {layer: g.cpu() / int(self.n_tokens) for layer, g in self.gates.items()}
         return {layer: c.cpu() for layer, c in self.counts.items()}
-
-    def choose(
-        self, *, k: int, rule: str, score: str, seed: int, coverage: float | None, **about: str
-    ) -> "HotList":
-        """The list for `rule` (RULES). about: model, task, and by which catcher it was counted."""
-        experts = choose(self.scores(score), k, rule, seed, coverage)
-        k = max(map(len, experts.values()))
-        counts = {layer: visits.tolist() for layer, visits in self.scores("count").items()}
-        n_tokens = int(self.n_tokens)
-        return HotList(
-            **about, rule=rule, score=score, k=k, n_tokens=n_tokens, experts=experts, counts=counts
-        )
-
-
-@torch.no_grad()
-def count_visits(model: MoEModel, data: list[Encoded], batch_size: int, label: str) -> Catcher:
-    """Run `model` over `data` once, without logits, and count."""
-    catcher = Catcher(model.cfg.n_experts)
-    for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
-        batch = collate(group, model.device)
-        _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))  # so without logits
-        catcher.add(routing, batch.real)
-    return catcher.gather()
 
 
 def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
@@ -100,48 +81,87 @@ def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
     return [data[i] for i in torch.randperm(len(data), generator=draw)[:n].tolist()]
 
 
-def default_k(cfg: MoEConfig) -> int:
-    """Adapted experts per layer when nothing is said: as many as a token visits, and 12 for DeepSeekMoE.
+@torch.no_grad()
+def count_visits(model: MoEModel, data: list[Encoded], batch_size: int, label: str) -> Catcher:
+    """Run `model` over `data` once and count. label: of the progress bar."""
+    catcher = Catcher(model.cfg.n_experts)
+    for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
+        batch = collate(group, model.device)
+        # Without any target no logits are made: routing is all that is wanted.
+        _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))
+        catcher.add(routing, batch.real)
+    return catcher.gather()
 
-    12 of 64 is the only number that gives the paper's 23.2 % of LoRA's parameters there (README).
+
+def visited_share(counts: dict[int, Tensor], experts: dict[int, list[int]]) -> dict[int, float]:
+    """{layer: the share of visits that goes to its `experts`}; k / E if the router were uniform."""
+    return {i: (counts[i][experts[i]].sum() / counts[i].sum()).item() for i in experts}
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+
+RULES = ("hot", "cold", "global-hot", "random", "all")
+
+
+def preference(rule: str, of_layer: Tensor, of_model: Tensor, draw: torch.Generator) -> Tensor:
+    """How much `rule` wants each expert of a layer [E].
+
+    of_layer [E]: the layer's scores. of_model [E]: those of all layers, added up by expert id.
     """
-    return 12 if cfg.n_shared else cfg.top_k
-
-
-# rule -> rank of each expert [E] (the highest are chosen), from its layer's scores, the scores summed over
-# layers, and a source of randomness
-RULES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
-    "hot": lambda layer, total, draw: layer,
-    "cold": lambda layer, total, draw: -layer,
-    "global-hot": lambda layer, total, draw: total,
-    "random": lambda layer, total, draw: torch.rand(len(layer), generator=draw),
-    "all": lambda layer, total, draw: torch.zeros(len(layer)),
-}
+    if rule == "hot":  # HELLoRA
+        return of_layer
+    if rule == "cold":  # Table 4: the suffix _c of a method
+        return -of_layer
+    if rule == "global-hot":  # Table 4: the suffix _m; the same experts in every layer
+        return of_model
+    if rule == "random":  # a control that the paper lacks
+        return torch.rand(len(of_layer), generator=draw)
+    raise ValueError(f"unknown rule {rule!r}: want one of {', '.join(RULES)}")
 
 
 def choose(
     scores: dict[int, Tensor], k: int, rule: str, seed: int = 0, coverage: float | None = None
 ) -> dict[int, list[int]]:
-    """{layer: the k experts that `rule` ranks highest, ascending}. Of equal experts the lower id wins.
+    """{layer: the k experts that `rule` prefers, ascending}. Of two equal scores the lower id wins.
 
-    scores: {layer: [E]}, visits or summed gates. With a coverage in (0, 1), k differs by layer: the fewest
-    that together have that share of the layer's score (ESFT's rule). Raises ValueError for a k outside 1..E.
+    scores: {layer: [E]}, visits or mean probabilities. With a coverage in (0, 1], k is ignored:
+    each layer takes its preferred experts until they hold this share of its score. That is the rule
+    of ESFT (expert-specialized fine-tuning, arXiv 2407.01906).
+    Raises ValueError for a k outside 1..E.
     """
-    k = check_k(k, len(next(iter(scores.values())))) if rule != "all" else None
-    total, draw = sum(scores.values()), torch.Generator().manual_seed(seed)
-    ranked = {i: RULES[rule](s, total, draw).argsort(descending=True, stable=True) for i, s in scores.items()}
-    if coverage:
-        covered = {i: scores[i][ids].double().cumsum(0) / scores[i].sum() for i, ids in ranked.items()}
-        sizes = {i: int((share < coverage).sum()) + 1 for i, share in covered.items()}
-    else:
-        sizes = dict.fromkeys(scores, k)
-    return {layer: sorted(ids[: sizes[layer]].tolist()) for layer, ids in ranked.items()}
+    of_model = sum(scores.values())  # [E]
+    draw = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for layer, of_layer in scores.items():
+        if rule == "all":
+            chosen[layer] = list(range(len(of_layer)))
+            continue
+        wanted = preference(rule, of_layer, of_model, draw)
+        ids = wanted.argsort(descending=True, stable=True)  # [E] the most wanted first
+        if coverage:
+            share = of_layer[ids].double().cumsum(0) / of_layer.sum()  # [E] of the first 1, 2, ...
+            n = int((share < coverage).sum()) + 1
+        else:
+            n = check_k(k, len(of_layer))
+        chosen[layer] = sorted(ids[:n].tolist())
+    return chosen
+
+
+def default_k(cfg: MoEConfig) -> int:
+    """The paper's k: as many experts as a token visits (8 for OLMoE, 2 for Mixtral).
+
+    For DeepSeekMoE, the one backbone with shared experts, it is 12 of 64: no other number gives the
+    paper's 23.2 % of LoRA's parameters there (README).
+    """
+    return 12 if cfg.n_shared else cfg.top_k
 
 
 def check_k(k: int, n_experts: int) -> int:
     """k itself. Raises ValueError unless it is 1..n_experts."""
     if not 1 <= k <= n_experts:
-        raise ValueError(f"k is {k}, but a layer has {n_experts} experts: want 1 <= k <= {n_experts}")
+        raise ValueError(
+            f"k is {k}, but a layer has {n_experts} experts: want 1 <= k <= {n_experts}"
+        )
     return k
 
 
@@ -150,35 +170,35 @@ def overlap(a: dict[int, list[int]], b: dict[int, list[int]]) -> dict[int, float
     return {i: len(set(a[i]) & set(b[i])) / len(set(a[i]) | set(b[i])) for i in a}
 
 
-def visited_share(counts: dict[int, Tensor], experts: dict[int, list[int]]) -> dict[int, float]:
-    """{layer: the share of all visits that goes to its `experts`}; k / E if the router were uniform."""
-    return {i: (counts[i][experts[i]].sum() / counts[i].sum()).item() for i in experts}
+# ---- the list that is kept -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class HotList:
-    """hot_experts.json: which experts of each layer were chosen, how, and the visits that rests on."""
+    """hot_experts.json: which experts of each layer were chosen, how, and from which visits."""
 
     model: str = ""
     task: str = ""
-    catcher: str = "file"  # "warmup" or "forward"; a list by other means need not say
+    catcher: str = "file"  # "warmup" or "forward"; a list made by other means need not say
     rule: str = "hot"
     score: str = "count"
-    k: int = 0
+    k: int = 0  # the most that a layer has
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
     counts: dict[int, list[int]] = field(default_factory=dict)  # {MoE layer: visits [E]}, if known
 
     def show(self) -> str:
-        """Each layer's visits as bars, one character an expert, with the chosen ids and their share."""
+        """Each layer's visits as bars, one character an expert, with the chosen and their share."""
         if not self.counts:
-            return f"a given list of {self.rule} experts; how many visits it rests on is not known"
+            return f"a given list of {self.rule} experts; the visits behind it are not known"
         counts = {layer: torch.tensor(visits) for layer, visits in self.counts.items()}
         lines, levels = [], " ▁▂▃▄▅▆▇█"
         for layer, share in visited_share(counts, self.experts).items():
-            height = (counts[layer] / counts[layer].max().clamp(min=1) * (len(levels) - 1)).ceil().int()
-            row = "".join(levels[h] for h in height)
-            lines.append(f"layer {layer:2d} │{row}│ {share:5.1%} of visits go to {self.experts[layer]}")
+            relative = counts[layer] / counts[layer].max().clamp(min=1)  # [E]
+            bars = "".join(levels[h] for h in (relative * (len(levels) - 1)).ceil().int())
+            lines.append(
+                f"layer {layer:2d} │{bars}│ {share:5.1%} of visits go to {self.experts[layer]}"
+            )
         lines.append(
             f"the {self.rule} {self.sizes()} experts of each layer by {self.score}, from "
             f"{self.n_tokens:,} tokens of {self.task} ({self.catcher})"
@@ -196,18 +216,71 @@ class HotList:
 
     @classmethod
     def read(cls, path: Path, cfg: MoEConfig) -> "HotList":
-        """Raises FileNotFoundError, or ValueError if the file is damaged or was made for another model."""
-        form = {f.name: (None, COUNT if f.type is int else str) for f in fields(cls)}
-        form |= {"experts": {str: [COUNT]}, "counts": (None, {str: [COUNT]})}
-        saved = read_json(path, "a hot_experts.json, as catcher.py --out writes it", form)
-        known = {f.name: saved[f.name] for f in fields(cls) if saved.get(f.name) is not None}
-        known["experts"] = cfg.by_layer(saved["experts"], path)
-        visits, everywhere = known.get("counts", {}), {str(i): cfg.n_experts for i in cfg.moe_layers}
-        sizes = {i: len(of) for i, of in visits.items()} or everywhere
-        if saved["experts"].keys() != everywhere.keys() or sizes != everywhere:
-            raise ValueError(f"{path} lacks experts or visits of a layer: want a list made for this model")
-        known["counts"] = {int(i): of for i, of in visits.items()}
+        """The list in `path`.
+
+        Raises FileNotFoundError, or ValueError for a damaged file or another model's list.
+        """
+        saved = read_json(path, "a hot_experts.json, as catcher.py --out writes it", HotListFile)
+        known = {}
+        for name in HotListFile.__annotations__:
+            if saved.get(name) is not None:
+                known[name] = saved[name]
+
+        layers = {str(layer) for layer in cfg.moe_layers}
+        visits = known.pop("counts", {})  # a list made by other means may have none
+        unlike = [layer for layer, of in visits.items() if len(of) != cfg.n_experts]
+        if saved["experts"].keys() < layers or (visits and visits.keys() != layers) or unlike:
+            raise ValueError(
+                f"{path} lacks experts or visits of a layer: want a list made for this model"
+            )
+        known["experts"] = by_layer(cfg, saved["experts"], path)
+        known["counts"] = {int(layer): of for layer, of in visits.items()}
         return cls(**known)
+
+
+@dataclass
+class HotListFile:
+    """What read_json checks of hot_experts.json: keys are text in JSON."""
+
+    experts: dict[str, list[int]]
+    model: str | None = None
+    task: str | None = None
+    catcher: str | None = None
+    rule: str | None = None
+    score: str | None = None
+    k: int | None = None
+    n_tokens: int | None = None
+    counts: dict[str, list[int]] | None = None
+
+
+def hot_list(
+    counted: Catcher,
+    *,
+    k: int,
+    rule: str,
+    score: str,
+    seed: int,
+    coverage: float | None,
+    model: str,
+    task: str,
+    catcher: str,
+) -> HotList:
+    """Choose from what was counted (see `choose`), and note where it comes from."""
+    experts = choose(counted.scores(score), k, rule, seed, coverage)
+    return HotList(
+        model=model,
+        task=task,
+        catcher=catcher,
+        rule=rule,
+        score=score,
+        k=max(len(ids) for ids in experts.values()),
+        n_tokens=int(counted.n_tokens),
+        experts=experts,
+        counts={layer: visits.tolist() for layer, visits in counted.scores("count").items()},
+    )
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
@@ -215,16 +288,18 @@ def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
     # fmt: off
-    add("--model", default="tiny", help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
+    add("--model", default="tiny",
+        help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
     add("--data", type=Path, help="rows in place of the task's training split")
     add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
-    add("--coverage", type=share_of_1, help="in place of --k: the fewest experts with this share of visits")
+    add("--coverage", type=SHARE, help="not k, but the fewest experts with this share of visits")
     add("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
-    add("--score", choices=["count", "gate"], default="count", help="visits, or mean routing weight")
-    add("--share", type=share_of_1, default=0.1, help="share of the split to look at (default 0.1)")
-    add("--seed", type=seed_number, default=0, help="picks that share (default 0)")
-    add("--batch-size", type=above_0(int), default=16, help="examples in one forward pass (default 16)")
+    add("--score", choices=["count", "gate"], default="count",
+        help="rank experts by visits, or by mean routing weight (default count)")
+    add("--share", type=SHARE, default=0.1, help="share of the split to look at (default 0.1)")
+    add("--seed", type=SEED, default=0, help="picks that share (default 0)")
+    add("--batch-size", type=COUNT, default=16, help="examples in one pass (default 16)")
     either("--out", type=Path, help="write hot_experts.json here")
     either("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
     # fmt: on
@@ -236,19 +311,23 @@ def main() -> None:
     """Count and choose, or show what a run chose."""
     args = parse_args()
     if args.run:
-        source = locate(read_run(args.run)["model"])
-        print(HotList.read(args.run / "hot_experts.json", read_config(source)).show())
+        cfg = read_config(locate(read_run(args.run)["model"]))
+        print(HotList.read(args.run / "hot_experts.json", cfg).show())
         return
     device, dtype = compute(args.device, args.dtype)
     task, source = args.task or default_task(args.model), locate(args.model)
     cfg = read_config(source)
     k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
+
+    # The same look at the task that train.py --catcher forward takes.
     model = MoEModel.from_pretrained(source, dtype, device)
     examples = load_examples(task, args.data or TASKS[task].train.fetch())
-    data = sample(encode(examples, load_tokenizer(source), model.cfg.max_len), args.share, args.seed)
-    how = {"k": k, "rule": args.rule, "score": args.score, "coverage": args.coverage}
-    catcher = count_visits(model, data, args.batch_size, "catch")
-    hot = catcher.choose(**how, seed=args.seed, model=args.model, task=task, catcher="forward")
+    data = sample(encode(examples, load_tokenizer(source), cfg.max_len), args.share, args.seed)
+    counted = count_visits(model, data, args.batch_size, "catch")
+    hot = hot_list(
+        counted, k=k, rule=args.rule, score=args.score, seed=args.seed, coverage=args.coverage,
+        model=args.model, task=task, catcher="forward",
+    )  # fmt: skip
     print(hot.show())
     if args.out:
         hot.write(args.out)

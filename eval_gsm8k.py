@@ -3,9 +3,10 @@
     python eval_gsm8k.py --run runs/tiny-tiny-math-hellora-k8-s0
     python eval_gsm8k.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 5
 
-Greedy decoding; only generated text is scored. accuracy: the number after the first "####"; flexible: the
-last number of any kind; both as in lm-evaluation-harness (tasks/gsm8k/gsm8k.yaml at 4e7e0d4). Results for
-fewer or other problems, or with other settings than the run's, are kept in results.json as TASK-part.
+Decoding is greedy, and only generated text is scored. "accuracy" takes the number after the first
+"####", "flexible" the last number of any kind; both as in lm-evaluation-harness
+(tasks/gsm8k/gsm8k.yaml at 4e7e0d4). Results for fewer or other problems, or with other settings
+than the run's, are kept in results.json as TASK-part.
 """
 
 import argparse
@@ -14,23 +15,15 @@ import re
 import time
 from pathlib import Path
 
-from checkpoint import locate, read_config
-from data import TASKS, Example, default_task, load_examples
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
-from run import (
-    Parser,
-    above_0,
-    add_compute_flags,
-    at_least_0,
-    command,
-    compute,
-    read_run,
-    update_results,
-    write_atomically,
-)
-from tokenizer import Tokenizer, load_tokenizer
+from plumbing.checkpoint import locate, read_config
+from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
+from plumbing.data import TASKS, Example, default_task, load_examples
+from plumbing.files import write_atomically
+from plumbing.run_folder import read_run, update_results
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 STRICT = {  # template -> where its answers put the number; the first match counts
     "plain": re.compile(r"#### (\-?[0-9\.\,]+)"),
@@ -62,7 +55,7 @@ def gold(row: dict) -> str:
 
 
 def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> None:
-    """Raise ValueError for a problem without a right answer, or one that does not fit the context."""
+    """Raise ValueError for a problem without a right answer, or too long for the context."""
     for n, example in enumerate(examples, 1):
         try:
             gold(example.row)
@@ -115,7 +108,9 @@ def evaluate(
 def kept_in(folder: Path | None, args: argparse.Namespace) -> Path | None:
     """Where results are kept: in a run's own folder; of --model, in --out, or nowhere."""
     if folder and args.out:
-        raise ValueError("--out is for --model: the results of a run are kept in its own folder; omit it")
+        raise ValueError(
+            "--out is for --model: the results of a run are kept in its own folder; omit it"
+        )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     return folder or args.out
@@ -129,11 +124,13 @@ def other_dtype(args: argparse.Namespace, run: dict) -> bool:
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
     """answers-TASK.jsonl: what was generated for each problem."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_atomically(
+        folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8")
+    )
 
 
 def few_shot(examples: list[Example], shots: list[Example]) -> list[Example]:
-    """Put solved problems before each prompt, with empty lines between, as lm-evaluation-harness does."""
+    """Put solved problems before each prompt, with empty lines, as lm-evaluation-harness does."""
     shown = "".join(f"{e.prompt}{e.answer}\n\n" for e in shots)
     return [e._replace(prompt=shown + e.prompt) for e in examples]
 
@@ -141,77 +138,86 @@ def few_shot(examples: list[Example], shots: list[Example]) -> list[Example]:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
-    what.add_argument("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
-    p.add_argument("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
-    p.add_argument(
-        "--data", type=Path, help="score the problems of this file in place of the task's test split"
-    )
-    p.add_argument(
-        "--limit",
-        type=above_0(int),
-        help="score the first N problems (default: as many as the run scored; else all)",
-    )
-    p.add_argument(
-        "--shots",
-        type=at_least_0(int),
-        default=0,
-        help="put N solved training problems before each (default 0)",
-    )
-    p.add_argument("--template", help="prompt and answer form (default: the run's, or the task's)")
-    p.add_argument(
-        "--batch-size", type=above_0(int), default=100, help="problems decoded together (default 100)"
-    )
-    p.add_argument(
-        "--max-new", type=above_0(int), help="tokens generated at most (default: the task's; 512 for gsm8k)"
-    )
-    p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
-    p.add_argument("--factored", action="store_true", help="keep the adapters apart in place of merging them")
-    add_compute_flags(p.add_argument)
+    either, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
+    # fmt: off
+    either("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    either("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
+    add("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
+    add("--data", type=Path, help="problems to score, in place of the task's test split")
+    add("--limit", type=COUNT,
+        help="score the first N problems (default: as many as the run scored; else all)")
+    add("--shots", type=number(int, low=0), default=0,
+        help="put N solved training problems before each (default 0)")
+    add("--template", help="prompt and answer form (default: the run's, or the task's)")
+    add("--batch-size", type=COUNT, default=100, help="problems decoded together (default 100)")
+    add("--max-new", type=COUNT,
+        help="tokens generated at most (default: the task's; 512 for gsm8k)")
+    add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
+    add("--factored", action="store_true", help="keep the adapters apart in place of merging them")
+    # fmt: on
+    add_compute_flags(add)
     return p.parse_args()
 
 
 def problems(task: str, template: str, path: Path, limit: int | None, shots: int) -> list[Example]:
     """The examples to score, each after `shots` solved ones of the training split."""
     examples = load_examples(task, path, template)[:limit]
-    solved = load_examples(task, TASKS[task].train.fetch(), template)[: int(shots)] if shots else []
-    return few_shot(examples, solved)
+    if not shots:
+        return examples
+    return few_shot(examples, load_examples(task, TASKS[task].train.fetch(), template)[:shots])
+
+
+def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path | None) -> None:
+    """Score one run, or the base model that `run` names, and print one line.
+
+    run: run.json, or the same keys for a model without adapters, which has no folder. kept: where
+    the results are kept; None: nowhere.
+    """
+    task = args.task or run["task"]
+    if task not in TASKS or TASKS[task].kind != "math":
+        known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
+        raise ValueError(
+            f"task {task!r} has no '#### N' answers to score here: want one of {known}"
+        )
+
+    # A flag comes first, then what was asked for at training, which holds for that task only.
+    own = run if task == run["task"] else {}
+    template = args.template or own.get("template") or TASKS[task].template
+    limit = args.limit or own.get("eval_limit")
+    max_new = args.max_new or TASKS[task].max_new
+
+    source = locate(run["model"])
+    path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
+    tokenizer = load_tokenizer(source)
+    examples = problems(task, template, Path(path), limit, args.shots)
+    check_scorable(examples, tokenizer, read_config(source).max_len)  # loading may take minutes
+    device, dtype = compute(args.device, args.dtype or run["dtype"])
+    if folder:
+        model, _, _ = load_run(folder, not args.factored, dtype, device)
+    else:
+        model = MoEModel.from_pretrained(source, dtype, device)
+    result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
+    print(
+        f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} "
+        f"(flexible {result['accuracy_flexible']:.1%}) on {result['total']} problems "
+        f"in {result['seconds']} s"
+    )
+    if kept:
+        asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
+        kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
+        update_results(kept, kept_as, result)
+        write_answers(kept, kept_as, records)
 
 
 def main() -> None:
-    """Score each run, or the model, and print one line for each."""
+    """Score each run, or the model."""
     args = parse_args()
-    asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
-    base = {"model": args.model, "task": default_task(args.model or ""), "dtype": None}
-    for folder in args.run or [None]:
-        place, run = kept_in(folder, args), read_run(folder) if folder else base
-        task = args.task or run["task"]
-        if task not in TASKS or TASKS[task].kind != "math":
-            known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
-            raise ValueError(f"task {task!r} has no '#### N' answers to score here: want one of {known}")
-        source = locate(run["model"])
-        own = run if task == run["task"] else {}  # what was asked for at training holds for that task only
-        template = args.template or own.get("template") or TASKS[task].template
-        path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
-        limit = args.limit or own.get("eval_limit")
-        examples, tokenizer = problems(task, template, Path(path), limit, args.shots), load_tokenizer(source)
-        check_scorable(examples, tokenizer, read_config(source).max_len)  # before minutes of loading
-        device, dtype = compute(args.device, args.dtype or run["dtype"])
-        if folder:
-            model = load_run(folder, not args.factored, dtype, device)[0]
-        else:
-            model = MoEModel.from_pretrained(source, dtype, device)
-        max_new = args.max_new or TASKS[task].max_new
-        result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
-        print(
-            f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} (flexible "
-            f"{result['accuracy_flexible']:.1%}) on {result['total']} problems in {result['seconds']} s"
-        )
-        if place:
-            kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
-            update_results(place, kept_as, result)
-            write_answers(place, kept_as, records)
+    if args.model is not None:
+        base = {"model": args.model, "task": default_task(args.model), "dtype": None}
+        score(args, base, folder=None, kept=kept_in(None, args))
+    for folder in args.run or []:
+        kept = kept_in(folder, args)  # before the run is read: it refuses flags that do not fit
+        score(args, read_run(folder), folder, kept)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Write a run's adapters in a form that other tools load.
 
-    python export.py --run runs/DIR --format hub      a whole checkpoint, adapters folded into its weights
-    python export.py --run runs/DIR --format peft     an adapter that peft and vLLM put on the base model
+    python export.py --run runs/DIR --format hub    a whole checkpoint, adapters folded in
+    python export.py --run runs/DIR --format peft   an adapter that peft and vLLM put on the base
 
-What was written is read back, run beside the live adapters, and only then gets its final name.
+What was written is read back and run beside the live adapters. Only then it gets its final name.
 """
 
 import argparse
@@ -16,41 +16,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
+from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
+from moe_model import MoEModel
+from plumbing.checkpoint import (
     BACKBONES,
     BESIDE,
     Checkpoint,
-    base_of,
+    base_parameters,
+    empty_model,
     hub_names,
     locate,
+    names_in,
     read_config,
-    read_header,
     shard_paths,
 )
-from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method, read_adapter
-from moe_model import MoEModel, base_parameters, empty_model
-from run import Parser, command, compute, read_json, read_run, write_atomically, write_json
+from plumbing.cli import Parser, command, compute
+from plumbing.files import read_json, write_atomically, write_json
+from plumbing.run_folder import base_of, read_run
+from plumbing.saves import read_adapter
 
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
 PROBE = (4, 64)  # sequences, tokens: what both models are compared on
-EXACT, ROUNDED = (
-    1e-3,
-    0.5,
-)  # how much of what the adapters do may be lost: what is computed alike; by rounding
-FLOOR = 1e-5  # of the logits themselves: float32's noise
+# How much of what the adapters do may be lost: where both compute alike, and by rounding.
+EXACT, ROUNDED = 1e-3, 0.5
+FLOOR = 1e-5  # of the logits themselves: fp32's noise
 OURS = "a fault of ours, or of the disk; please report it"
 
 
-def updates(model: MoEModel) -> dict[str, tuple[LowRank, int]]:
-    """{the checkpoint's tensor: the update of it, and which matrix of that update's stack it is}."""
+def updates(model: MoEModel) -> dict[str, LowRank]:
+    """{the checkpoint's tensor: the update of it}. They share memory with the model's adapters."""
     found = {}
     for name, m in adapters(model).items():
         tensors = hub_names(f"{name}.weight", model.cfg)
-        stacked = isinstance(m, LoRAGroupedLinear)
-        members = (
-            enumerate(m.experts) if stacked else [(..., 0)]
-        )  # a plain update is no stack: ... is all of it
-        found |= {tensors[expert]: (m.lora, at) for at, expert in members}
+        if isinstance(m, LoRAGroupedLinear):  # one tensor for each expert
+            for at, expert in enumerate(m.adapted):
+                found[tensors[expert]] = m.lora.one(at)
+        else:
+            found[tensors[0]] = m.lora
     return found
 
 
@@ -74,8 +76,8 @@ def trained_in_full(folder: Path) -> dict[str, Tensor]:
 def write_hub(folders: list[Path], out: Path) -> None:
     """The base checkpoint with every run's update added, shard by shard, as the Hub has it.
 
-    A changed tensor is computed in float32 and rounded once, to the dtype it had; all others are copied. One
-    shard is in memory at a time.
+    A changed tensor is computed in fp32 and rounded once, to the dtype that it had. All others are
+    copied. One shard is in memory at a time.
     """
     source = locate(read_run(folders[0])["model"])
     in_full = parse_method(read_run(folders[0])["method"]).train_base
@@ -84,13 +86,13 @@ def write_hub(folders: list[Path], out: Path) -> None:
     base, worst = Checkpoint(source), 0.0
     for path in tqdm(shard_paths(source), "write", unit="shard", leave=False):
         shard = {}
-        for name in read_header(path):
+        for name in names_in(path):
             shard[name] = stored = base.read(name)
             of_it = [change[name] for change in changes if name in change]
             if of_it or name in replaced:
                 exact = replaced.get(name, stored).float()
-                for lora, at in of_it:
-                    exact = lora.merged(exact, at)
+                for update in of_it:
+                    exact = update.merged(exact)
                 shard[name] = exact.to(stored.dtype)
                 worst = max(worst, (shard[name].float() - exact).abs().max().item())
         write_tensors(shard, out / path.name)
@@ -103,9 +105,9 @@ def write_hub(folders: list[Path], out: Path) -> None:
 def write_peft(folder: Path, out: Path, partial: bool) -> None:
     """adapter_config.json and adapter_model.safetensors, under the names of transformers 4.
 
-    transformers 5 stacks a layer's experts, so peft and vLLM want an adapter for each of them: experts that
-    are not adapted get A = B = 0. partial: they are left out, which transformers 4 loads. peft leaves out
-    without a word what it cannot place: so the names of all that is adapted stand in the config.
+    transformers 5 stacks a layer's experts, so peft and vLLM want an adapter for each of them:
+    experts that are not adapted get A = B = 0. partial: they are left out, which transformers 4
+    loads. peft ignores silently what it cannot place, so the config names all that is adapted.
     """
     run, model = read_run(folder), adapters_alone(folder)
     tensors = {}
@@ -115,9 +117,9 @@ def write_peft(folder: Path, out: Path, partial: bool) -> None:
         if not isinstance(m, LoRAGroupedLinear):
             a, b = a[None], b[None]
         elif partial:
-            members = [members[expert] for expert in m.experts]
+            members = [members[expert] for expert in m.adapted]
         else:
-            a, b = (spread(factor, m.experts, len(members)) for factor in (a, b))
+            a, b = (spread(factor, m.adapted, len(members)) for factor in (a, b))
         for tensor, one_a, one_b in zip(members, a, b, strict=True):
             key = PREFIX + tensor.removesuffix(".weight")
             tensors |= {
@@ -125,12 +127,13 @@ def write_peft(folder: Path, out: Path, partial: bool) -> None:
                 f"{key}.lora_B.weight": one_b.contiguous(),
             }
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
+    leaves = {module.rpartition(".")[2] for module in modules}
     name, _, revision = base_name(run["model"]).partition("@")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name, "revision": revision or None,
         "r": run["rank"], "lora_alpha": run["alpha"], "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(modules if partial else {name.rpartition(".")[2] for name in modules}),
+        "target_modules": sorted(modules if partial else leaves),
         "inference_mode": True, "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
         "modules_to_save": None,
     }  # fmt: skip
@@ -144,26 +147,36 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def spread(factor: Tensor, experts: list[int], n_experts: int) -> Tensor:
-    """Factors of the adapted experts [k, ...] -> of all experts [E, ...], zeros where there are none."""
-    return factor.new_zeros(n_experts, *factor.shape[1:]).index_copy_(0, torch.tensor(experts), factor)
+    """Factors of adapted experts [k, ...] -> of all experts [E, ...], zeros for the others."""
+    return factor.new_zeros(n_experts, *factor.shape[1:]).index_copy_(
+        0, torch.tensor(experts), factor
+    )
 
 
 def base_name(model: str) -> str:
     """What a PEFT config calls the base model: its Hub id[@REVISION], or its folder."""
-    return BACKBONES[model].repo if model in BACKBONES else str(locate(model)) if model == "tiny" else model
+    return (
+        BACKBONES[model].repo
+        if model in BACKBONES
+        else str(locate(model))
+        if model == "tiny"
+        else model
+    )
 
 
 @torch.no_grad()
 def read_peft(model: MoEModel, folder: Path) -> None:
-    """Put a PEFT adapter's values into `model` in place of its adapters' own, by the names in its file."""
+    """Put a PEFT adapter's values into the adapters of `model`, by the names in its file."""
     config = read_json(folder / "adapter_config.json", "what --format peft writes")
     saved = load_file(folder / "adapter_model.safetensors")
-    for tensor, (lora, at) in updates(model).items():
+    for m in adapters(model).values():
+        m.lora.scale = config["lora_alpha"] / config["r"]
+        if m.lora.mask is not None:
+            m.lora.mask.fill_(True)  # what it leaves out is zero in the file
+    for tensor, update in updates(model).items():
         key = PREFIX + tensor.removesuffix(".weight")
-        lora.A[at], lora.B[at] = saved.pop(f"{key}.lora_A.weight"), saved.pop(f"{key}.lora_B.weight")
-        lora.scale = config["lora_alpha"] / config["r"]
-        if lora.mask is not None:
-            lora.mask.fill_(True)  # what it leaves out is zero in the file
+        update.A.copy_(saved.pop(f"{key}.lora_A.weight"))
+        update.B.copy_(saved.pop(f"{key}.lora_B.weight"))
     if left := [name for name, t in saved.items() if t.any()]:
         raise RuntimeError(f"the adapter also changes {min(left)}, which the run does not")
 
@@ -177,13 +190,14 @@ def logits_on_probe(model: MoEModel) -> Tensor:
 
 
 def check(folders: list[Path], written: Path, form: str, device: torch.device) -> None:
-    """Load what was written and run it. Raises ValueError unless it does what the runs' adapters do.
+    """Load what was written and run it.
 
-    In the checkpoint's own dtype, so that what should be equal is: a hub export and the model merged in
-    memory, a peft export and the live adapters. What rounding to that dtype costs is told, not judged.
+    Raises ValueError unless it does what the runs' adapters do. Both are computed in the
+    checkpoint's own dtype, so that what should be equal is: a hub export and the model merged in
+    memory, a peft export and the live adapters. What rounding to that dtype costs is only printed.
     """
     source = locate(read_run(folders[0])["model"])
-    stored = {tensor.dtype for tensor in Checkpoint(source).tensors.values()}
+    stored = Checkpoint(source).dtypes()
     dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
     model = MoEModel.from_pretrained(source, dtype, device)
     base = logits_on_probe(model)
@@ -205,14 +219,19 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     alike = stored == {torch.float32} or (stored == {torch.bfloat16} and len(folders) == 1)
     bar = EXACT if form == "peft" or alike else ROUNDED
     if not off <= bar * change + FLOOR * live.norm():
-        raise ValueError(f"what was written is off by {off / change:.0%} of what the adapters do: {OURS}")
+        raise ValueError(
+            f"what was written is off by {off / change:.0%} of what the adapters do: {OURS}"
+        )
     lost = (got - live).norm() / change if change > 0 else 1.0
     print(
         f"read back: on {base[..., 0].numel()} random tokens the adapters move logits by up to "
-        f"{(live - base).abs().max():.3g}, of which {lost:.1%} is lost to rounding (root mean square)"
+        f"{(live - base).abs().max():.3g}, of which {lost:.1%} is lost to rounding "
+        "(root mean square)"
     )
     if lost > ROUNDED:
-        print(f"warning: {dtype} is too coarse for so small a change: --format peft keeps it in float32")
+        print(
+            f"warning: {dtype} is too coarse for so small a change: --format peft keeps it in fp32"
+        )
 
 
 def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
@@ -230,12 +249,18 @@ def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> N
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is there twice: its update would be added twice")
     if len(folders) > 1 and (form == "peft" or any(m.dora or m.train_base for m in methods)):
-        raise ValueError("several --run want --format hub and low-rank methods: others do not add up")
+        raise ValueError(
+            "several --run want --format hub and low-rank methods: others do not add up"
+        )
     if len({run["hashes"]["model"] for run in runs}) > 1:
         raise ValueError("the runs have different base models: want runs on one")
     if form == "peft" and (methods[0].dora or methods[0].train_base):
-        why = "peft cannot put DoRA on stacked experts" if methods[0].dora else "there is no adapter"
-        raise ValueError(f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub")
+        why = (
+            "peft cannot put DoRA on stacked experts" if methods[0].dora else "there is no adapter"
+        )
+        raise ValueError(
+            f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub"
+        )
     base_of(folders[0])
 
 
@@ -247,10 +272,16 @@ def main() -> None:
         help="run folder of train.py; several times with --format hub: their updates are added",
     )  # fmt: skip
     p.add_argument("--format", choices=["hub", "peft"], required=True)
-    p.add_argument("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
-    p.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)")
     p.add_argument(
-        "--device", choices=["cpu", "cuda"], help="to read it back on; default: cuda if there is one"
+        "--partial", action="store_true", help="peft: adapted experts only, for transformers 4"
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)"
+    )
+    p.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="to read it back on; default: cuda if there is one",
     )
     args = p.parse_args()
     device, _ = compute(args.device, None)
@@ -261,7 +292,9 @@ def main() -> None:
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise OSError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+        raise OSError(
+            f"{out} cannot be written ({error.strerror}): choose another --out"
+        ) from error
     try:
         if args.format == "hub":
             write_hub(args.run, draft)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ranks
 from moe_model import KVCache, MoEModel
+from plumbing import ranks
 
-SHRINK = 0.75  # finished rows leave the batch when fewer than this share go on: each time costs a cache copy
+# Finished rows leave the batch when fewer than this share go on: each time costs a cache copy.
+SHRINK = 0.75
 TAIL = 16  # tokens in which `ended` looks for the end of a text
 
 
 class Sampling(NamedTuple):
-    """How to draw tokens. A prompt's tokens depend on its own seed, not on the batch it is decoded in."""
+    """How to draw tokens. A prompt's tokens depend on its own seed, not on its batch."""
 
     temperature: float
     top_p: float
@@ -26,12 +27,15 @@ class Sampling(NamedTuple):
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, at: Tensor) -> Tensor:
-    """Tokens [B] from logits [B, V]. at [B], in [0, 1): where in the nucleus, whose likeliest come first.
+    """Tokens [B] from logits [B, V].
 
-    The nucleus: the smallest set of likeliest tokens with a share of at least `top_p` (Holtzman et al. 2020).
+    at [B], in [0, 1): where in the nucleus, the likeliest token first. The nucleus is the smallest
+    set of likeliest tokens with a share of at least `top_p` (Holtzman et al. 2020).
     """
     share, ids = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    share *= share.cumsum(-1) - share < top_p  # a token stays if those before it do not have top_p yet
+    share *= (
+        share.cumsum(-1) - share < top_p
+    )  # a token stays if those before it do not have top_p yet
     reach = share.cumsum(-1)
     return ids.gather(-1, torch.searchsorted(reach, at[:, None] * reach[:, -1:], right=True))[:, 0]
 
@@ -46,16 +50,18 @@ def generate(
     sampling: Sampling | None = None,
     ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """For each prompt, in order, the tokens that follow it: up to `max_new`, or to the first of `stops`.
+    """For each prompt, in order, the tokens that follow it.
 
-    The stop itself is left out; generation also ends at the model's context, and where `ended` is true of the
-    last TAIL tokens, which are kept. Without `sampling`, each token is the likeliest. Prompts of like length
-    share a batch, and several ranks the prompts; with a `label`, a progress bar shows. Raises ValueError for
-    a prompt beyond the context.
+    They end before the first of `stops`, after `max_new` tokens, at the model's context, or where
+    `ended` is true of the last TAIL tokens, which are kept. Without `sampling`, each token is the
+    likeliest. Prompts of like length share a batch, and several ranks share the prompts. With a
+    `label` a progress bar shows. Raises ValueError for a prompt beyond the context.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= model.cfg.max_len:
-        raise ValueError(f"a prompt has {longest} tokens, but the model's context is {model.cfg.max_len}")
+        raise ValueError(
+            f"a prompt has {longest} tokens, but the model's context is {model.cfg.max_len}"
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
@@ -83,8 +89,8 @@ def decode_batch(
 ) -> list[list[int]]:
     """`generate` for prompts that go through the model together, padded on the left to one length.
 
-    A model that is cut up needs all ranks for each layer: they take as many steps as the longest of them all,
-    and a rank without prompts takes them with one of padding.
+    A model that is cut up needs all ranks for each layer. So all take as many steps as the one with
+    the longest answer, and a rank without prompts takes them with a prompt of padding.
     """
     n, prompts = len(prompts), prompts or [[0]]
     if sampling:
@@ -96,7 +102,9 @@ def decode_batch(
     length = torch.tensor(room, device=model.device)
     max_new = ranks.largest(max(room), model.device)
     pad = torch.tensor([width - len(p) for p in prompts], device=model.device)
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, T]
+    tokens = torch.tensor(
+        [[0] * (width - len(p)) + p for p in prompts], device=model.device
+    )  # [B, T]
     cache = KVCache(model.cfg, pad, width + max_new, model.dtype)
     stop_ids = torch.tensor(stops, device=model.device)
     outputs = torch.zeros(len(prompts), max_new, dtype=torch.long, device=model.device)
@@ -104,7 +112,9 @@ def decode_batch(
     for step in range(max_new):
         logits, _ = model(tokens, cache)  # [B, 1, V]
         if sampling:
-            tokens = sample(logits[:, 0], sampling.temperature, sampling.top_p, at[rows, step])[:, None]
+            tokens = sample(logits[:, 0], sampling.temperature, sampling.top_p, at[rows, step])[
+                :, None
+            ]
         else:
             tokens = logits.argmax(-1)  # [B, 1]
         outputs[rows, step] = tokens[:, 0]

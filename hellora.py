@@ -1,45 +1,70 @@
-"""LoRA, DoRA, LoRI and HELLoRA: which weights get a low-rank update, and what that update is.
+"""HELLoRA: which weights get a low-rank update (LoRA, DoRA, LoRI, hot experts), and what it is.
 
-Letters added to those of moe_model.py:  r rank    k adapted experts of a layer    n rows that visit them
+Read it from top to bottom: the methods as data, the update, stacked experts, into a model and out
+of it (attach, start, merge), LoRI's mask, what it costs, a trained run. catcher.py finds the hot
+experts; train.py trains.
+
+Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or a control's.
+
+Letters added to those of moe_model.py:
+    r rank    k adapted experts of a layer
 """
 
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from functools import cache
 from math import sqrt
 from pathlib import Path
-from types import EllipsisType
 from zlib import crc32
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import base_of
-from moe_model import Block, GroupedLinear, Linear, MoEModel, Rows
-from ranks import on_rank_0, put, whole
-from run import read_run, write_atomically
-from tokenizer import Tokenizer, load_tokenizer
+from moe_model import (
+    Block,
+    Experts,
+    GroupedLinear,
+    Linear,
+    MoEModel,
+    Rows,
+    sort_by_expert,
+)
+from plumbing.ranks import put, whole
+
+# ---- the methods, as data ------------------------------------------------------------------------
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 ROUTER = ("moe.router",)
-Index = int | EllipsisType  # one matrix of a stack, or all there are
-ALWAYS_VISITED = tuple(f"{mlp}.{leaf}" for mlp in ("moe.shared", "dense") for leaf in ("gate", "up", "down"))
+# Shared experts and dense layers are visited by every token.
+ALWAYS_VISITED = (
+    *("moe.shared.gate", "moe.shared.up", "moe.shared.down"),
+    *("dense.gate", "dense.up", "dense.down"),
+)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's tables: where updates go (rule, sites) and what is trained of them."""
+    """One row of the paper's tables: where updates go, and what is trained of them."""
 
-    rule: str | None = "all"  # the catcher.RULES entry that picks each layer's adapted experts; None: none
-    sites: tuple[str, ...] = (*ATTENTION, *ROUTER)  # adapted linear maps of a layer, besides its experts
+    rule: str | None = "all"  # catcher.RULES: how adapted experts are chosen; None: there are none
+    sites: tuple[str, ...] = (
+        *ATTENTION,
+        *ROUTER,
+    )  # adapted maps (with experts: ALWAYS_VISITED too)
     train_a: bool = True  # False: A stays at its random start (LoRI)
     keep: float = 1.0  # share of B's entries that is trained (LoRI-S: 0.1)
     dora: bool = False  # True: also train the length of every row of W + BA
     train_base: bool = False  # True: train every weight, attach nothing
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the catcher must count before this method can start."""
+        return self.rule not in (None, "all")
 
+
+# LoRI freezes A. LoRI-D trains all of B. LoRI-S starts again from B = 0, and trains the tenth of B
+# that was largest after a D run.
 METHODS = {
     "fft": Method(rule=None, sites=(), train_base=True),
     "lora": Method(),
@@ -62,191 +87,287 @@ SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts and noth
 
 
 def parse_method(name: str) -> Method:
-    """Read a method name: "hellora_pure_c" is the METHODS row "hellora" changed by the SUFFIXES pure and c.
+    """Read a method's name: "hellora_pure_c" is the row "hellora", changed by two suffixes.
 
     Raises ValueError for an unknown name, and for two suffixes about one thing.
     """
+    want = (
+        f"want one of {', '.join(METHODS)}, and after any but fft the suffixes "
+        f"_{', _'.join(SUFFIXES)}, each about another thing: hellora_pure_c, but not hellora_m_c"
+    )
     base, *suffixes = name.split("_")
-    known = base in METHODS and all(s in SUFFIXES for s in suffixes) and not (base == "fft" and suffixes)
-    changes = [change for s in suffixes for change in SUFFIXES[s].items()] if known else []
-    if not known or len(dict(changes)) < len(changes):
-        raise ValueError(
-            f"unknown method {name!r}: want one of {', '.join(METHODS)}, and after any but fft the suffixes "
-            f"_{', _'.join(SUFFIXES)}, each about another thing: hellora_pure_c, but not hellora_m_c"
-        )
-    method = replace(METHODS[base], **dict(changes))
+    if base not in METHODS or (base == "fft" and suffixes):
+        raise ValueError(f"unknown method {name!r}: {want}")
+    changes = {}
+    for suffix in suffixes:
+        if suffix not in SUFFIXES or SUFFIXES[suffix].keys() & changes.keys():
+            raise ValueError(f"unknown method {name!r}: {want}")
+        changes |= SUFFIXES[suffix]
+    method = replace(METHODS[base], **changes)
     if not (method.rule or method.sites or method.train_base):
         raise ValueError(f"method {name!r} adapts nothing: leave out _none or _pure")
     return method
 
 
-class LowRank(nn.Module):
-    """The update scale * B A of one matrix (stack=()) or of k matrices (stack=(k,)); Eq. 3 of the paper.
+# ---- the update ----------------------------------------------------------------------------------
 
-    With LoRI's mask B is B * mask (Eq. 4). Values are set by `init_adapters`, not here.
+
+class LowRank(nn.Module):
+    """The update scale * B A of one matrix, or of each of k stacked matrices.
+
+        y = W x + scale * B (A x)                Eq. 3 of the paper
+        y = W x + scale * (B * mask) (A x)       Eq. 4: LoRI-S trains a tenth of B
+        A [r, in] or [k, r, in]    B [out, r] or [k, out, r]
+
+    The values are set by `init_adapters`, not here.
     """
 
-    def __init__(self, weight: Tensor, method: Method, stack: tuple[int, ...], rank: int, alpha: float):
-        """weight [..., out, in] is what will be updated."""
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        mask: Tensor | None = None,
+        magnitude: Tensor | None = None,
+    ):
+        """mask: bool, like B. magnitude [(k,) out]: DoRA's trained length of each row of W + BA."""
         super().__init__()
-        self.scale = alpha / rank
-        *_, out_dim, in_dim = weight.shape
-        with torch.device(weight.device):
-            self.A = nn.Parameter(torch.empty(*stack, rank, in_dim), requires_grad=method.train_a)
-            self.B = nn.Parameter(torch.empty(*stack, out_dim, rank))
-            self.magnitude = nn.Parameter(torch.empty(*stack, out_dim)) if method.dora else None
-            mask = torch.empty(*stack, out_dim, rank, dtype=torch.bool) if method.keep < 1 else None
+        self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.register_buffer("mask", mask)
 
+    @classmethod
+    def empty(
+        cls, weight: Tensor, method: Method, stack: tuple[int, ...], rank: int, alpha: float
+    ) -> "LowRank":
+        """An update of `weight` [..., out, in] without values. stack: (), or (k,) of k matrices."""
+        *_, out_dim, in_dim = weight.shape
+        with torch.device(weight.device):
+            update = cls(
+                A=torch.empty(*stack, rank, in_dim),
+                B=torch.empty(*stack, out_dim, rank),
+                scale=alpha / rank,
+                mask=torch.empty(*stack, out_dim, rank, dtype=torch.bool)
+                if method.keep < 1
+                else None,
+                magnitude=torch.empty(*stack, out_dim) if method.dora else None,
+            )
+        update.A.requires_grad_(method.train_a)  # LoRI freezes A
+        return update
+
+    def one(self, at: int) -> "LowRank":
+        """The update of matrix `at` of the stack alone. It shares memory with the stack's."""
+        parts = (self.A, self.B, self.mask, self.magnitude)
+        A, B, mask, magnitude = (None if t is None else t.detach()[at] for t in parts)
+        return LowRank(A, B, self.scale, mask, magnitude)
+
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A transposed [*stack, in, r] and B transposed [*stack, r, out], ready to multiply rows."""
+        """A^T [*stack, in, r] and B^T [*stack, r, out], ready to multiply rows from the right."""
+        # An entry outside the mask counts as zero, so it gets no gradient either.
         b = self.B if self.mask is None else self.B * self.mask
         return self.A.to(dtype).mT, b.to(dtype).mT
 
-    def delta(self, at: Index = ...) -> Tensor:
-        """scale * B A in float32, [*stack, out, in]; or of matrix `at` of the stack only."""
+    def delta(self) -> Tensor:
+        """scale * B A, in fp32, [*stack, out, in]."""
         a_t, b_t = self.factors(torch.float32)
-        return self.scale * (a_t[at] @ b_t[at]).mT
+        return self.scale * (a_t @ b_t).mT  # (A^T B^T)^T = B A
 
-    def row_scale(self, weight: Tensor, at: Index = ...) -> Tensor:
-        """DoRA: wanted / present length of each row of weight [*stack, out, in] + delta, [*stack, out].
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """DoRA: wanted / present length of each row of weight [*stack, out, in] + delta().
 
-        The present length counts as a constant in the backward pass. Source: PEFT's DoraLinearLayer.forward.
+        Returns [*stack, out]: a row has the weights of one output. The present length is a constant
+        in the backward pass.
+        Source: PEFT's DoraLinearLayer.forward.
         """
         with torch.no_grad():
-            length = (weight.float() + self.delta(at)).norm(dim=-1)
-        return self.magnitude[at] / length
+            length = (weight.float() + self.delta()).norm(dim=-1)
+        return self.magnitude / length
 
-    def merged(self, weight: Tensor, at: Index = ...) -> Tensor:
-        """weight [*stack, out, in] with the update folded in, in float32."""
-        after = weight.float() + self.delta(at)
-        return after if self.magnitude is None else after * self.row_scale(weight, at)[..., None]
+    def merged(self, weight: Tensor) -> Tensor:
+        """weight [*stack, out, in] with the update folded in, in fp32."""
+        after = weight.float() + self.delta()
+        if self.magnitude is not None:
+            after = after * self.row_scale(weight)[..., None]
+        return after
 
 
-class LoRALinear(Linear):
-    """A frozen Linear plus a low-rank update. It keeps the name `weight`, so checkpoints still fit."""
+class LoRALinear(nn.Module):
+    """A frozen Linear plus a low-rank update. `weight` keeps its name, so checkpoints still fit."""
 
     def __init__(self, base: Linear, method: Method, rank: int, alpha: float):
-        nn.Module.__init__(self)
+        super().__init__()
         self.weight = base.weight
-        self.lora = LowRank(base.weight, method, (), rank, alpha)
+        self.lora = LowRank.empty(base.weight, method, (), rank, alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        a, b = self.lora.factors(x.dtype)
-        y, z = super().forward(x), x @ a * self.lora.scale
-        y = torch.addmm(y.flatten(0, -2), z.flatten(0, -2), b).view_as(y)  # y + z @ b, in one pass
-        if self.lora.magnitude is not None:
+        a, b = self.lora.factors(x.dtype)  # [in, r], [r, out]
+        y = F.linear(x, self.weight.to(x.dtype))  # W x
+        y += (x @ a * self.lora.scale) @ b  # + scale B (A x)
+        if self.lora.magnitude is not None:  # DoRA: each row gets the length that is trained
             y = y * self.lora.row_scale(self.weight).to(x.dtype)
         return y
 
 
-class LoRAGroupedLinear(GroupedLinear):
-    """A frozen stack of expert weights plus low-rank updates of k of them; rows of the others pay nothing."""
+# ---- the update of stacked experts: HELLoRA's forward pass ---------------------------------------
 
-    def __init__(self, base: GroupedLinear, experts: list[int], method: Method, rank: int, alpha: float):
-        nn.Module.__init__(self)
-        self.weight = base.weight
-        self.experts = experts  # [k] ascending; Rows.adapted are the rows that visit them
-        self.lora = LowRank(base.weight, method, (len(experts),), rank, alpha)
 
-    def forward(self, x: Tensor, hot_x: Tensor, rows: Rows) -> Tensor:
-        """[N, in], of these the rows of adapted experts [n, in] -> [N, out]"""
-        y = super().forward(x, hot_x, rows)
-        a, b = self.lora.factors(x.dtype)
-        z = rows.matmul(hot_x, a, rows.adapted_ends) * self.lora.scale  # [n, r]
-        low = rows.matmul(z, b, rows.adapted_ends)  # [n, out]
-        if self.lora.magnitude is not None:  # DoRA: (m / length) (y + low) = y + [(m / length) (y + low) - y]
-            hot_y = y if rows.adapted is None else y.index_select(0, rows.adapted)
-            ratio = self.lora.row_scale(self.weight[self.experts]).to(x.dtype)  # [k, out]
-            sizes = rows.adapted_ends.diff(prepend=rows.adapted_ends.new_zeros(1))
-            ratio = ratio.repeat_interleave(sizes, dim=0, output_size=len(low))  # [n, out]
-            low = ratio * (hot_y + low) - hot_y
-        return rows.join(y, low)
+class AdaptedRows(Rows):
+    """Rows that all visit adapted experts. In the plain Rows of LoRAExperts none does.
+
+    It is a class and not a field of Rows, because moe_model.py knows of no adapter.
+    """
+
+
+class LoRAGroupedLinear(nn.Module):
+    """A frozen stack of expert weights plus updates of k of them."""
+
+    def __init__(
+        self, base: GroupedLinear, adapted: list[int], method: Method, rank: int, alpha: float
+    ):
+        super().__init__()
+        self.weight = base.weight  # [E, out, in]
+        self.adapted = adapted  # [k] ids, ascending
+        self.lora = LowRank.empty(base.weight, method, (len(adapted),), rank, alpha)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """[n, in] -> [n, out]"""
+        y = rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)  # W x
+        if not isinstance(rows, AdaptedRows):
+            return y
+        # An adapted expert that no row visits takes part as well. So its gradient is zero, and not
+        # None: AdamW skips None, but moves a parameter of gradient zero by its momentum.
+        ends = rows.ends[as_index(self.adapted, x.device)]  # [k] the others have no rows here
+        a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
+        low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
+        y += rows.matmul(low, b, ends)  # + B low
+        if self.lora.magnitude is not None:
+            y = y * self.dora_scale(ends, len(y)).to(x.dtype)
+        return y
+
+    def dora_scale(self, ends: Tensor, n: int) -> Tensor:
+        """DoRA's factors for n rows in segments that end at `ends` [k]: [n, out]."""
+        scale = self.lora.row_scale(self.weight[self.adapted])  # [k, out]
+        sizes = ends.diff(prepend=ends.new_zeros(1))  # [k]
+        return scale.repeat_interleave(sizes, dim=0, output_size=n)
+
+
+class LoRAExperts(Experts):
+    """The experts of a layer, k of which carry updates. Rows of the others pay nothing for them."""
+
+    def __init__(self, base: Experts, adapted: list[int], method: Method, rank: int, alpha: float):
+        super().__init__(
+            gate=LoRAGroupedLinear(base.gate, adapted, method, rank, alpha),
+            up=LoRAGroupedLinear(base.up, adapted, method, rank, alpha),
+            down=LoRAGroupedLinear(base.down, adapted, method, rank, alpha),
+            matmul=base.matmul,
+        )
+        self.adapted = adapted  # [k] ids, ascending
+
+    def forward(self, tokens: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
+        """Tokens [M, D], routing weights [M, K], experts visited [M, K] -> weighted sums [M, D]."""
+        n_experts = self.n_experts
+        expert = expert_ids.flatten()  # [N]
+        if len(self.adapted) == n_experts:  # LoRA: there are no others
+            slot, ends = sort_by_expert(expert, n_experts)
+            return self.mlp(tokens, weight, AdaptedRows(slot, ends, self.matmul))
+        # One sort puts the rows of adapted experts first: the others count as E to 2E - 1. The
+        # weights stay in the order of ids, so loading, merging and saving need not know of it.
+        is_adapted = torch.isin(expert, as_index(self.adapted, expert.device))  # [N]
+        key = torch.where(is_adapted, expert, expert + n_experts)  # [N]
+        slot, ends = sort_by_expert(key, 2 * n_experts)
+        n = int(ends[n_experts - 1])  # adapted rows; here a GPU's host waits, once a layer
+        adapted = AdaptedRows(slot[:n], ends[:n_experts], self.matmul)
+        others = Rows(slot[n:], ends[n_experts:] - n, self.matmul)
+        return self.mlp(tokens, weight, adapted) + self.mlp(tokens, weight, others)
+
+
+def as_index(ids: Iterable[int], device: torch.device) -> Tensor:
+    """Ids as a tensor on `device`, made once: a copy to a GPU has the host wait."""
+    return _as_index(tuple(ids), device)
+
+
+@cache  # it takes tuples, and no lists
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+def _as_index(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, device=device)
+
+
+# ---- into a model and out of it ------------------------------------------------------------------
+
+
+def attach(
+    model: MoEModel, method: Method, adapted: dict[int, list[int]], rank: int, alpha: float
+) -> None:
+    """Freeze `model` and put adapters in it, in place, without values (see init_adapters).
+
+    adapted: {MoE layer: ids of its adapted experts, ascending}, as catcher.choose gives them. A
+    layer that is not named, or has an empty list, gets no expert adapters.
+    """
+    model.requires_grad_(method.train_base)  # freeze all that is there; the adapters come after
+    for i, layer in enumerate(model.layers):
+        for site in sites(layer, method, model.cfg.linear_router):
+            base = layer.get_submodule(site)
+            layer.set_submodule(site, LoRALinear(base, method, rank, alpha))
+        if method.rule and adapted.get(i):
+            layer.moe.experts = LoRAExperts(layer.moe.experts, adapted[i], method, rank, alpha)
 
 
 def sites(layer: Block, method: Method, linear_router: bool) -> list[str]:
     """Names of the plain linear maps of `layer` that `method` adapts.
 
-    Shared experts and dense layers are visited by every token: they are adapted in full wherever experts
-    are. A router that is a bare parameter on the Hub is not: so the paper's 23.2 % for DeepSeekMoE comes out.
+    A method that adapts experts also adapts the maps that every token visits. A router that the Hub
+    stores as a bare parameter is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.
     """
     wanted = [*method.sites, *(ALWAYS_VISITED if method.rule else ())]
-    wanted = [site for site in wanted if linear_router or site not in ROUTER]
-    present = {name for name, m in layer.named_modules() if isinstance(m, Linear)}
-    return [site for site in wanted if site in present]
-
-
-def attach(model: MoEModel, method: Method, experts: dict[int, list[int]], rank: int, alpha: float) -> None:
-    """Freeze `model` and put adapters in it, in place, without values (see init_adapters).
-
-    experts: {MoE layer: ids of its adapted experts, ascending}, as catcher.choose gives them; layers that
-    are not named, or have an empty list, get no expert adapters.
-    """
-    model.requires_grad_(method.train_base)
-    for i, layer in enumerate(model.layers):
-        for site in sites(layer, method, model.cfg.linear_router):
-            replace_module(layer, site, LoRALinear(layer.get_submodule(site), method, rank, alpha))
-        if method.rule and experts.get(i):
-            for leaf in ("gate", "up", "down"):
-                base = getattr(layer.moe.experts, leaf)
-                setattr(layer.moe.experts, leaf, LoRAGroupedLinear(base, experts[i], method, rank, alpha))
-            layer.moe.adapted = torch.tensor(experts[i], device=base.weight.device)
-
-
-def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the submodule `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, new)
+    if not linear_router:
+        wanted = [site for site in wanted if site not in ROUTER]
+    modules = dict(layer.named_modules())
+    return [site for site in wanted if isinstance(modules.get(site), Linear)]
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAGroupedLinear]:
-    """Every adapted module of `model` by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear | LoRAGroupedLinear)}
+    """Every module of `model` that carries an update, by name."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, LoRALinear | LoRAGroupedLinear)}
+
+
+def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
+    """The part of the frozen weight that the update changes, [out, in] or [k, out, in]."""
+    weight = whole(m.weight)  # of several ranks each may hold some rows
+    return weight[m.adapted] if isinstance(m, LoRAGroupedLinear) else weight
 
 
 @torch.no_grad()
 def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | None = None) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the adapted model starts as the base model.
 
-    Call it after the weights are loaded. The draw of A depends on `seed` and on the module's name only.
-    `start`: values of an adapter_state that are to be taken in place of these (lori_start's masks and A).
-    Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform with a = sqrt 5).
+    Call it after the weights are loaded. The draw of A depends on `seed` and on the module's name
+    only, so not on the method. start: values of an adapter_state to take in place of these, such
+    as LoRI's masks. Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform, a = sqrt 5).
     """
     for name, m in adapters(model).items():
+        # crc32, because Python's hash() of a text differs from one process to the next.
         draw = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
         bound = 1 / sqrt(m.lora.A.shape[-1])
         put(m.lora.A, torch.empty(m.lora.A.shape).uniform_(-bound, bound, generator=draw))
         m.lora.B.zero_()
         if m.lora.mask is not None:
             m.lora.mask.fill_(True)
-        if m.lora.magnitude is not None:
+        if m.lora.magnitude is not None:  # DoRA starts from the lengths that the rows have
             put(m.lora.magnitude, adapted_weight(m).float().norm(dim=-1))
     state = adapter_state(model)
     for name, value in (start or {}).items():
         put(state[name], value)
-    restore_adapted_ids(model)
-
-
-def restore_adapted_ids(model: MoEModel) -> None:
-    """Set each layer's buffer of adapted experts again: materialising a meta model wipes buffers."""
-    for layer in model.layers:
-        if layer.moe is not None and isinstance(layer.moe.experts.gate, LoRAGroupedLinear):
-            layer.moe.adapted.copy_(torch.tensor(layer.moe.experts.gate.experts))
-
-
-def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
-    """The part of the frozen weight that the update changes, [out, in] or [k, out, in]."""
-    return whole(m.weight)[m.experts] if isinstance(m, LoRAGroupedLinear) else whole(m.weight)
 
 
 @torch.no_grad()
 def merge(model: MoEModel) -> None:
-    """Fold every update into its weight, in fp32 and rounded once, and take the adapters out, in place."""
+    """Fold every update into its weight, in fp32 and rounded once, and take the adapters out."""
     for m in adapters(model).values():
-        after = m.lora.merged(adapted_weight(m))
+        after = m.lora.merged(adapted_weight(m)).to(m.weight.dtype)
         if isinstance(m, LoRAGroupedLinear):
-            m.weight[m.experts] = after.to(m.weight.dtype)
+            m.weight[m.adapted] = after
         else:
             m.weight.copy_(after)
     detach(model)
@@ -256,34 +377,87 @@ def detach(model: MoEModel) -> None:
     """Take the adapters out, in place; the base weights stay as they are."""
     for name, m in adapters(model).items():
         *stack, out_dim, in_dim = m.weight.shape
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory: the next line gives it the weight that is there
             plain = GroupedLinear(*stack, in_dim, out_dim) if stack else Linear(in_dim, out_dim)
         plain.weight = m.weight
-        replace_module(model, name, plain)
+        model.set_submodule(name, plain)
     for layer in model.layers:
-        if layer.moe is not None:
-            layer.moe.adapted = layer.moe.adapted[:0]
+        if layer.moe is not None and isinstance(layer.moe.experts, LoRAExperts):
+            experts = layer.moe.experts
+            layer.moe.experts = Experts(experts.gate, experts.up, experts.down, experts.matmul)
+
+
+# ---- LoRI's mask: which entries of B a sparse run trains -----------------------------------------
+#
+# A D run trains all of B. The S run starts again from B = 0, and trains only the tenth of B that
+# was largest at the end of the D run. settings.lori_start has the mask made, LowRank.factors
+# applies it.
+
+
+def lori_masks(trained_b: dict[str, Tensor], keep: float, scope: str) -> dict[str, Tensor]:
+    """Mark the `keep` share of largest |B| entries of a trained D run: {module name: bool like B}.
+
+    trained_b: {module name: B [*stack, out, r]}. scope: within what the entries compete: the whole
+    "model", a "layer", or a "matrix" (each expert's is its own). Of equal entries the first wins,
+    modules in the order of their names. Source: LoRI's extract_mask.py, get_model_mask (it keeps
+    all of equal entries, and rounds down).
+    """
+    if scope == "matrix":
+        masks = {}
+        for name, b in trained_b.items():
+            matrices = b.reshape(-1, *b.shape[-2:])  # [k or 1, out, r]
+            masks[name] = torch.cat([keep_largest([one], keep)[0] for one in matrices]).view(
+                b.shape
+            )
+        return masks
+    groups: dict[str, list[str]] = {}
+    for name in sorted(trained_b):
+        group = name.split(".")[1] if scope == "layer" else "model"  # layers.3.attn.q is of layer 3
+        groups.setdefault(group, []).append(name)
+    masks = {}
+    for names in groups.values():
+        kept = keep_largest([trained_b[name] for name in names], keep)
+        masks.update(zip(names, kept, strict=True))
+    return masks
+
+
+def keep_largest(rivals: list[Tensor], keep: float) -> list[Tensor]:
+    """Mark the largest |entries| of all `rivals` together: round(keep * their number) of them."""
+    sizes = torch.cat([b.flatten() for b in rivals]).abs().float()
+    kept = torch.zeros(len(sizes), dtype=torch.bool)
+    kept[sizes.argsort(descending=True, stable=True)[: round(keep * len(sizes))]] = True
+    parts = kept.split([b.numel() for b in rivals])
+    return [part.view(b.shape) for part, b in zip(parts, rivals, strict=True)]
+
+
+# ---- what it costs -------------------------------------------------------------------------------
 
 
 def count_params(model: MoEModel, method: Method) -> tuple[int, int]:
-    """(trained, stored) numbers; the paper's Params column is their ratio, stored including the adapters.
+    """How many numbers are trained, and how many are stored, adapters included.
 
-    Of a masked B what the masks keep is trained; of a model of shapes (meta device), that is
-    round(keep * entries of all B).
+    The paper's Params column is trained / stored. Of a masked B the entries that the masks keep are
+    trained. A model of shapes (meta device) has no masks yet: there it is round(keep * all of B).
     """
-    b_total = sum(m.lora.B.numel() for m in adapters(model).values())
-    b_trained = round(method.keep * b_total)
-    if method.keep < 1 and model.device.type != "meta":
-        b_trained = sum(int(m.lora.mask.sum()) for m in adapters(model).values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained - b_total + b_trained, sum(p.numel() for p in model.parameters())
+    stored = sum(p.numel() for p in model.parameters())
+    if method.keep < 1:
+        updates = [m.lora for m in adapters(model).values()]
+        b_total = sum(lora.B.numel() for lora in updates)
+        if model.device.type == "meta":
+            b_kept = round(method.keep * b_total)
+        else:
+            b_kept = sum(int(lora.mask.sum()) for lora in updates)
+        trained += b_kept - b_total
+    return trained, stored
 
 
 def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
-    """FLOPs that the adapters add to one token's forward pass; the backward pass scales alike.
+    """FLOPs that the adapters add to one token's forward pass. The backward pass scales with it.
 
-    shares: {layer: the share of its expert visits that adapted experts get}. A and B cost 2 r (in + out) for
-    each row that meets them: every token for a linear map, K * share rows of a token for a stack.
+    shares: {layer: the share of its expert visits that adapted experts get}. A and B cost
+    2 r (in + out) for each row that meets them: every token for a linear map, K * share rows of a
+    token for a stack.
     """
     total = 0.0
     for name, m in adapters(model).items():
@@ -294,69 +468,53 @@ def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
     return total
 
 
+# ---- a trained run -------------------------------------------------------------------------------
+#
+# The files of a run are read here and nowhere above. What reads them is imported where it is used,
+# so that the method itself needs no run folder and no tokenizer.
+
+
 def adapter_state(model: MoEModel) -> dict[str, Tensor]:
-    """What a run must keep: A, B (and mask, magnitude) of each adapter; without adapters, every weight."""
+    """What a run must keep: each adapter's A, B, mask, magnitude; without adapters, all weights."""
     state = model.state_dict()
     if not adapters(model):
         return state
     return {name: value for name, value in state.items() if ".lora." in name}
 
 
-@torch.no_grad()
-def fill(model: MoEModel, saved: dict[str, Tensor], folder: Path) -> None:
-    """Put back the adapter_state of `folder`. Raises ValueError for other names or shapes."""
-    state = adapter_state(model)
-    wrong = saved.keys() ^ state.keys() or {n for n in state if state[n].shape != saved[n].shape}
-    if wrong:
-        raise ValueError(f"the adapter saved in {folder} does not fit, as {min(wrong)} shows: train again")
-    for name, value in saved.items():
-        put(state[name], value)
-
-
-def save_adapter(folder: Path, model: MoEModel) -> None:
-    """adapter.safetensors: what `fill` takes. Every rank must take part."""
-    state = on_rank_0(adapter_state(model))
-    write_atomically(folder / "adapter.safetensors", lambda draft: save_file(state, draft))
-
-
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What a run ended with: adapter.safetensors, or if that is damaged the weights of the last save.
-
-    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of.
-    """
-    path, last = folder / "adapter.safetensors", folder / "state.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: want the folder of a run that was trained to its end")
-    right = (read_run(folder).get("hashes") or {}).get("adapter")
-    for file, place in ((path, ""), (last, "weights/")):
-        with suppress(SafetensorError, OSError):
-            saved = {n.removeprefix(place): t for n, t in load_file(file).items() if n.startswith(place)}
-            if right in (None, sha256(save(saved)).hexdigest()):
-                return saved
-        print(f"{file} is truncated or corrupt, or not of the last step")
-    raise ValueError(f"{path} and {last} are truncated or corrupt: train again")
-
-
 def attach_run(model: MoEModel, folder: Path) -> dict:
-    """Put the adapters of a finished run of train.py, with their values, on its base model; its run.json."""
+    """Put the adapters of a finished run of train.py, with their values, on its base model.
+
+    Returns its run.json. Raises FileNotFoundError or ValueError for a run that does not fit.
+    """
+    from plumbing.run_folder import by_layer, read_run
+    from plumbing.saves import fill, read_adapter
+
     run, saved = read_run(folder, "adapted", "rank", "alpha"), read_adapter(folder)
-    if {tuple(t.shape[-2:-1]) for name, t in saved.items() if name.endswith(".lora.A")} - {(run["rank"],)}:
+    ranks = {t.shape[-2] for name, t in saved.items() if name.endswith(".lora.A")}
+    if ranks - {run["rank"]}:
         raise ValueError(
-            f"{folder / 'run.json'}: rank is {run['rank']}, but not that of the adapter: train again"
+            f"{folder / 'run.json'}: rank is {run['rank']}, the adapter's is not: train again"
         )
-    experts = model.cfg.by_layer(run["adapted"], folder / "run.json")
-    attach(model, parse_method(run["method"]), experts, run["rank"], run["alpha"])
+    adapted = by_layer(model.cfg, run["adapted"], folder / "run.json")
+    attach(model, parse_method(run["method"]), adapted, run["rank"], run["alpha"])
     for m in adapters(model).values():  # of a model of shapes, the adapters alone get memory
         if m.lora.B.is_meta:
             m.lora.to_empty(device="cpu")
-    fill(model, saved, folder)
+    fill(adapter_state(model), saved, folder)
     return run
 
 
 def load_run(
-    folder: str | Path, merged: bool = True, dtype: torch.dtype = torch.float32, device: object = "cpu"
-) -> tuple[MoEModel, Tokenizer, dict]:
-    """A finished run of train.py: its model (adapters merged, or live), its tokenizer, and its run.json."""
+    folder: str | Path,
+    merged: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[MoEModel, object, dict]:
+    """A finished run of train.py: its model (merged, or live adapters), tokenizer, run.json."""
+    from plumbing.run_folder import base_of
+    from plumbing.tokenizer import load_tokenizer
+
     source = base_of(Path(folder))
     model = MoEModel.from_pretrained(source, dtype, device)
     run = attach_run(model, Path(folder))

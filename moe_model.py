@@ -1,58 +1,79 @@
-"""A Mixture-of-Experts decoder in plain PyTorch, for OLMoE-1B-7B, Mixtral-8x7B and DeepSeekMoE-16B.
+"""A Mixture-of-Experts decoder in plain PyTorch: OLMoE-1B-7B, Mixtral-8x7B, DeepSeekMoE-16B.
+
+Read it from top to bottom: sizes, the experts, the router, attention, a layer, the whole model.
+It knows nothing of adapters. Its one seam is that any module may be replaced by another that is
+called in the same way: hellora.py replaces `Linear`, `GroupedLinear` and `Experts`.
 
 Letters for tensor sizes, the same in every file:
     B sequences    T tokens per sequence    S tokens in the key/value cache    V vocabulary
     D model width  H query heads            G key/value heads                  C channels per head
     E experts per layer    K experts per token    F hidden width of one expert
-    M tokens = B*T         N rows = M*K, see dispatch.py
+    M tokens = B*T         N rows = M*K: one copy of a token for each expert that it visits
+    L layers               n some of these rows
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
-
-import ranks
-from checkpoint import BACKBONES, Checkpoint, MoEConfig, hub_names, locate, read_config
-from dispatch import MATMULS, Combine, Dispatch, Rows, SwiGLU, sort_by_expert
-
-__all__ = ["BACKBONES", "MoEConfig", "MoEModel"]
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of a position that is not trained on: prompt or padding
-LOSS_CHUNK = 1024  # positions whose fp32 logits exist at one time: 206 MB for a vocabulary of 50,304
+LOSS_CHUNK = 1024  # positions whose fp32 logits exist at one time: 206 MB for 50,304 words
 
 
-# ---- layers --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Everything in which the supported backbones differ. plumbing/checkpoint.py reads it.
+
+    No code below asks for a model's name: a difference is a number here.
+    """
+
+    family: str  # the Hub's model_type: decides the checkpoint's tensor names, and nothing else
+    vocab_size: int  # V
+    dim: int  # D
+    n_layers: int
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    n_experts: int  # E
+    top_k: int  # K
+    expert_dim: int  # F
+    norm_topk: bool  # rescale the K routing weights of a token so that they sum to 1
+    qk_norm: bool  # RMSNorm on the whole query and key vectors, before they are split into heads
+    max_len: int  # the context: tokens
+    rope_theta: float
+    norm_eps: float
+    linear_router: bool = True  # False: the Hub's router is a bare parameter, no linear module
+    n_shared: int = 0  # experts that every token visits, kept as one MLP of width n_shared * F
+    n_dense: int = 0  # leading layers with one MLP of width dense_dim in place of the experts
+    dense_dim: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        """C"""
+        return self.dim // self.n_heads
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with experts."""
+        return range(self.n_dense, self.n_layers)
 
 
 class Linear(nn.Module):
-    """Bias-free linear map that multiplies in the dtype of its input, whatever dtype it is stored in."""
+    """A linear map without bias. It multiplies in the dtype of its input, however it is stored."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))  # filled from a checkpoint; never drawn here
+        # Weights come from a checkpoint, so nothing is drawn here.
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         return F.linear(x, self.weight.to(x.dtype))
-
-
-class GroupedLinear(nn.Module):
-    """E bias-free linear maps in one [E, out, in] tensor; a row goes through the map of its expert."""
-
-    def __init__(self, n_experts: int, in_dim: int, out_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_experts, out_dim, in_dim))
-
-    def forward(self, x: Tensor, hot_x: Tensor, rows: Rows) -> Tensor:
-        """[N, in] -> [N, out]. hot_x [n, in]: the rows that visit adapted experts, which adapters read."""
-        return rows.matmul(x, self.weight.to(x.dtype).transpose(1, 2), rows.ends)
 
 
 class MLP(nn.Module):
@@ -69,23 +90,123 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Experts(nn.Module):
-    """The routed experts of one layer: the MLP above, with matrices that depend on the row's expert."""
+# ---- experts: the same MLP, with matrices that depend on the row's expert ------------------------
 
-    def __init__(self, cfg: MoEConfig):
+
+def looped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each segment of rows by its own matrix, one after the other.
+
+    x [n, in] in E segments that end at `ends` [E]; weight [E, in, out] -> [n, out].
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(x.split(sizes), weight.unbind(0), strict=True)
+    if len(x) == 0:
+        return x @ weight[0]  # no row either, but weight gets a gradient of zero
+    return torch.cat([part @ w for part, w in parts if len(part)])
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """What looped_mm computes, in one call. A frozen weight gets no gradient, so x is not kept.
+
+    The loop handles what the kernel cannot: no row at all (pytorch #152668); rows whose size is no
+    multiple of 16 bytes, as with rank 2; trained weights on Blackwell, where the gradient of an
+    expert without rows is wrong (pytorch #172439).
+    """
+    narrow = any(size * x.element_size() % 16 for size in weight.shape[1:])
+    blackwell = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
+    if len(x) == 0 or narrow or (blackwell and weight.requires_grad):
+        return looped_mm(x, weight, ends)
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+MATMULS = {"grouped": grouped_mm, "loop": looped_mm}  # the choices of --experts
+
+
+class Rows(NamedTuple):
+    """Copies of tokens, one for each expert visited, sorted so that each expert owns one segment.
+
+    A slot is one (token, choice) pair; slots are numbered token by token. Two tokens, K = 2, three
+    experts, choices [[2, 0], [2, 1]]: slot [1, 3, 0, 2] visits experts 0, 1, 2, 2; ends [1, 2, 4].
+    """
+
+    slot: Tensor  # [n] the slot that each row serves
+    ends: Tensor  # [E] int32, one past the last row of each expert
+    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # one of MATMULS
+
+
+def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The expert of each slot [N] -> slots sorted by expert [N], each expert's end [n_experts]."""
+    in_order, slot = expert.sort(stable=True)
+    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=slot.device), right=True)
+    return slot, ends.int()
+
+
+def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
+    """Rows [n, D] and the slots they serve [n] -> for each token the sum of its rows [M, D]."""
+    in_order, row = slot.sort()  # [n] the rows, token by token
+    tokens = torch.arange(n_tokens, device=slot.device)  # [M]
+    first = torch.searchsorted(in_order, top_k * tokens)  # [M] where each token's rows begin
+    return F.embedding_bag(row, y, first, mode="sum")  # index_add would need atomics on a GPU
+
+
+class GroupedLinear(nn.Module):
+    """E linear maps in one [E, out, in] tensor. A row goes through the map of its expert."""
+
+    def __init__(self, n_experts: int, in_dim: int, out_dim: int):
         super().__init__()
-        self.gate = GroupedLinear(cfg.n_experts, cfg.dim, cfg.expert_dim)
-        self.up = GroupedLinear(cfg.n_experts, cfg.dim, cfg.expert_dim)
-        self.down = GroupedLinear(cfg.n_experts, cfg.expert_dim, cfg.dim)
+        self.weight = nn.Parameter(torch.empty(n_experts, out_dim, in_dim))
 
-    def forward(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-        """Rows [N, D], their routing weights [N] -> weighted outputs [N, D].
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """[n, in] -> [n, out]"""
+        return rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)
 
-        The weight is applied to the F-wide activation, which is narrower than the output; `down` is linear.
-        """
-        x, hot_x = rows.fork(x)  # [N, D], [n, D]
-        hidden = SwiGLU.apply(self.gate(x, hot_x, rows), self.up(x, hot_x, rows), weight[:, None])  # [N, F]
-        return self.down(*rows.fork(hidden), rows)
+
+class Experts(nn.Module):
+    """The routed experts of one layer. This loop computes the same (mistral-inference, moe.py):
+
+        for e, expert in enumerate(experts):
+            token, choice = torch.where(expert_ids == e)
+            y[token] += weight[token, choice, None] * expert(x[token])
+
+    Rows are sorted by expert for speed and memory alone: one product then serves all experts.
+    """
+
+    def __init__(
+        self, gate: GroupedLinear, up: GroupedLinear, down: GroupedLinear, matmul: Callable
+    ):
+        super().__init__()
+        self.gate, self.up, self.down, self.matmul = gate, up, down, matmul
+
+    def forward(self, tokens: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
+        """Tokens [M, D], routing weights [M, K], experts visited [M, K] -> weighted sums [M, D]."""
+        slot, ends = sort_by_expert(expert_ids.flatten(), self.n_experts)
+        return self.mlp(tokens, weight, Rows(slot, ends, self.matmul))
+
+    @property
+    def n_experts(self) -> int:
+        """E"""
+        return len(self.gate.weight)
+
+    def mlp(self, tokens: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """Tokens [M, D], routing weights [M, K] -> what these rows add to their tokens [M, D]."""
+        n_tokens, top_k = weight.shape
+        x = F.embedding(rows.slot // top_k, tokens)  # [n, D] each row is a copy of its token
+        weight = weight.flatten()[rows.slot, None].to(x.dtype)  # [n, 1]
+        hidden = F.silu(self.gate(x, rows)) * self.up(x, rows)  # [n, F]
+        # `down` is linear, so the routing weight may come before it or after it. Before it, no
+        # output has to be kept for the weight's gradient.
+        hidden = hidden * weight
+        return sum_by_token(self.down(hidden, rows), rows.slot, n_tokens, top_k)
+
+
+def recomputed(function: Callable, *args: object) -> object:
+    """function(*args), but only `args` are kept, and the backward pass runs it again.
+
+    This is activation checkpointing: less memory, more time.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Routing(NamedTuple):
@@ -101,28 +222,41 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: MoEConfig, matmul: Callable):
         super().__init__()
-        self.top_k, self.norm_topk, self.matmul = cfg.top_k, cfg.norm_topk, matmul
-        self.router = Linear(cfg.dim, cfg.n_experts)
-        self.experts = Experts(cfg)
-        self.shared = MLP(cfg.dim, cfg.n_shared * cfg.expert_dim) if cfg.n_shared else None
-        self.register_buffer(
-            "adapted", torch.empty(0, dtype=torch.long), persistent=False
-        )  # [k], see hellora
+        n_experts, dim, hidden = cfg.n_experts, cfg.dim, cfg.expert_dim
+        self.top_k, self.norm_topk = cfg.top_k, cfg.norm_topk
+        self.router = Linear(dim, n_experts)
+        self.experts = Experts(
+            gate=GroupedLinear(n_experts, dim, hidden),
+            up=GroupedLinear(n_experts, dim, hidden),
+            down=GroupedLinear(n_experts, hidden, dim),
+            matmul=matmul,
+        )
+        self.shared = MLP(dim, cfg.n_shared * hidden) if cfg.n_shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """[B, T, D] -> [B, T, D] and the routing. Source: transformers' OlmoeSparseMoeBlock."""
         tokens = x.flatten(0, 1)  # [M, D]
+
+        # The router scores all experts; a token visits the K that score highest. The softmax comes
+        # before the choice, and is in fp32: bf16 would make ties.
         logits = self.router(tokens)  # [M, E]
-        gate, expert_ids = logits.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)  # [M, K] each
+        gate, expert_ids = logits.softmax(-1, dtype=torch.float32).topk(self.top_k)  # [M, K] each
         weight = gate / gate.sum(-1, keepdim=True) if self.norm_topk else gate
 
-        rows = sort_by_expert(expert_ids, logits.shape[1], self.adapted, self.matmul)
-        y = Dispatch.apply(tokens, rows.token, rows.place)  # [N, D]
-        y = self.experts(y, weight.flatten()[rows.order].to(y.dtype), rows)
-        y = Combine.apply(y, rows.token, rows.place)  # [M, D]
+        y = self.experts(tokens, weight, expert_ids)  # [M, D]
         if self.shared is not None:
-            y = y + self.shared(tokens)
-        return y.view_as(x), Routing(*(t.unflatten(0, x.shape[:2]) for t in (expert_ids, gate, logits)))
+            y = y + self.shared(tokens)  # every token visits these, with weight 1
+
+        # Routing is returned: the catcher counts it, and the balancing loss needs it.
+        routing = Routing(
+            expert_ids=expert_ids.unflatten(0, x.shape[:2]),
+            gate=gate.unflatten(0, x.shape[:2]),
+            logits=logits.unflatten(0, x.shape[:2]),
+        )
+        return y.view_as(x), routing
+
+
+# ---- the rest of a decoder -----------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -150,26 +284,28 @@ class KVCache:
         self.length = 0  # columns filled so far, padding included
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put in the keys and values of new tokens [B, G, T, C]; all of that layer's so far [B, G, S, C]."""
+        """Keys and values of new tokens [B, G, T, C] -> all of that layer's so far [B, G, S, C]."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch only."""
+        """Keep these sequences of the batch only."""
         self.k, self.v, self.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
 
 
 class Positions(NamedTuple):
     """Where the T tokens of this call stand, and what they may look at; shared by all layers."""
 
-    cos: Tensor  # [B or 1, 1, T, C], the second half of the channels as the first
+    cos: Tensor  # [B or 1, 1, T, C], the second half of the channels repeats the first
     sin: Tensor
     mask: Tensor | None  # [B, 1, T, S] True where a query may see a key. None: plain causal
 
 
-def positions(cfg: MoEConfig, n_tokens: int, cache: KVCache | None, device: torch.device) -> Positions:
+def positions(
+    cfg: MoEConfig, n_tokens: int, cache: KVCache | None, device: torch.device
+) -> Positions:
     """Rotary angles and attention mask for the next `n_tokens` tokens."""
     column = torch.arange(n_tokens, device=device)  # [T]
     if cache is None:
@@ -180,10 +316,12 @@ def positions(cfg: MoEConfig, n_tokens: int, cache: KVCache | None, device: torc
         key = torch.arange(cache.length + n_tokens, device=device)  # [S]
         real = key >= cache.pad[:, None, None]  # [B, 1, S]
         causal = key <= column[:, None]  # [T, S]
-        itself = key == column[:, None]  # a padding query sees itself: a row with no key at all would be NaN
+        # A padding query sees itself, because a row with no key at all would be NaN.
+        itself = key == column[:, None]  # [T, S]
         mask = ((real & causal) | itself)[:, None]  # [B, 1, T, S]
     channel = torch.arange(0, cfg.head_dim, 2, device=device)
-    angle = place[:, None, :, None].float() * cfg.rope_theta ** (-channel / cfg.head_dim).repeat(2)
+    frequency = cfg.rope_theta ** (-channel / cfg.head_dim).repeat(2)  # [C]
+    angle = place[:, None, :, None].float() * frequency
     return Positions(angle.cos(), angle.sin(), mask)
 
 
@@ -213,13 +351,16 @@ class Attention(nn.Module):
         def heads(t: Tensor) -> Tensor:  # [B, T, H*C] -> [B, H, T, C]
             return t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        # Norm on the whole vector (OLMoE), then heads, then rotation: the Hub's order.
         q = rotate(heads(self.q_norm(self.q(x))), at)
         k = rotate(heads(self.k_norm(self.k(x))), at)
         v = heads(self.v(x))
-        if cache is not None:
+        if cache is not None:  # decoding: the new tokens look at all before them
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=True)
-        return self.o(y.transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(
+            q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=True
+        )
+        return self.o(y.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
 
 
 class Block(nn.Module):
@@ -233,7 +374,9 @@ class Block(nn.Module):
         self.moe = MoE(cfg, matmul) if layer >= cfg.n_dense else None
         self.dense = MLP(cfg.dim, cfg.dense_dim) if layer < cfg.n_dense else None
 
-    def forward(self, x: Tensor, at: Positions, cache: KVCache | None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, at: Positions, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None]:
         """[B, T, D] -> [B, T, D] and the routing (None in a dense layer)."""
         x = x + self.attn(self.attn_norm(x), at, cache)
         if self.moe is None:
@@ -245,12 +388,15 @@ class Block(nn.Module):
 class MoEModel(nn.Module):
     """The whole decoder. Activations are in `dtype`; parameters may be stored in another."""
 
-    def __init__(self, cfg: MoEConfig, dtype: torch.dtype = torch.float32, experts: str = "grouped"):
-        """experts: "grouped" or "loop", how the experts' matrices are multiplied (MATMULS)."""
+    def __init__(self, cfg: MoEConfig, dtype: torch.dtype = torch.float32, matmul: str = "grouped"):
+        """matmul: how the experts' matrices are multiplied, "grouped" or "loop" (MATMULS)."""
         super().__init__()
-        self.cfg, self.dtype, self.recompute = cfg, dtype, False
-        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.dim), freeze=False)
-        self.layers = nn.ModuleList(Block(cfg, i, MATMULS[experts]) for i in range(cfg.n_layers))
+        self.cfg, self.dtype = cfg, dtype
+        self.recompute = False  # True: keep only each layer's input for the backward pass
+        # nn.Embedding(...) would draw values, which a checkpoint replaces. This does not.
+        words = torch.empty(cfg.vocab_size, cfg.dim)
+        self.embed = nn.Embedding.from_pretrained(words, freeze=False)
+        self.layers = nn.ModuleList(Block(cfg, i, MATMULS[matmul]) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = Linear(cfg.dim, cfg.vocab_size)
 
@@ -259,22 +405,22 @@ class MoEModel(nn.Module):
         """Where the parameters are."""
         return self.head.weight.device
 
-    def trunk(self, tokens: Tensor, cache: KVCache | None = None) -> tuple[Tensor, dict[int, Routing]]:
-        """tokens [B, T] -> last hidden states [B, T, D], and the routing of each MoE layer by its index.
+    def trunk(
+        self, tokens: Tensor, cache: KVCache | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """tokens [B, T] -> last hidden states [B, T, D] and {MoE layer: Routing}.
 
-        Routing is returned, not recorded inside, so that it is counted once even when `recompute` (keep only
-        each layer's input for the backward pass, and run the layer again there) runs a layer twice.
+        Routing is returned, and not recorded in the modules: `recompute` runs a layer twice, and
+        its visits would be counted twice.
         """
         at = positions(self.cfg, tokens.shape[1], cache, tokens.device)
         x = self.embed(tokens).to(self.dtype)
         routing = {}
         for i, layer in enumerate(self.layers):
-            run = (
-                partial(recomputed, layer, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute
-                else layer
-            )
-            x, decided = run(x, at, cache)
+            if self.recompute:
+                x, decided = recomputed(layer, x, at, cache)
+            else:
+                x, decided = layer(x, at, cache)
             if decided is not None:
                 routing[i] = decided
         if cache is not None:
@@ -286,9 +432,10 @@ class MoEModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """tokens [B, T] -> logits [B, T, V] and {MoE layer: Routing}.
 
-        Padding belongs on the right; with a cache on the left, and then only the last column's logits
-        [B, 1, V] are made, which is what decoding needs. With targets [B, T] (IGNORE where there is none) the
-        sum of the cross-entropy over all targets comes back in place of the logits.
+        Padding belongs on the right. With a cache it belongs on the left, and only the last
+        column's logits [B, 1, V] are made, which is what decoding needs. With targets [B, T]
+        (IGNORE where there is none) the first result is not logits but the sum of the
+        cross-entropies over all targets.
         """
         x, routing = self.trunk(tokens, cache)
         if targets is not None:
@@ -296,20 +443,18 @@ class MoEModel(nn.Module):
         return self.head(x if cache is None else x[:, -1:]), routing
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Hidden states [B, T, D], targets [B, T] -> sum of cross-entropies, a scalar in float32.
+        """Hidden states [B, T, D], targets [B, T] -> sum of cross-entropies, a scalar in fp32.
 
-        Only target positions meet the head, LOSS_CHUNK at a time, and their logits are made again for the
-        backward pass: for a whole batch they would be the largest tensor of the step.
+        Only target positions meet the head, LOSS_CHUNK at a time. Their logits are made again in
+        the backward pass: for a whole batch they would be the largest tensor of the step.
         """
 
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n]
+        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n] -> scalar
             return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
 
         wanted = targets != IGNORE
         chunks = zip(x[wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True)
-        return sum(
-            recomputed(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-        )
+        return sum(recomputed(chunk_loss, *chunk) for chunk in chunks)
 
     @classmethod
     def from_pretrained(
@@ -317,14 +462,17 @@ class MoEModel(nn.Module):
         model: str | Path,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        experts: str = "grouped",
+        matmul: str = "grouped",
     ) -> "MoEModel":
-        """The model of a folder with config.json and safetensors, of a Hub id, or of a BACKBONES name.
+        """The model of a folder with config.json and safetensors, a Hub id, or a backbone's name.
 
-        Raises FileNotFoundError or ValueError that name what is missing, corrupt or not implemented.
+        Raises FileNotFoundError or ValueError that name what is missing, corrupt or not supported.
         """
+        # Imported here, because that file is built on this one.
+        from plumbing.checkpoint import Checkpoint, empty_model, load_weights, locate, read_config
+
         folder = locate(model)
-        built = empty_model(read_config(folder), dtype, experts)
+        built = empty_model(read_config(folder), dtype, matmul)
         load_weights(built, Checkpoint(folder), device)
         return built
 
@@ -332,56 +480,12 @@ class MoEModel(nn.Module):
 def load_balancing_loss(routing: dict[int, Routing], real: Tensor) -> Tensor:
     """Eq. 1 of the paper over the concatenated routers of all layers: E * sum_i f_i P_i, a scalar.
 
-    f_i is the share of tokens that visit expert i (the shares add up to K, so a balanced router gives K) and
-    P_i its mean probability, over all layers and over the real tokens [B, T] (False on padding).
-    Source: transformers' load_balancing_loss_func (router_aux_loss_coef scales it).
+    f_i is the share of tokens that visit expert i. The shares add up to K, so a balanced router
+    gives K. P_i is the expert's mean probability. Both are over all layers and over the real tokens
+    [B, T] (False on padding). Source: transformers' load_balancing_loss_func.
     """
-    logits = torch.cat([layer.logits[real] for layer in routing.values()]).float()  # [n, E]
-    visits = torch.cat([layer.expert_ids[real] for layer in routing.values()]).flatten()
-    visited_share = torch.bincount(visits, minlength=logits.shape[1]) / len(logits)  # [E]
-    return logits.shape[1] * (visited_share * logits.softmax(-1).mean(0)).sum()
-
-
-# ---- weights: Hub-layout safetensors -------------------------------------------------------------------
-
-
-def empty_model(cfg: MoEConfig, dtype: torch.dtype, experts: str = "grouped") -> MoEModel:
-    """A model of shapes without memory (meta device), to be filled by load_weights."""
-    with torch.device("meta"):
-        return MoEModel(cfg, dtype, experts).to(dtype)
-
-
-def base_parameters(cfg: MoEConfig) -> dict[str, tuple[torch.Size, list[str]]]:
-    """{our parameter: its shape, the checkpoint's tensors behind it}; knows nothing of adapters."""
-    bare = empty_model(cfg, torch.float32)
-    return {name: (p.shape, hub_names(name, cfg)) for name, p in bare.named_parameters()}
-
-
-def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
-    """Raise ValueError unless `source` holds exactly the tensors of a model of this config; reads no data."""
-    base = base_parameters(cfg).values()
-    source.check({tensor: tuple(shape[-2:]) for shape, tensors in base for tensor in tensors})
-
-
-@torch.no_grad()
-def load_weights(model: MoEModel, source: Checkpoint, device: str | torch.device) -> None:
-    """Materialise `model` on `device` and fill its base parameters from `source`.
-
-    Each parameter asks for its own tensors and they are read into place one by one, so the memory on top of
-    the model is one tensor of the checkpoint at most. A rank reads the rows that it holds. Adapters, if
-    attached, are left uninitialised.
-    """
-    base = base_parameters(model.cfg)
-    check_weights(model.cfg, source)
-    if ranks.is_cut(model):
-        model.to_empty(device=device)
-    else:  # the same without its empty_like of a meta tensor, which imports sympy for two seconds
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-    for name, (_, tensors) in tqdm(base.items(), "load", unit="tensor", delay=2, leave=False):
-        param = model.get_parameter(name)
-        rows, first = ranks.mine(param), ranks.first_row(param)
-        if len(tensors) == 1:
-            source.read_into(tensors[0], rows, first)
-        else:
-            for expert, weight in enumerate(rows, first):
-                source.read_into(tensors[expert], weight)
+    logits = torch.cat([r.logits[real] for r in routing.values()]).float()  # [tokens of all, E]
+    visits = torch.cat([r.expert_ids[real] for r in routing.values()]).flatten()
+    f = torch.bincount(visits, minlength=logits.shape[1]) / len(logits)  # [E]
+    p = logits.softmax(-1).mean(0)  # [E]
+    return logits.shape[1] * (f * p).sum()

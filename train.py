@@ -1,12 +1,20 @@
-"""Fine-tune a Mixture-of-Experts model: LoRA on each layer's hot experts (HELLoRA), or any METHODS row.
+"""Fine-tune a Mixture-of-Experts model: LoRA on each layer's hot experts, or another method.
 
-    python train.py --k 8 --method hellora                      the embedded tiny model, minutes on a laptop
-    python train.py --model olmoe-1b-7b --task gsm8k --k 8      the paper's run, on a GPU
+    python train.py --k 8 --method hellora                  the embedded model, minutes on a laptop
+    python train.py --model olmoe-1b-7b --task gsm8k --k 8  the paper's run, on a GPU
 
-The base model is scored; the catcher counts, in a short LoRA warm-up, which experts the task visits; adapters
-are put on the hot ones, on attention and on the router; they are trained; the result is scored.
+1. The base model is scored.
+2. A short warm-up with LoRA on all experts counts which experts of each layer the task visits.
+3. Adapters are put on the hot ones, on attention and on the router.
+4. They are trained.
+5. They are merged into the weights, and the result is scored. (A model that is cut up over several
+   ranks is scored unmerged: no rank has a whole weight to merge into.)
+
+`main` at the end has these steps. Before it, in this order: one optimizer step, the warm-up, the
+training loop. settings.py has the flags, hellora.py the adapters, catcher.py the counting.
 """
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -16,14 +24,16 @@ from torch import nn
 from tqdm import tqdm
 
 import hellora
-import ranks
-import run
-import state
-from catcher import Catcher, HotList, count_visits, sample, visited_share
-from data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
+from catcher import Catcher, HotList, count_visits, hot_list, sample, visited_share
 from eval_gsm8k import evaluate, write_answers
-from job import SCORED_BY, Job, open_record, parse_args, prepare, recipe
+from hellora import Method, adapter_state
 from moe_model import MoEModel, load_balancing_loss
+from plumbing import ranks, run_folder, saves
+from plumbing.checkpoint import Checkpoint, empty_model, load_weights
+from plumbing.cli import DTYPES, advice, command, deferred_stop
+from plumbing.data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
+from plumbing.files import sha256, write_json
+from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
 MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts
@@ -39,147 +49,268 @@ def train_step(
     balance: float,
     catcher: Catcher,
 ) -> tuple[float, float]:
-    """One optimizer step over `examples` -> loss per target token before the update, gradient norm.
+    """One optimizer step over `examples`.
 
-    The loss is the mean over all target tokens of the step, so it does not depend on how the step is cut into
-    micro-batches and ranks (the balancing term does: it is a product of means over a micro-batch). A step
-    whose loss or gradient is not finite changes nothing; the caller sees it by that.
+    Returns the mean loss per target token before the step, and the gradient's norm before clipping.
+    How the step is split into micro-batches and over ranks does not change them. (It changes the
+    balancing term, a product of means over a micro-batch.) A step whose loss or gradient is not
+    finite changes nothing; the caller has to look at the two numbers.
     """
-    n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
-    groups, cut = micro_batches(examples, micro_batch), ranks.is_cut(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Every rank gets all examples of the step, so this is the number of targets of all ranks.
+    n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
+    groups = micro_batches(examples, micro_batch)
     loss = torch.zeros((), device=model.device)
     for group in groups:
         batch = collate(group, model.device)
         summed, routing = model(batch.tokens, targets=batch.targets)
+        # Divided by the targets of the whole step, not of the micro-batch: all tokens count alike.
         part = summed / n_targets
         loss += part.detach()
-        if balance and group:
-            part = part + balance * load_balancing_loss(routing, batch.real) / len(groups) / ranks.world()
-        (part * ranks.world() if cut else part).backward()  # FSDP2 takes the mean over ranks
+        if balance and group:  # a rank without work in this micro-batch has an empty group
+            share = 1 / (len(groups) * ranks.world())
+            part = part + balance * share * load_balancing_loss(routing, batch.real)
+        ranks.backward(part, model)  # gradients of all micro-batches add up
         catcher.add(routing, batch.real)
-    if ranks.world() > 1 and not cut:
-        ranks.sum_gradients(trained)
-    norm = ranks.whole(nn.utils.clip_grad_norm_(trained, MAX_NORM))
-    loss, norm = torch.stack([ranks.total(loss), norm]).tolist()
-    if math.isfinite(loss + norm):
+    ranks.finish_gradients(trained, model)
+
+    # Clip after all parts are there, so that the norm is that of the whole step.
+    norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
+    # Both numbers in one go: here, once a step, the host waits for the device.
+    loss, norm = torch.stack([ranks.total(loss), ranks.whole(norm)]).tolist()
+    if is_finite(loss, norm):
         optimizer.step()
     optimizer.zero_grad()
     return loss, norm
 
 
+def is_finite(loss: float, norm: float) -> bool:
+    """Whether a step was sound, and so was taken."""
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay over what is trained; frozen tensors have no optimizer state."""
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.0, fused=True
-    )
+    """AdamW without weight decay over what is trained. Frozen weights have no optimizer state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
 
 
-def catch(job: Job, folder: Path) -> dict[int, list[int]]:
-    """Each layer's experts that the method adapts; counted once a run, and kept in its hot_experts.json."""
-    everywhere = {layer: list(range(job.cfg.n_experts)) for layer in job.cfg.moe_layers}
-    if job.method.rule in (None, "all"):
-        return everywhere if job.method.rule else {}
-    path, settings = folder / "hot_experts.json", job.settings
-    if not path.exists() and settings["hot_experts"]:
-        HotList.read(Path(settings["hot_experts"]), job.cfg).write(path)
-    elif not path.exists():
-        some = sample(job.data, CATCHER_SHARE, settings["seed"])
-        if settings["catcher"] == "warmup":
-            model = job.build(hellora.parse_method("lora"), everywhere)
-            catcher = warm_up(model, some, settings | {"lr": recipe(settings["task"]).lr}, job.micro_batch)
-        else:
-            catcher = count_visits(job.build(), some, job.micro_batch, "catcher")
-        about = {
-            name: settings[name] for name in ("model", "task", "catcher", "score", "k", "coverage", "seed")
-        }
-        catcher.choose(rule=job.method.rule, **about).write(path)
+def lr_at(step: int, n_steps: int, settings: dict) -> float:
+    """The learning rate of a step, from 0: constant, or falling linearly to 0 at the end."""
+    if settings["decay"]:
+        return settings["lr"] * (1 - step / n_steps)
+    return settings["lr"]
+
+
+def build_model(
+    job: Job, method: Method | None = None, adapted: dict[int, list[int]] | None = None
+) -> MoEModel:
+    """The model with `method`'s adapters on the experts `adapted`. Without a method: the base."""
+    gc.collect()  # the last model has reference cycles: only this frees it before the next is built
+    dtype = DTYPES[job.settings["dtype"]]
+    in_full = method is not None and method.train_base
+
+    # 1. Shapes without memory, so that nothing is allocated twice. What is frozen is stored in the
+    #    dtype of the computation; full fine-tuning keeps fp32 masters.
+    model = empty_model(job.cfg, dtype, job.matmul)
+    model.to(torch.float32 if in_full else dtype).requires_grad_(False)
+    model.recompute = job.recompute
+
+    # 2. Adapters, before the model is cut up, so that they are cut up with it.
+    if method:
+        hellora.attach(model, method, adapted, job.settings["rank"], job.settings["alpha"])
+    if ranks.world() > 1 and job.shard == "full":
+        ranks.shard(model, model.layers, dtype if in_full else None, job.device)
+
+    # 3. Values: the checkpoint's, and then the adapters', as DoRA starts from the weights' lengths.
+    #    Only the run's own method takes over a mask: the base and the warm-up have none.
+    load_weights(model, Checkpoint(job.source), job.device)
+    a_seed = f"{job.settings['seed']}{' redrawn' if job.settings['redraw_a'] else ''}"
+    hellora.init_adapters(model, a_seed, job.start if method is job.method else None)
+    return model
+
+
+# ---- which experts? ------------------------------------------------------------------------------
+
+
+def find_adapted(job: Job, folder: Path) -> dict[int, list[int]]:
+    """{MoE layer: the experts that the method adapts}.
+
+    The experts are counted once per run, and kept in its hot_experts.json.
+    """
+    if not job.method.chooses:
+        return job.all_experts if job.method.rule else {}
+    path, given = folder / "hot_experts.json", job.settings["hot_experts"]
+    if not path.exists():
+        hot = HotList.read(Path(given), job.cfg) if given else catch(job)
+        hot.write(path)
     ranks.wait()  # until rank 0 has written it
     hot = HotList.read(path, job.cfg)
     print(hot.show())
     return hot.experts
 
 
-def warm_up(model: MoEModel, data: list[Encoded], settings: dict, micro_batch: int) -> Catcher:
-    """The paper's catcher: train LoRA everywhere for one pass over `data`, and count the visits meanwhile.
+def catch(job: Job) -> HotList:
+    """Count the experts that a tenth of the task visits, and choose."""
+    settings = job.settings
+    some = sample(job.data, CATCHER_SHARE, settings["seed"])
+    if settings["catcher"] == "warmup":
+        counted = warm_up(job, some)
+    else:
+        counted = count_visits(build_model(job), some, job.micro_batch, "catcher")
+    return hot_list(
+        counted,
+        k=settings["k"],
+        rule=job.method.rule,
+        score=settings["score"],
+        seed=settings["seed"],
+        coverage=settings["coverage"],
+        model=settings["model"],
+        task=settings["task"],
+        catcher=settings["catcher"],
+    )
 
-    Only the counts survive (section 3; section 4.3 counts on the base: --catcher forward). The learning rate
-    is the recipe's: --lr must not decide which experts are hot. Raises ValueError if the loss is not finite.
+
+def warm_up(job: Job, some: list[Encoded]) -> Catcher:
+    """The paper's catcher: train LoRA on all experts for one pass over `some`, counting meanwhile.
+
+    Only the counts survive (section 3 of the paper; section 4.3 counts on the base model, which is
+    --catcher forward). Raises ValueError if the loss is not finite.
     """
-    optimizer, catcher = make_optimizer(model, settings["lr"]), Catcher(model.cfg.n_experts)
-    size = settings["batch_size"]
-    for step in tqdm(range(steps_per_epoch(len(data), size)), "catcher warm-up", unit="step", leave=False):
-        examples = examples_of_step(data, step, size, settings["seed"])
-        loss, norm = train_step(model, optimizer, examples, micro_batch, settings["balance"], catcher)
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"the warm-up's loss became {loss}: want --catcher forward")
+    settings = job.settings
+    model = build_model(job, hellora.parse_method("lora"), job.all_experts)
+    # The recipe's rate, and not --lr, which must not decide which experts are hot.
+    optimizer = make_optimizer(model, recipe(settings["task"]).lr)
+    catcher = Catcher(job.cfg.n_experts)
+    n_steps = steps_per_epoch(len(some), settings["batch_size"])
+    for step in tqdm(range(n_steps), "catcher warm-up", unit="step", leave=False):
+        examples = examples_of_step(some, step, settings["batch_size"], settings["seed"])
+        loss, norm = train_step(
+            model, optimizer, examples, job.micro_batch, settings["balance"], catcher
+        )
+        if not is_finite(loss, norm):
+            raise ValueError(
+                f"the warm-up's loss became {loss}, its gradient's norm {norm}: "
+                "want --catcher forward"
+            )
     return catcher.gather()
 
 
-def lr_at(step: int, n_steps: int, settings: dict) -> float:
-    """The learning rate of a step, from 0: constant, or falling linearly to 0 at the end."""
-    return settings["lr"] * (1 - step / n_steps if settings["decay"] else 1)
+# ---- the training loop ---------------------------------------------------------------------------
 
 
 def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
-    """The training loop, from the last save in `folder` if there is one.
+    """Train `model`, from the last save in `folder` if there is one.
 
-    Returns the visits of its forward passes, from which one can tell how many the adapters really got. Raises
+    Returns the visits of its forward passes: they tell how many the adapters really got. Raises
     KeyboardInterrupt, after a save, when asked to stop; ValueError when the loss stays not finite.
     """
-    optimizer, visits = make_optimizer(model, job.settings["lr"]), Catcher(job.cfg.n_experts)
-    size, seed = job.settings["batch_size"], job.settings["seed"]
-    n_steps, start = job.n_steps, state.resume(folder, model, optimizer)
-    metrics, skipped, in_a_row = run.Metrics(folder, start), 0, 0
-    with run.deferred_stop() as asked, tqdm(total=n_steps, initial=start, desc="train", unit="step") as bar:
+    settings = job.settings
+    optimizer, visits = make_optimizer(model, settings["lr"]), Catcher(job.cfg.n_experts)
+    n_steps = job.n_steps
+    start = saves.resume(folder, adapter_state(model), model, optimizer)
+    metrics = run_folder.Metrics(folder, start)
+    skipped, in_a_row = 0, 0  # steps whose loss or gradient was not finite
+    bar = tqdm(total=n_steps, initial=start, desc="train", unit="step")
+    with deferred_stop() as asked, bar:
         for step in range(start, n_steps):
             began = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = lr = lr_at(step, n_steps, job.settings)
-            examples = examples_of_step(job.data, step, size, seed)
-            balance, micro_batch = job.settings["balance"], job.micro_batch
-            loss, norm = train_step(model, optimizer, examples, micro_batch, balance, visits)
-            finite = math.isfinite(loss + norm)
-            skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+            lr = lr_at(step, n_steps, settings)
+            optimizer.param_groups[0]["lr"] = lr
+            # The examples follow from the step's number alone, so a resumed run needs no more.
+            examples = examples_of_step(job.data, step, settings["batch_size"], settings["seed"])
+            loss, norm = train_step(
+                model, optimizer, examples, job.micro_batch, settings["balance"], visits
+            )
+
+            # A skipped step changes nothing. Many in a row mean that training diverged.
+            if is_finite(loss, norm):
+                in_a_row = 0
+            else:
+                skipped += 1
+                in_a_row += 1
             if in_a_row > MAX_SKIPPED:
-                raise ValueError(f"{in_a_row} steps without a finite loss: want a lower --lr")
-            spent = time.perf_counter() - began
+                raise ValueError(
+                    f"{in_a_row} steps in a row had no finite loss or gradient: want a lower --lr"
+                )
+
+            seconds = time.perf_counter() - began
             n_tokens = sum(len(e.ids) for e in examples)
-            rates = {"samples_per_s": len(examples) / spent, "tokens_per_s": n_tokens / spent}
-            metrics.add(step=step + 1, loss=loss, grad_norm=norm, lr=lr, **rates)
+            samples_per_s, tokens_per_s = len(examples) / seconds, n_tokens / seconds
+            metrics.add(
+                step=step + 1,
+                loss=loss,
+                grad_norm=norm,
+                lr=lr,
+                samples_per_s=samples_per_s,
+                tokens_per_s=tokens_per_s,
+            )
             note = f", {skipped} skipped" if skipped else ""
-            bar.set_postfix_str(f"loss {loss:.3f}, {rates['samples_per_s']:.0f} samples/s{note}")
+            bar.set_postfix_str(f"loss {loss:.3f}, {samples_per_s:.0f} samples/s{note}")
             bar.update()
-            asked_all = ranks.largest(len(asked), model.device)
-            if asked_all or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
-                state.save(folder, step + 1, model, optimizer)
-            if asked_all:
-                raise KeyboardInterrupt(f"saved after step {step + 1}; the same command goes on from there")
+
+            # Save only between steps, so that no step is torn. If one rank has to stop, all do.
+            stop = ranks.largest(len(asked), model.device)  # asked: the signals that came
+            if stop or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
+                saves.save(folder, step + 1, adapter_state(model), model, optimizer)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"saved after step {step + 1}; the same command resumes there"
+                )
     if skipped:
-        print(f"{skipped} of the steps just trained had no finite loss or gradient, and changed nothing")
+        print(
+            f"{skipped} of the steps just trained had no finite loss or gradient: "
+            "they changed nothing"
+        )
     held = [t for values in optimizer.state.values() for t in values.values()]
     print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
-    return visits.gather() if visits.counts else visits
+    return visits.gather() if visits.counts else visits  # none where no step was left to do
 
 
-def score(job: Job, model: MoEModel, folder: Path, when: str) -> None:
-    """Accuracy on the job's tests, into results.json; three answers to look at."""
+# ---- a whole run ---------------------------------------------------------------------------------
+
+
+def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> None:
+    """Accuracy on the job's tests into results.json, and three answers to look at.
+
+    when: "base" or "after" training.
+    """
     task = job.settings["task"]
-    args = (job.settings["template"], TASKS[task].max_new, EVAL_BATCH)
-    result, records = evaluate(model, job.tokenizer, job.tests, *args, label=f"score {when}")
+    result, records = evaluate(
+        model,
+        job.tokenizer,
+        job.tests,
+        job.settings["template"],
+        TASKS[task].max_new,
+        EVAL_BATCH,
+        label=f"score {when}",
+    )
     if when == "base":
-        run.update_results(folder, task, {"base_accuracy": result["accuracy"], "base_total": result["total"]})
+        kept = {"base_accuracy": result["accuracy"], "base_total": result["total"]}
     else:
+        kept = result
         write_answers(folder, task, records)
-        run.update_results(folder, task, result)
+    run_folder.update_results(folder, task, kept)
     seconds = f"{result['seconds']:.0f} s"
     print(f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({seconds})")
     for r in records[:3]:
         print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
 
 
+def report_size(job: Job, model: MoEModel, trained: int, stored: int) -> None:
+    """Say how much is trained, and what goes over the wire."""
+    name = job.settings["method"]
+    print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
+    if ranks.world() > 1:
+        n, cut = ranks.world(), ranks.is_cut(model)
+        per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
+        print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
+
+
 def report_share(model: MoEModel, shares: dict[int, float]) -> None:
-    """Say how much of the traffic the adapters really got, and what that saves of LoRA's work."""
-    cost = hellora.adapter_flops(model, shares) / hellora.adapter_flops(model, dict.fromkeys(shares, 1.0))
+    """Say what share of the visits the adapters got, and what that saves of LoRA's work."""
+    on_all = hellora.adapter_flops(model, dict.fromkeys(shares, 1.0))
+    cost = hellora.adapter_flops(model, shares) / on_all
     mean = sum(shares.values()) / len(shares)
     print(
         f"in the steps just trained, {mean:.1%} of expert visits went to adapted experts; "
@@ -187,54 +318,65 @@ def report_share(model: MoEModel, shares: dict[int, float]) -> None:
     )
 
 
+def run_job(job: Job, folder: Path) -> None:
+    """Score the base, find the experts, attach, train, save, merge, score: all into `folder`."""
+    record = ranks.once(lambda: open_record(job, folder))
+    shown = {name: value for name, value in job.settings.items() if value is not None}
+    print("\n".join(f"{name:12s} {value}" for name, value in shown.items()))
+    print(f"run folder   {folder}")
+    write_json(folder / "run.json", record)
+    run_folder.check_shared(folder, record)
+
+    scored = run_folder.read_results(folder).get(job.settings["task"], {})
+    if job.tests and "base_accuracy" not in scored:  # a resumed run has it
+        score_model(job, build_model(job), folder, "base")
+
+    began = time.perf_counter()
+    with advice(job.micro_batch, job.recompute):
+        adapted = find_adapted(job, folder)
+    caught = time.perf_counter() - began
+    as_json = {str(layer): ids for layer, ids in adapted.items()}
+    if "adapted" not in record:
+        record["adapted"] = as_json
+    elif record["adapted"] != as_json:
+        raise ValueError(
+            f"{folder}/hot_experts.json changed since training began: want another --out"
+        )
+
+    model = build_model(job, job.method, adapted)
+    trained, stored = hellora.count_params(model, job.method)
+    report_size(job, model, trained, stored)
+    record |= {"trained": trained, "stored": stored}
+    write_json(folder / "run.json", record)  # before the first step: what is saved must be readable
+    with advice(job.micro_batch, job.recompute):
+        visits = fit(model, job, folder)
+    saves.save_adapter(folder, adapter_state(model))
+    if job.method.chooses and visits.counts:
+        report_share(model, visited_share(visits.scores("count"), adapted))
+        spent = time.perf_counter() - began
+        print(f"finding the experts took {caught:.0f} of the {spent:.0f} s, {caught / spent:.1%}")
+
+    if not ranks.is_cut(model):
+        hellora.merge(model)
+    if job.tests:
+        score_model(job, model, folder, "after")
+    record["hashes"]["adapter"] = ranks.once(lambda: sha256(folder / "adapter.safetensors"))
+    write_json(folder / "run.json", record | {"finished": True})
+    ranks.wait()  # no rank ends before the files are there
+
+
 def main() -> None:
-    """Score the base, catch, attach, train, save, merge, score."""
+    """Check the command line, claim a folder, run."""
     args = parse_args(__doc__)
     job = prepare(args)
-    folder = ranks.once(lambda: run.choose_folder(job.settings, args.out, args.resume, args.override))
-    with run.lock(folder):
-        record = ranks.once(lambda: open_record(job, folder))
-        print("\n".join(f"{name:12s} {value}" for name, value in job.settings.items() if value is not None))
-        print(f"run folder   {folder}")
-        run.write_json(folder / "run.json", record)
-        run.check_shared(folder, record)
-        if job.tests and "base_accuracy" not in run.read_results(folder).get(job.settings["task"], {}):
-            score(job, job.build(), folder, "base")
-
-        began = time.perf_counter()
-        with run.advice(job.micro_batch, job.recompute):
-            experts = catch(job, folder)
-        caught = time.perf_counter() - began
-        adapted = {str(layer): ids for layer, ids in experts.items()}  # as JSON has it
-        if record.setdefault("adapted", adapted) != adapted:
-            raise ValueError(f"{folder}/hot_experts.json changed since training began: want another --out")
-        model = job.build(job.method, experts)
-        trained, stored = hellora.count_params(model, job.method)
-        name, share = job.settings["method"], trained / stored
-        print(f"{name}: {trained:,} of {stored:,} parameters are trained ({share:.3%})")
-        if ranks.world() > 1:
-            n, cut = ranks.world(), ranks.is_cut(model)
-            per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
-            print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
-        record |= {"trained": trained, "stored": stored}
-        run.write_json(folder / "run.json", record)
-        with run.advice(job.micro_batch, job.recompute):
-            visits = fit(model, job, folder)
-        hellora.save_adapter(folder, model)
-        if job.method.rule not in (None, "all") and visits.counts:
-            report_share(model, visited_share(visits.scores("count"), experts))
-            spent = time.perf_counter() - began
-            print(f"finding the experts took {caught:.0f} of the {spent:.0f} s, {caught / spent:.1%}")
-        if not ranks.is_cut(model):  # else it is scored with its adapters apart
-            hellora.merge(model)
-        if job.tests:
-            score(job, model, folder, "after")
-        record["hashes"]["adapter"] = ranks.once(lambda: run.sha256(folder / "adapter.safetensors"))
-        run.write_json(folder / "run.json", record | {"finished": True})
-        ranks.wait()  # no rank ends before the files are there
+    folder = ranks.once(
+        lambda: run_folder.choose_folder(job.settings, args.out, args.resume, args.override)
+    )
+    with run_folder.lock(folder):
+        run_job(job, folder)
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
     print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 
 
 if __name__ == "__main__":
-    run.command(main)
+    command(main)

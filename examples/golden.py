@@ -2,9 +2,10 @@
 
     python examples/golden.py > examples/golden.json
 
-Count, choose, add adapters, one training step, merge: golden.json has what each of them gives (float32, CPU),
-the inputs as token ids, and what else a port has to know. A and B start from a formula (ABOUT) in place of a
-random A and B = 0. Tensors are named and shaped as in adapter.safetensors.
+Count, choose, add adapters, one training step, merge: golden.json has what each of them gives
+(float32, CPU), the inputs as token ids, and what else a port has to know. A and B start from a
+formula (ABOUT) in place of a random A and B = 0. Tensors are named and shaped as in
+adapter.safetensors.
 """
 
 import json
@@ -16,28 +17,32 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from catcher import count_visits
-from checkpoint import locate
-from data import TASKS, collate, encode, load_examples
+from catcher import choose, count_visits
 from hellora import adapters, attach, merge, parse_method
 from moe_model import MoEModel
-from tokenizer import load_tokenizer
+from plumbing.checkpoint import locate
+from plumbing.data import TASKS, collate, encode, load_examples
+from plumbing.tokenizer import load_tokenizer
 
 COUNTED, TRAINED = 64, 8  # examples of tiny-math's training split, from its first
 RANK, ALPHA, K, LR = 8, 16, 8, 0.01
 ABOUT = {
     "model": "tiny/: config.json and model.safetensors, whose bfloat16 is read as float32",
-    "examples": "token ids, and where the answer begins. Inputs are ids[:-1], targets ids[answer:]: the last "
-    f"id, an end of text, is no input. Visits are of all {COUNTED} examples, losses of the first {TRAINED}",
-    "loss": f"the summed cross-entropy of the {TRAINED} examples' targets, divided by how many they are",
-    "A[i, row, column]": "0.1 sin(1 + i + 2 row + 3 column), from 0, the angle in float64, kept as float32",
+    "examples": "token ids, and where the answer begins. Inputs are ids[:-1], targets "
+    "ids[answer:]: the last id, an end of text, is no input. Visits "
+    f"are of all {COUNTED} examples, losses of the first {TRAINED}",
+    "loss": f"the summed cross-entropy of the {TRAINED} examples' targets, divided by how many "
+    "they are",
+    "A[i, row, column]": "0.1 sin(1 + i + 2 row + 3 column), from 0, the angle in float64, kept "
+    "as float32",
     "B[i, row, column]": "0.01 cos(1 + i + 2 row + 3 column)",
-    "i": "the place of an expert among its layer's hot experts; 0 for a linear map that is not an expert's",
+    "i": "the place of an expert among its layer's hot experts; 0 for a linear map that is not an "
+    "expert's",
     "settings": {"rank": RANK, "alpha": ALPHA, "k": K},
     "AdamW": {"lr": LR, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0, "clipping": "none"},
-    "tolerance": "float32: losses and logits 1e-5, gradients' norms 1e-3 of their value, ids and visits "
-    "exact, though in layer 2 the 8th expert has one visit more than the 9th. In bfloat16 the choices of a "
-    "router tie, and which expert wins differs from one library to the next",
+    "tolerance": "float32: losses and logits 1e-5, gradients' norms 1e-3 of their value, ids and "
+    "visits exact, though in layer 2 the 8th expert has one visit more than the 9th. In bfloat16 "
+    "the choices of a router tie, and which expert wins differs from one library to the next",
 }
 
 
@@ -72,13 +77,16 @@ def golden() -> dict:
         "text of the first example": examples[0].prompt + examples[0].answer,
         "examples": [{"ids": e.ids, "answer": e.n_prompt} for e in data],
         "1 logits after the first example's inputs, of ids 0 to 4": logits[0, -1, :5].tolist(),
-        "1 experts of its last input": {i: sorted(r.expert_ids[0, -1].tolist()) for i, r in routing.items()},
+        "1 experts of its last input": {
+            i: sorted(r.expert_ids[0, -1].tolist()) for i, r in routing.items()
+        },
         "1 loss of the base": loss().item(),
     }
     counts = count_visits(model, data, 16, "count")
-    hot = counts.choose(rule="hot", model="tiny", task="tiny-math", catcher="forward", score="count", k=K,
-                        coverage=None, seed=0).experts  # fmt: skip
-    found["2 visits of each layer's experts"] = {i: visits.tolist() for i, visits in counts.counts.items()}
+    hot = choose(counts.counts, K, "hot")
+    found["2 visits of each layer's experts"] = {
+        i: visits.tolist() for i, visits in counts.counts.items()
+    }
     found["2 hot experts"] = hot
 
     attach(model, parse_method("hellora"), hot, RANK, ALPHA)

@@ -2,9 +2,10 @@
 
     python examples/numpy_port.py
 
-It follows README's "Port it": count, choose, add, one step of training, merge. Everything that runs forward
-returns its result and `back`, which takes the gradient of the result and returns that of the input, adding to
-`grads` what belongs to adapters on its way. float64, one example and one expert at a time: to be read.
+It follows README's "Port it": count, choose, add, one step of training, merge. Everything that runs
+forward returns its result and `back`, which takes the gradient of the result and returns that of
+the input, adding to `grads` what belongs to adapters on its way. float64, one example and one
+expert at a time: to be read.
 """
 
 import json
@@ -45,9 +46,13 @@ def softmax(x: Array) -> tuple[Array, Back]:
 
 
 def rotate(x: Array, direction: int = 1) -> Array:
-    """Rotary positions, halves paired as in the Hub's checkpoints. x: [H, T, d]. Backward: the other way."""
+    """Rotary positions, halves paired as in the Hub's checkpoints. x: [H, T, d].
+
+    Backward: the other way.
+    """
     half = x.shape[-1] // 2
-    angle = np.arange(x.shape[1])[:, None] * CONFIG["rope_theta"] ** (-np.arange(half) / half)  # [T, d / 2]
+    # [T, d / 2].
+    angle = np.arange(x.shape[1])[:, None] * CONFIG["rope_theta"] ** (-np.arange(half) / half)
     cos, sin = np.cos(angle), direction * np.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -75,7 +80,10 @@ class Model:
         self.visits = np.zeros((len(LAYERS), len(EXPERTS)), dtype=int)
 
     def linear(self, x: Array, name: str, lora: str, place: int | None = 0) -> tuple[Array, Back]:
-        """Eq. 3: W x + (alpha / r) B A x. place: the adapter's in its stack; None: no adapter. x: [n, in]."""
+        """Eq. 3: W x + (alpha / r) B A x. x: [n, in].
+
+        place: the adapter's place in its stack. None: there is no adapter.
+        """
         w = self.w[f"{name}.weight"]
         if place is None or not self.adapters:
             return x @ w.T, lambda dy: dy @ w
@@ -94,7 +102,9 @@ class Model:
         """Causal attention, queries and keys normed. x: [T, D]."""
 
         def project(leaf: str, x: Array) -> tuple[Array, Back]:
-            return self.linear(x, f"model.layers.{i}.self_attn.{leaf}_proj", f"layers.{i}.attn.{leaf}")
+            return self.linear(
+                x, f"model.layers.{i}.self_attn.{leaf}_proj", f"layers.{i}.attn.{leaf}"
+            )
 
         (q, q_back), (k, k_back), (v, v_back) = (project(leaf, x) for leaf in "qkv")
         q, q_norm = rms_norm(q, self.w[f"model.layers.{i}.self_attn.q_norm.weight"])
@@ -135,8 +145,10 @@ class Model:
     def moe(self, x: Array, i: int) -> tuple[Array, Back]:
         """The sum of each token's chosen experts, by routing weight. x: [T, D]."""
         logits, logits_back = self.linear(x, f"model.layers.{i}.mlp.gate", f"layers.{i}.moe.router")
-        weight, weight_back = softmax(logits)  # over all experts; OLMoE does not norm what is chosen
-        ids = np.argsort(-weight, axis=-1, kind="stable")[:, : CONFIG["num_experts_per_tok"]]  # [T, K]
+        # Over all experts; OLMoE does not norm what is chosen.
+        weight, weight_back = softmax(logits)
+        # [T, K].
+        ids = np.argsort(-weight, axis=-1, kind="stable")[:, : CONFIG["num_experts_per_tok"]]
         self.visits[i] += np.bincount(ids.ravel(), minlength=len(EXPERTS))
         y, visited = np.zeros_like(x), []
         for e in np.unique(ids):
@@ -158,7 +170,10 @@ class Model:
         """Token ids [T] -> logits [T, V]."""
         x, backs = self.w["model.embed_tokens.weight"][ids], []
         for i in LAYERS:
-            for norm, part in ("input_layernorm", self.attention), ("post_attention_layernorm", self.moe):
+            for norm, part in (
+                ("input_layernorm", self.attention),
+                ("post_attention_layernorm", self.moe),
+            ):
                 normed, norm_back = rms_norm(x, self.w[f"model.layers.{i}.{norm}.weight"])
                 y, part_back = part(normed, i)
                 x = x + y
@@ -182,7 +197,8 @@ class Model:
         for e in examples:
             ids = np.array(e["ids"])
             logits, back = self(ids[:-1])
-            at = np.arange(e["answer"] - 1, len(ids) - 1)  # where a token of the answer is predicted
+            # Where a token of the answer is predicted.
+            at = np.arange(e["answer"] - 1, len(ids) - 1)
             p, _ = softmax(logits)
             summed -= np.log(p[at, ids[at + 1]]).sum()
             if learn:
@@ -193,7 +209,7 @@ class Model:
         return summed / n_targets
 
     def attach(self, hot: dict[int, list[int]]) -> None:
-        """An adapter for q, k, v, o, the router and each hot expert, its values by golden.json's formula."""
+        """Give q, k, v, o, the router and each hot expert an adapter, by golden.json's formula."""
         self.hot = hot
         for lora, names in self.sites().items():
             (n_out, n_in), n = self.w[f"{names[0]}.weight"].shape, len(names)
@@ -251,7 +267,9 @@ def numbers() -> dict:
     for (
         name,
         g,
-    ) in model.grads.items():  # AdamW's first step: its averages, bias-corrected, are g and g squared
+    ) in (
+        model.grads.items()
+    ):  # AdamW's first step: its averages, bias-corrected, are g and g squared
         model.adapters[name] -= adamw["lr"] * g / (np.sqrt(g * g) + adamw["eps"])
     found["4 loss after one step of AdamW"] = model.loss(trained)
     model.merge()

@@ -2,8 +2,8 @@
 
     python examples/transformers_hellora.py --run runs/DIR --model OLMOE --prompt "Question: ..."
 
-One file to copy from: it imports nothing of this repository, and reads run.json (method, rank, alpha, adapted
-experts) and adapter.safetensors. It trains too: only the adapters have gradients.
+One file to copy from: it imports nothing of this repository, and reads run.json (method, rank,
+alpha, adapted experts) and adapter.safetensors. It trains too: only the adapters have gradients.
 """
 
 import argparse
@@ -26,7 +26,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(saved.pop(f"{name}.lora.A"), requires_grad=train_a)
         self.B = nn.Parameter(saved.pop(f"{name}.lora.B"))
-        self.register_buffer("mask", saved.pop(f"{name}.lora.mask", None))  # LoRI-S: B is trained where True
+        # LoRI-S: B is trained where True.
+        self.register_buffer("mask", saved.pop(f"{name}.lora.mask", None))
         self.scale = scale
 
     def factors(self, expert: int | EllipsisType = ...) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ class HotExperts(nn.Module):
     def __init__(self, base: nn.Module, hot: list[int], gate: LowRank, up: LowRank, down: LowRank):
         super().__init__()
         self.base, self.gate, self.up, self.down = base, gate, up, down
-        self.slot = {expert: i for i, expert in enumerate(hot)}  # hot experts are stored in ascending order
+        # Hot experts are stored in ascending order.
+        self.slot = {expert: i for i, expert in enumerate(hot)}
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x [M, D], the K experts of each token and their routing weights [M, K] -> [M, D]"""
@@ -83,13 +85,18 @@ class HotExperts(nn.Module):
 
 def apply_run(model: nn.Module, folder: Path) -> nn.Module:
     """Put the adapters of a run on its base model, in place, and freeze all else."""
-    run, saved = json.loads((folder / "run.json").read_text()), load_file(folder / "adapter.safetensors")
+    run = json.loads((folder / "run.json").read_text())
+    saved = load_file(folder / "adapter.safetensors")
     if run["method"].startswith(("fft", "dora")):
-        raise ValueError(f"{run['method']} is not a plain low-rank update: use export.py --format hub")
+        raise ValueError(
+            f"{run['method']} is not a plain low-rank update: use export.py --format hub"
+        )
     model.requires_grad_(False)
 
     def take(name: str) -> LowRank:
-        return LowRank(saved, name, run["alpha"] / run["rank"], train_a="lori-" not in run["method"])
+        return LowRank(
+            saved, name, run["alpha"] / run["rank"], train_a="lori-" not in run["method"]
+        )
 
     for i, layer in enumerate(model.model.layers):
         for site in "qkvo":
@@ -98,7 +105,9 @@ def apply_run(model: nn.Module, folder: Path) -> nn.Module:
                 name = f"{site}_proj"
                 setattr(layer.self_attn, name, LoRALinear(getattr(layer.self_attn, name), low))
         if f"layers.{i}.moe.router.lora.A" in saved:
-            parametrize.register_parametrization(layer.mlp.gate, "weight", take(f"layers.{i}.moe.router"))
+            parametrize.register_parametrization(
+                layer.mlp.gate, "weight", take(f"layers.{i}.moe.router")
+            )
         if hot := run["adapted"].get(str(i)):
             pairs = [take(f"layers.{i}.moe.experts.{leaf}") for leaf in ("gate", "up", "down")]
             layer.mlp.experts = HotExperts(layer.mlp.experts, hot, *pairs)
@@ -108,7 +117,9 @@ def apply_run(model: nn.Module, folder: Path) -> nn.Module:
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--run", type=Path, required=True)
     p.add_argument("--model", required=True, help="the run's base model: a folder or a Hub id")
     p.add_argument("--prompt", required=True)

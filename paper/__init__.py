@@ -1,11 +1,15 @@
-"""What serves the paper's tables only: nothing at the top level imports it.
+"""What serves the paper's numbers only: nothing at the top level imports it.
 
-The tables      tables: what the paper prints; reproduce: the command that sets ours beside it
-                grid, over parallel: runs what is missing; methods: learning rates
-                studies: rows of runs; stats: their intervals; claims: what they say of the paper's
-                table8, forgetting, merge, stability: what more the runs show
-                pages, figures: fill README.md and docs/; collect: finished runs as one file
-Scores          eval_humaneval, over sandbox and confined; eval_safety, over refusals
-Speed           bench, over bench_worlds, bench_measure, bench_peers and bench_report; plan: what fits where
-One token       walkthrough: the numbers of docs/walkthrough.md
+Commands        reproduce: the paper's tables beside ours; eval_humaneval, eval_safety: scores
+                pages: fills README.md and docs/; figures: draws; walkthrough: one token's way
+                plan: what fits where, and what goes over the wire
+runs/           grid: runs what is missing; parallel: several commands at a time
+                rates: each method's learning rate; stats: spread, intervals, Student's t
+studies/        tables: what the paper prints, as data; comparison: tables of ours, row by row
+                claims: what our runs say of the paper's; forgetting: what tuning costs elsewhere
+                merging: two tasks in one model; stability: how lists of hot experts differ
+scoring/        sandbox: programs that a model wrote; confined: its inner half
+                refusals: what counts as one
+bench/          __main__: python -m paper.bench; worlds: weights and batch; measure: time, memory
+                peers: transformers and PEFT; report: what the numbers say
 """

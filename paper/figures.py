@@ -1,11 +1,12 @@
-"""Figures of the embedded model, from the committed results alone: docs/figures/NAME.png and NAME.svg.
+"""Figures of the embedded model from the committed results: docs/figures/NAME.png and NAME.svg.
 
-python -m paper.figures [--only NAMES]
+    python -m paper.figures [--only NAMES]
 
-It measures nothing. docs/results/visits/ was made by
-    python catcher.py --task TASK --share SHARE --batch-size 50 --out docs/results/visits/TASK-SHARE.json
-docs/results/cells/ by python -m paper.reproduce methods, docs/results/bench-*.json by python -m paper.bench.
-The same results give the same bytes of SVG.
+It measures nothing. The same results give the same bytes of SVG. What made them:
+    docs/results/visits/TASK-SHARE.json   python catcher.py --task TASK --share SHARE
+                                          --batch-size 50 --out that file
+    docs/results/cells/                   python -m paper.reproduce methods
+    docs/results/bench-*.json             python -m paper.bench --json that file
 """
 
 import argparse
@@ -19,25 +20,22 @@ from types import ModuleType
 import torch
 
 from catcher import overlap, visited_share
-from paper import studies
-from paper.bench_report import REGIMES
-from paper.grid import LAST_STEPS, missing_tasks, saved
-from paper.methods import CONTROLS, DEV, MAIN, RATES, TASK, cell, tried
-from run import Parser, command, read_json
+from paper.bench.report import REGIMES
+from paper.runs.grid import LAST_STEPS, missing_tasks, saved
+from paper.runs.parallel import ROOT
+from paper.runs.rates import CONTROLS, DEV, MAIN, RATES, TASK, cell, tried
+from paper.studies import comparison
+from plumbing.cli import Parser, command
+from plumbing.files import read_json
 
-ROOT = Path(__file__).parent.parent
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 HOT = ("hellora", "hellori-d", "hellori-s")
 MOST_SEEDS = 5
-TASKS = tuple(studies.OURS.values())
+TASKS = tuple(comparison.OURS.values())
 Figure = object  # matplotlib's, which is an optional package
 
-BLUE, ORANGE, GREEN, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#999999",
-)  # Okabe and Ito: told apart by all eyes
+# Okabe and Ito: told apart by all eyes.
+BLUE, ORANGE, GREEN, GREY = ("#0072B2", "#E69F00", "#009E73", "#999999")
 MARKERS = {BLUE: "o", ORANGE: "s", GREEN: "^"}  # and without any colour
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "legend.frameon": False, "legend.fontsize": 8,
@@ -62,7 +60,7 @@ def pyplot() -> ModuleType:
     return pyplot
 
 
-# ---- results -------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def visits(task: str, share: str = "1") -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
@@ -73,14 +71,16 @@ def visits(task: str, share: str = "1") -> tuple[dict[int, torch.Tensor], dict[i
 
 
 def cells() -> dict[str, list[dict]]:
-    """{method: its finished runs at its chosen rate, seed by seed}, of methods whose rates were all tried."""
+    """{method: its finished runs at its chosen rate}, of methods whose rates were all tried."""
     found = {}
     for method in RATES:
         if not any(missing_tasks(run, [DEV]) for run in tried(method)):
             runs = [cell(method, seed) for seed in range(MOST_SEEDS)]
             found[method] = [saved(run) for run in runs if not missing_tasks(run, [TASK])]
     if not any(found.values()):
-        raise FileNotFoundError("no method's runs are finished: python -m paper.reproduce methods makes them")
+        raise FileNotFoundError(
+            "no method's runs are finished: python -m paper.reproduce methods makes them"
+        )
     return {method: runs for method, runs in found.items() if runs}
 
 
@@ -88,11 +88,15 @@ def benches() -> dict[str, dict]:
     """{shape: the rows of a benchmark}."""
     paths = sorted(RESULTS.glob("bench-*.json"))
     if not paths:
-        raise FileNotFoundError("docs/results/bench-*.json is missing: python -m paper.bench --json makes it")
-    return {path.stem.removeprefix("bench-"): read_json(path, "a benchmark")["rows"] for path in paths}
+        raise FileNotFoundError(
+            "docs/results/bench-*.json is missing: python -m paper.bench --json makes it"
+        )
+    return {
+        path.stem.removeprefix("bench-"): read_json(path, "a benchmark")["rows"] for path in paths
+    }
 
 
-# ---- figures -------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def activation(plt: ModuleType) -> Figure:
@@ -107,7 +111,9 @@ def activation(plt: ModuleType) -> Figure:
         ax.axhline(100 / len(percent), color="black", linewidth=0.8, linestyle="--")
         ax.set(title=f"layer {layer}: hot {k} get {share:.0%}", xlabel="expert, by rank")
     axes[0].set_ylabel("visits, %")
-    axes[-1].annotate("uniform", (len(percent), 100 / len(percent)), ha="right", va="bottom", fontsize=8)
+    axes[-1].annotate(
+        "uniform", (len(percent), 100 / len(percent)), ha="right", va="bottom", fontsize=8
+    )
     return fig
 
 
@@ -120,7 +126,13 @@ def hot_experts(plt: ModuleType) -> Figure:
         image = ax.imshow(percent, aspect="auto", vmin=0, vmax=8, interpolation="nearest")
         layers, experts = zip(*((layer, e) for layer, ids in hot.items() for e in ids), strict=True)
         ax.plot(
-            experts, layers, "o", markersize=3, color="white", markeredgecolor="black", markeredgewidth=0.6
+            experts,
+            layers,
+            "o",
+            markersize=3,
+            color="white",
+            markeredgecolor="black",
+            markeredgewidth=0.6,
         )
         ax.set(title=task, ylabel="layer", yticks=list(counts))
         ax.grid(False)
@@ -130,16 +142,23 @@ def hot_experts(plt: ModuleType) -> Figure:
 
 
 def jaccard(plt: ModuleType) -> Figure:
-    """How much hot lists have in common, by layer: of two tasks, and of a tenth of a task and all of it."""
+    """What hot lists have in common, by layer: of two tasks; of a tenth of a task and all of it."""
     hot = {(task, share): visits(task, share)[1] for task in TASKS for share in ("0.1", "1")}
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
     short = {task: task.removeprefix("tiny-") for task in TASKS}
     pairs = (
-        {f"{short[a]} and {short[b]}": overlap(hot[a, "1"], hot[b, "1"]) for a, b in combinations(TASKS, 2)},
+        {
+            f"{short[a]} and {short[b]}": overlap(hot[a, "1"], hot[b, "1"])
+            for a, b in combinations(TASKS, 2)
+        },
         {short[task]: overlap(hot[task, "0.1"], hot[task, "1"]) for task in TASKS},
     )
-    for ax, title, lines in zip(axes, ("two tasks", "10 % of a task's data, and all"), pairs, strict=True):
-        for i, ((name, of), (color, marker)) in enumerate(zip(lines.items(), MARKERS.items(), strict=True)):
+    for ax, title, lines in zip(
+        axes, ("two tasks", "10 % of a task's data, and all"), pairs, strict=True
+    ):
+        for i, ((name, of), (color, marker)) in enumerate(
+            zip(lines.items(), MARKERS.items(), strict=True)
+        ):
             at = [layer + 0.08 * (i - 1) for layer in of]  # side by side where they are equal
             ax.plot(at, list(of.values()), marker=marker, color=color, label=name, linewidth=1)
         ax.set(title=title, xlabel="layer", xticks=list(of), ylim=(-0.03, 1.05))
@@ -149,7 +168,9 @@ def jaccard(plt: ModuleType) -> Figure:
 
 
 def accuracy(plt: ModuleType) -> Figure:
-    """Test accuracy against trained parameters, and of HELLoRA's controls: a dot a seed, and their mean.
+    """Test accuracy against trained parameters, and of HELLoRA's controls.
+
+    Each seed is a dot, with their mean.
 
     The bars are the standard error of a mean over that many problems, the same for each seed.
     """
@@ -157,12 +178,22 @@ def accuracy(plt: ModuleType) -> Figure:
     found = cells()
     score = {method: [r["accuracy"][TASK] for r in runs] for method, runs in found.items()}
     at = {method: 100 * mean(values) for method, values in score.items()}
-    error = {m: sqrt(at[m] * (100 - at[m]) / runs[0]["problems"][TASK]) for m, runs in found.items()}
-    for i, method in enumerate(sorted(found.keys() & set(MAIN), key=lambda m: (found[m][0]["trained"], m))):
+    error = {
+        m: sqrt(at[m] * (100 - at[m]) / runs[0]["problems"][TASK]) for m, runs in found.items()
+    }
+    for i, method in enumerate(
+        sorted(found.keys() & set(MAIN), key=lambda m: (found[m][0]["trained"], m))
+    ):
         trained, color = found[method][0]["trained"], BLUE if method in HOT else ORANGE
-        left.errorbar(trained, at[method], error[method], marker=MARKERS[color], color=color, linewidth=1)
+        left.errorbar(
+            trained, at[method], error[method], marker=MARKERS[color], color=color, linewidth=1
+        )
         left.plot(
-            [trained] * len(score[method]), [100 * v for v in score[method]], ".", color="black", markersize=2
+            [trained] * len(score[method]),
+            [100 * v for v in score[method]],
+            ".",
+            color="black",
+            markersize=2,
         )
         up = (1, -1)[i % 2]  # names over and under the bars in turns, as neighbours are near
         place = {"xytext": (0, 3 * up), "ha": "center", "va": ("bottom", "top")[i % 2]}
@@ -174,16 +205,21 @@ def accuracy(plt: ModuleType) -> Figure:
     for y, method in enumerate(controls):
         right.errorbar(at[method], y, xerr=error[method], marker="o", color=BLUE, linewidth=1)
         right.plot(
-            [100 * v for v in score[method]], [y] * len(score[method]), ".", color="black", markersize=2
+            [100 * v for v in score[method]],
+            [y] * len(score[method]),
+            ".",
+            color="black",
+            markersize=2,
         )
-    right.set(yticks=range(len(controls)), yticklabels=controls, xlim=(-4, 104), xlabel="test accuracy, %",
+    right.set(yticks=range(len(controls)), yticklabels=controls, xlim=(-4, 104),
+              xlabel="test accuracy, %",
               title="HELLoRA and its controls")  # fmt: skip
     right.grid(axis="x")
     return fig
 
 
 def throughput(plt: ModuleType) -> Figure:
-    """LoRA on all and on hot experts in each way of multiplying: samples a second, operations a layer."""
+    """LoRA on all and on hot experts, multiplied in each way: samples a second, operations."""
     found = benches()
     fig, axes = plt.subplots(len(found), 2, figsize=(7.2, 2.4 * len(found)), squeeze=False)
     for pair, (shape, rows) in zip(axes, found.items(), strict=True):
@@ -213,7 +249,9 @@ def losses(plt: ModuleType) -> Figure:
         for method, color in zip(methods, MARKERS, strict=True):
             for i, run in enumerate(found.get(method, [])):
                 steps = [LAST_STEPS * (n + 1) for n in range(len(run["losses"]))]
-                ax.plot(steps, run["losses"], color=color, linewidth=0.8, label=None if i else method)
+                ax.plot(
+                    steps, run["losses"], color=color, linewidth=0.8, label=None if i else method
+                )
         ax.set(title=title, xlabel="step", yscale="log")
         ax.legend()
     axes[0].set_ylabel("training loss")

@@ -1,6 +1,6 @@
 """Fills in the blocks of README.md and docs/ that say where their text comes from.
 
-python -m paper.pages
+    python -m paper.pages
 
 A block "```text python -m paper.reproduce ..." has what that command prints, one
 "```text docs/results/FILE.json" the table of that benchmark. A test holds the pages to it.
@@ -11,12 +11,12 @@ import re
 import shlex
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
-from paper import bench_report, reproduce
-from run import Parser, command
+from paper import reproduce
+from paper.bench import report
+from paper.runs.parallel import ROOT
+from plumbing.cli import Parser, command
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "docs/speed.md", "docs/tables.md")]
 BLOCK = re.compile(
     r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
@@ -27,7 +27,7 @@ def printed(source: str) -> str:
     """What a command prints, or the table of a benchmark's file."""
     with redirect_stdout(StringIO()) as out:
         if source.startswith("docs/"):
-            bench_report.show(json.loads((ROOT / source).read_text()))
+            report.show(json.loads((ROOT / source).read_text()))
         else:
             reproduce.main(shlex.split(source)[3:])
     return out.getvalue().strip("\n") + "\n"

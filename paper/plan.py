@@ -1,30 +1,31 @@
-"""What fits where, and what goes over the wire: arithmetic on the shapes alone, for any number of GPUs.
+"""What fits where, and what goes over the wire, by arithmetic on the shapes, on N GPUs.
 
-python -m paper.plan --model mixtral-8x7b --gpus 8         (paper.bench --plan is the same)
-python -m paper.plan --page         writes the tables of docs/scaling.md anew
+    python -m paper.plan --model mixtral-8x7b --gpus 8    one plan
+    python -m paper.plan --page                           writes the tables of docs/scaling.md anew
 
-Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW; rank 32. Of
-activations only what --recompute keeps is counted, and nothing of what CUDA takes for itself.
+Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW; rank 32.
+Of activations only what --recompute keeps is counted, and nothing of what CUDA takes for itself.
 """
 
 import argparse
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import torch
 
 import hellora
-import ranks
 from catcher import check_k, default_k
-from checkpoint import BACKBONES, MoEConfig, locate, read_config
 from hellora import METHODS, parse_method
-from moe_model import MoEModel, empty_model
-from paper.tables import ALPHA, RANK
-from run import Parser, above_0, command, write_atomically
+from moe_model import MoEConfig, MoEModel
+from paper.runs.parallel import ROOT
+from paper.studies.tables import ALPHA, RANK
+from plumbing import ranks
+from plumbing.checkpoint import BACKBONES, empty_model, locate, read_config
+from plumbing.cli import COUNT, Parser, command
+from plumbing.files import write_atomically
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of the GPUs there are
 FREE = 0.1  # of a card, left for what is not counted
 WIRES = {"NVLink, 450 GB/s": 450e9, "network, 400 Gbit/s": 50e9, "network, 25 Gbit/s": 3.125e9}
@@ -43,9 +44,10 @@ def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
 def held(model: MoEModel, n: int, cut: bool, tokens: int) -> dict[str, int]:
     """Bytes on each of n GPUs at the worst moment, `tokens` in a micro-batch.
 
-    Cut up, a GPU holds its part of each parameter (the largest part: rows are not cut), and besides the layer
-    that is computed, the next one on its way, the rest (embedding, norm, head) in one piece, and a layer's
-    gradients before and after they are added up. Else the gradients once more, in the message that does that.
+    Cut up, a GPU holds its part of each parameter (the largest part: rows are not cut), and besides
+    the layer that is computed, the next one on its way, the rest (embedding, norm, head) in one
+    piece, and a layer's gradients before and after they are added up. Else the gradients once more,
+    in the message that does that.
     """
     full = all(p.requires_grad for p in model.parameters())
     kept = dict.fromkeys(("weights", "trained"), 0)
@@ -55,7 +57,8 @@ def held(model: MoEModel, n: int, cut: bool, tokens: int) -> dict[str, int]:
         kept["weights"] += part * p.element_size()
         kept["trained"] += part * p.requires_grad
         layer = name.split(".")[1] if name.startswith("layers.") else ""
-        size = 2 if full else p.element_size()  # full fine-tuning is sent as it is computed, in bf16
+        # Full fine-tuning is sent as it is computed, in bf16.
+        size = 2 if full else p.element_size()
         sent[layer] += part * n * size
         gradients[layer] += part * n * (size + 4) * p.requires_grad
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())  # masks; never cut
@@ -73,18 +76,22 @@ def show(name: str, cfg: MoEConfig, method: str, k: int, n: int, tokens: int) ->
     ways = {"--shard full": True, "--shard none": False} if n > 1 else {"one GPU": False}
     columns = [held(model, n, cut, tokens) for cut in ways.values()]
     wires = [ranks.traffic(model, n, cut) for cut in ways.values()]
-    adapts = f", k = {k}" if parse_method(method).rule not in (None, "all") else ""
+    adapts = f", k = {k}" if parse_method(method).chooses else ""
     sums = [sum(column.values()) for column in columns]
     rows = [("", list(ways))]
     rows += [(what, [f"{column[what] / 1e9:.2f}" for column in columns]) for what in HELD]
     rows += [("together", [f"{total / 1e9:.2f}" for total in sums])]
     rows += [("the smallest card for it, GB", [card(total) for total in sums])]
     if n > 1:
-        rows += [("got from others: GB a micro-batch; a step", [f"{wire / 1e9:.3f}" for wire in wires])]
-        rows += [(f"  seconds by {wire}", [f"{w / rate:.3f}" for w in wires]) for wire, rate in WIRES.items()]
-    head = (
-        f"{name}, {method}{adapts}, {n} GPU{'s' * (n > 1)}, {tokens:,} tokens a micro-batch; GB on each GPU"
-    )
+        rows += [
+            ("got from others: GB a micro-batch; a step", [f"{wire / 1e9:.3f}" for wire in wires])
+        ]
+        rows += [
+            (f"  seconds by {wire}", [f"{w / rate:.3f}" for w in wires])
+            for wire, rate in WIRES.items()
+        ]
+    gpus = f"{n} GPU{'s' * (n > 1)}"
+    head = f"{name}, {method}{adapts}, {gpus}, {tokens:,} tokens a micro-batch; GB on each GPU"
     return "\n".join(
         [head, *(f"{what:44s}" + "".join(f"{cell:>14s}" for cell in cells) for what, cells in rows)]
     )
@@ -118,8 +125,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="olmoe-1b-7b", help=f"{', '.join(BACKBONES)} (no download), or a folder")
     add("--method", default="hellora", help=f"{', '.join(METHODS)}, and suffixes (default hellora)")
     add("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
-    add("--gpus", type=above_0(int), default=1, metavar="N", help="default 1")
-    add("--tokens", type=above_0(int), default=8192, help="of a micro-batch, on each GPU (default 8192)")
+    add("--gpus", type=COUNT, default=1, metavar="N", help="default 1")
+    add("--tokens", type=COUNT, default=8192, help="of a micro-batch, on each GPU (default 8192)")
     add("--page", action="store_true", help="write the tables of docs/scaling.md anew")
     return p.parse_args(words)
 

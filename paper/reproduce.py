@@ -1,20 +1,21 @@
 """The paper's numbers beside ours.
 
-python -m paper.reproduce params              every Params cell of Tables 2 to 5 and 7; seconds, no weights
-python -m paper.reproduce flops               adapter FLOPs a token, by formula and as counted
-python -m paper.reproduce --table 4           a table of the paper on the embedded model, over seeds
-python -m paper.reproduce --table 4 --scale paper               the same on the paper's models and data
-python -m paper.reproduce --table all --scale paper --limit 64  all of them, to try that every command works
-python -m paper.reproduce bases               hot, cold, random experts from three bases; also coverage, lists
-python -m paper.reproduce methods             every method's learning rate, chosen on dev problems
-python -m paper.reproduce claims              the paper's claims beside what the finished runs say
-python -m paper.reproduce text                the numbers of its text, and what became of each
-python -m paper.reproduce forgetting          what tuning costs of what pretraining taught
-python -m paper.reproduce merge               two tasks' adapters in one model: what each task keeps
-python -m paper.reproduce stability           hot lists of other samples, seeds and times of training
-python -m paper.reproduce all --dry-run       what is missing of everything, and how long it takes
+    python -m paper.reproduce params         the Params cells of Tables 2 to 5 and 7; no weights
+    python -m paper.reproduce flops          adapter FLOPs a token, by formula and as counted
+    python -m paper.reproduce --table 4      a table on the embedded model, over seeds
+    python -m paper.reproduce --table 4 --scale paper               on the paper's models and data
+    python -m paper.reproduce --table all --scale paper --limit 64  a trial of all commands
+    python -m paper.reproduce bases          hot, cold, random experts; also coverage, lists
+    python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
+    python -m paper.reproduce claims         the paper's claims beside what finished runs say
+    python -m paper.reproduce text           the numbers of its text, and what became of each
+    python -m paper.reproduce forgetting     what tuning costs of what pretraining taught
+    python -m paper.reproduce merge          two tasks' adapters in one model: what each keeps
+    python -m paper.reproduce stability      hot lists of other samples, seeds, times of training
+    python -m paper.reproduce all --dry-run  what is missing of everything, and how long it takes
 
-Finished runs are kept in docs/results/cells/ and not run again; a stopped command goes on where it was.
+Finished runs are kept in docs/results/cells/ and are not run again. A stopped command goes on
+where it was.
 """
 
 import argparse
@@ -31,28 +32,31 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catcher import Catcher, visited_share
-from checkpoint import BACKBONES, parse_config
 from hellora import adapter_flops, attach, count_params, init_adapters, parse_method
 from moe_model import MoEModel
-from paper import claims, forgetting, merge, methods, stability, studies, table8, tables
-from paper.grid import Wanted, commands, missing, run_cells
 from paper.plan import shapes
-from run import Parser, above_0, command, share_of_1
+from paper.runs import rates
+from paper.runs.grid import Wanted, commands, missing, run_cells
+from paper.studies import claims, comparison, forgetting, merging, stability, tables
+from plumbing.checkpoint import BACKBONES, parse_config
+from plumbing.cli import COUNT, SHARE, Parser, command
 
 SMALL = {  # config.json of the model on which FLOPs are counted
     "model_type": "olmoe", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4,
 }  # fmt: skip
 
-TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --model, --data and --limit are for
-a trial, whose runs and results stay in runs/trials/. Files of --data: TASK-train.SUFFIX (gsm8k, code, safety)
-and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is gated, it wants a token or such a file)."""
+TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --model, --data and
+--limit are for a trial, whose runs and results stay in runs/trials/. Files of --data:
+TASK-train.SUFFIX (gsm8k, code, safety) and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is
+gated, it wants a token or such a file)."""
 
 SECONDS = {"train.py": 130, "tiny.pretrain": 1200}  # on a laptop's core, of the embedded model
 SCORE_SECONDS = 20  # of what else there is
 
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")
-PERCENTS = [  # all percents of parameters that the paper prints, and two that it gives as a ratio only
+# all percents of parameters that the paper prints, and two that it gives as a ratio only
+PERCENTS = [
     *(
         (c.table, c.backbone, c.method, c.k, c.printed, c.status.why)
         for c in tables.NUMBERS
@@ -71,7 +75,7 @@ def sizes(backbone: str, method: str, k: int) -> dict[str, int]:
 
 
 def params() -> list[dict]:
-    """Every one of PERCENTS with our integers; percent is trained / stored, the adapters included in both."""
+    """Every one of PERCENTS with our integers. Percent: trained / stored, both with adapters."""
     rows = [dict(zip(FIELDS, cell, strict=True)) for cell in PERCENTS]
     rows = [row | sizes(row["backbone"], row["method"], row["k"]) for row in rows]
     return [row | {"percent": 100 * row["trained"] / row["stored"]} for row in rows]
@@ -97,11 +101,14 @@ def show_params(rows: list[dict]) -> None:
             if r["backbone"] == backbone and (r["k"] == k or r["method"] == "lora")
         }
         percents, counts = (of["hellora"][x] / of["lora"][x] for x in ("percent", "trained"))
-        print(f"{backbone}: HELLoRA / LoRA {percents:.2%} as a ratio of percents, {counts:.2%} of counts")
+        print(
+            f"{backbone}: HELLoRA / LoRA {percents:.2%} as "
+            f"a ratio of percents, {counts:.2%} of counts"
+        )
 
 
 def measured_flops(model: MoEModel, tokens: torch.Tensor) -> int:
-    """What torch counts in one forward pass of the looped form (it has no formula for grouped matmuls)."""
+    """What torch counts in one forward pass with looped_mm; it has no formula for grouped_mm."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
     return counter.get_total_flops()
@@ -116,16 +123,16 @@ def flops(share: float) -> dict:
     torch.manual_seed(0)
     cfg = parse_config(SMALL)
     tokens = torch.randint(0, cfg.vocab_size, (4, 64))
-    model = MoEModel(cfg, experts="loop").requires_grad_(False)
+    model = MoEModel(cfg, matmul="loop").requires_grad_(False)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     base = measured_flops(model, tokens)
-    experts = {i: list(range(8)) for i in cfg.moe_layers}
-    attach(model, parse_method("hellora"), experts, 8, 16)
+    adapted = {i: list(range(8)) for i in cfg.moe_layers}
+    attach(model, parse_method("hellora"), adapted, 8, 16)
     init_adapters(model, 0)
     visits = Catcher(cfg.n_experts)
     visits.add(model.trunk(tokens)[1], torch.ones(tokens.shape, dtype=torch.bool))
-    shares = visited_share(visits.scores("count"), experts)
+    shares = visited_share(visits.scores("count"), adapted)
     counted = (measured_flops(model, tokens) - base) / tokens.numel()
     return {
         "share": share,
@@ -146,21 +153,26 @@ def show_flops(row: dict) -> None:
     )
     off = row["small_counted"] / row["small_formula"] - 1
     print(
-        f"a small random model: {row['small_formula']:,.0f} FLOPs by formula, {row['small_counted']:,.0f} as "
+        f"a small random model: {row['small_formula']:,.0f} FLOPs by formula, "
+        f"{row['small_counted']:,.0f} as "
         f"counted by torch ({off:+.2%})"
     )
 
 
 def show_printed(numbers: list[dict]) -> None:
-    """A table of the paper that has no miniature: its numbers, what became of each, and the commands."""
+    """A table of the paper without a miniature: its numbers, what became of them, commands."""
     for c in numbers:
-        what = f"{c['backbone']} {c['method']} k={c['k']}" + (f" on {c['task']}" if c["task"] else "")
-        print(f"{what:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}")
+        what = f"{c['backbone']} {c['method']} k={c['k']}" + (
+            f" on {c['task']}" if c["task"] else ""
+        )
+        print(
+            f"{what:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}"
+        )
     print("by:", *sorted({f"  {c['command']}" for c in numbers}), sep="\n")
 
 
 def text() -> list[dict]:
-    """The numbers of the paper's text, and its figures, which have none, each with what became of it."""
+    """The numbers of the paper's text, and its figures, each with what became of it."""
     said = [(c.where, c.says, c.value, c.status) for c in tables.TEXT]
     drawn = [(f"Figure {n}", about, None, tables.DRAWN) for n, about in tables.FIGURES.items()]
     return [
@@ -186,38 +198,42 @@ class Part(NamedTuple):
 
 
 MODULES = {  # parts that are a file each
-    "methods": methods, "forgetting": forgetting, "merge": merge, "stability": stability,
+    "methods": rates, "forgetting": forgetting, "merge": merging, "stability": stability,
 }  # fmt: skip
 
 
-def scale(args: argparse.Namespace) -> studies.Scale:
+def scale(args: argparse.Namespace) -> comparison.Scale:
     """What the paper's tables are run on. Raises ValueError for flags that do not go with it."""
     trial = {name: getattr(args, name) for name in ("model", "data", "limit", "seeds")}
     if args.scale == "paper":
         if not args.table:
-            raise ValueError("--scale paper is for the paper's tables: want --table N or --table all with it")
-        return studies.paper_scale(**trial)
+            raise ValueError(
+                "--scale paper is for the paper's tables: want --table N or --table all with it"
+            )
+        return comparison.paper_scale(**trial)
     if given := [f"--{name}" for name, value in trial.items() if value]:
         raise ValueError(f"{', '.join(given)}: of --scale paper only, add that")
-    return studies.TINY
+    return comparison.TINY
 
 
-def study_part(name: str, quick: bool, on: studies.Scale = studies.TINY) -> Part:
-    """A table of paper/studies.py; Table 8 has more to show than scores, in miniature."""
-    study = studies.study(name, quick, on)
-    if name != "8" or quick or on is not studies.TINY:
-        return Part(study.wanted, lambda: studies.results(study), studies.show)
+def study_part(name: str, quick: bool, on: comparison.Scale = comparison.TINY) -> Part:
+    """A table of studies/comparison.py. In miniature, Table 8 has more to show than scores."""
+    study = comparison.study(name, quick, on)
+    if name != "8" or quick or on is not comparison.TINY:
+        return Part(study.wanted, lambda: comparison.results(study), comparison.show)
     return Part(
         study.wanted,
-        lambda: studies.results(study) | table8.results(),
-        lambda found: (studies.show(found), table8.show(found)),
+        lambda: comparison.results(study) | stability.results_of_tasks(),
+        lambda found: (comparison.show(found), stability.show_tasks(found)),
     )
 
 
 def printed_part(number: str) -> Part:
     """A table of the paper whose numbers need the real checkpoint, or none."""
     numbers = [c for c in tables.NUMBERS if c.table == number]
-    return Part(dict, lambda: [c._asdict() | {"command": c.command()} for c in numbers], show_printed)
+    return Part(
+        dict, lambda: [c._asdict() | {"command": c.command()} for c in numbers], show_printed
+    )
 
 
 def parts(args: argparse.Namespace) -> dict[str, Part]:
@@ -225,11 +241,12 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     numbers, on = [str(n) for n in range(1, 9)], scale(args)
     return {
         **{n: study_part(n, args.quick, on) if n in on.seeds else printed_part(n) for n in numbers},
-        **{name: study_part(name, args.quick) for name in studies.OTHERS},
+        **{name: study_part(name, args.quick) for name in comparison.OTHERS},
         "claims": Part(dict, claims.results, claims.show),
         "text": Part(dict, text, show_text),
         **{
-            name: Part(dict if args.quick else of.wanted, of.results, of.show) for name, of in MODULES.items()
+            name: Part(dict if args.quick else of.wanted, of.results, of.show)
+            for name, of in MODULES.items()
         },
         "params": Part(dict, params, show_params),
         "flops": Part(dict, lambda: flops(args.share), show_flops),
@@ -243,7 +260,11 @@ def show_plan(wanted: Wanted, jobs: int, tiny: bool) -> None:
         print("python", shlex.join(words))
     end = f"{len(missing(wanted))} of {len(wanted)} runs are missing"
     if tiny:
-        hours = sum(SECONDS.get(words[words[0] == "-m"], SCORE_SECONDS) for words in asked) / jobs / 3600
+        hours = (
+            sum(SECONDS.get(words[words[0] == "-m"], SCORE_SECONDS) for words in asked)
+            / jobs
+            / 3600
+        )
         end += f": about {hours:.1f} hours, {jobs} at a time"
     print(end)
 
@@ -254,20 +275,22 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
     add = p.add_argument
-    what("what", nargs="?", choices=["all", "params", "flops", "claims", "text", *MODULES, *studies.OTHERS])
+    what("what", nargs="?",
+         choices=["all", "params", "flops", "claims", "text", *MODULES, *comparison.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
     add("--quick", action="store_true", help="one seed of one base, fewer rows and columns")
-    add("--share", type=share_of_1, default=0.5159, help="hot share for flops (default 0.5159)")
-    add("--jobs", type=above_0(int), help="runs at a time (default: one a core; at paper scale 1)")
+    add("--share", type=SHARE, default=0.5159, help="hot share for flops (default 0.5159)")
+    add("--jobs", type=COUNT, help="runs at a time (default: one a core; at paper scale 1)")
     add("--finished", action="store_true", help="run nothing: show what the finished runs give")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
     add("--json", action="store_true", help="print JSON in place of tables")
     add = p.add_argument_group("--scale paper", TRIAL).add_argument
-    add("--seeds", type=above_0(int), metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
+    add("--seeds", type=COUNT, metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
     add("--model", type=Path, metavar="FOLDER", help="a checkpoint in place of each table's")
-    add("--data", type=Path, metavar="FOLDER", help="files in place of downloads, as far as they are there")
-    add("--limit", type=above_0(int), metavar="N", help="first N rows and problems, one short answer each")
+    add("--data", type=Path, metavar="FOLDER",
+        help="files in place of downloads, as far as they are there")
+    add("--limit", type=COUNT, metavar="N", help="first N rows and problems, one short answer each")
     # fmt: on
     args = p.parse_args(words)
     check(args)
@@ -276,7 +299,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that do not go together."""
-    asked, quick = args.what or args.table, ("all", *studies.N_SEEDS, *studies.OTHERS)
+    asked, quick = args.what or args.table, ("all", *comparison.N_SEEDS, *comparison.OTHERS)
     if args.quick and (args.scale == "paper" or asked not in quick):
         raise ValueError(f"{asked} has no quick form at --scale {args.scale}: omit --quick")
     if args.dry_run and (args.finished or args.json):
@@ -307,7 +330,10 @@ def main(words: list[str] | None = None) -> None:
         print(json.dumps(values if len(values) > 1 else values[asked], indent=1))
         return
     for name, value in values.items():
-        print(f"\n== {f'Table {name}' if name.isdigit() else name}\n" if len(values) > 1 else "", end="")
+        print(
+            f"\n== {f'Table {name}' if name.isdigit() else name}\n" if len(values) > 1 else "",
+            end="",
+        )
         chosen[name].show(value)
 
 

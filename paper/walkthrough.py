@@ -1,34 +1,33 @@
-"""The numbers of docs/walkthrough.md: one token's way through a HELLoRA layer of the embedded model.
+"""The numbers of docs/walkthrough.md: one token's way through a HELLoRA layer.
 
-python -m paper.walkthrough        # measure, and write the page's blocks anew
+    python -m paper.walkthrough        measures, and writes the page's blocks anew
 
-The page is its own template. A block that starts with "```text NAME" holds what the function NAME of BLOCKS
-prints; all else is prose and quoted code. Nothing is trained or drawn: A and B are examples/golden.py's
-waves. The terms are computed by hand, from the equations; test_walkthrough.py holds them to the modules.
+The page is its own template. A block that starts with "```text NAME" holds what the function NAME
+of BLOCKS prints; all else is prose and quoted code. Nothing is trained or drawn: A and B are
+examples/golden.py's waves. The terms are computed by hand, from the equations; test_walkthrough.py
+holds them to the modules.
 """
 
 import re
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catcher import Catcher, count_visits, visited_share
-from checkpoint import locate
-from data import TASKS, Encoded, collate, encode, load_examples
-from dispatch import Rows, sort_by_expert
+from catcher import Catcher, choose, count_visits, visited_share
 from examples.golden import ALPHA, COUNTED, RANK, K, set_waves
-from hellora import LowRank, attach, count_params, merge, parse_method
-from lori import lori_masks
-from moe_model import Block, MoEModel, Routing, load_balancing_loss, positions
-from run import Parser, command
-from tokenizer import load_tokenizer
+from hellora import LowRank, attach, count_params, lori_masks, merge, parse_method
+from moe_model import Block, MoEModel, Routing, Rows, load_balancing_loss, positions
+from paper.runs.parallel import ROOT
+from plumbing.checkpoint import locate
+from plumbing.cli import Parser, command
+from plumbing.data import TASKS, Encoded, collate, encode, load_examples
+from plumbing.tokenizer import load_tokenizer
 
-PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
+PAGE = ROOT / "docs" / "walkthrough.md"
 LAYER, TOKEN = 1, 14  # the layer and the place in the first training problem that are looked at
 
 
@@ -45,7 +44,7 @@ class Scene(NamedTuple):
     moe_in: Tensor  # [1, T, D] what router and experts read of all tokens
     moe_out: Tensor  # [D] what the experts add to the token
     routing: Routing  # of the layer
-    rows: Rows
+    parts: list[Rows]  # its rows: those of hot experts, and the others
 
 
 @cache
@@ -56,8 +55,7 @@ def scene() -> Scene:
     examples = load_examples("tiny-math", TASKS["tiny-math"].train.fetch(), "plain")[:COUNTED]
     data = encode(examples, tokenizer, model.cfg.max_len)
     visits = count_visits(model, data, 16, "count")
-    hot = visits.choose(rule="hot", model="tiny", task="tiny-math", catcher="forward", score="count", k=K,
-                        coverage=None, seed=0).experts  # fmt: skip
+    hot = choose(visits.counts, K, "hot")
     attach(model, parse_method("hellora"), hot, RANK, ALPHA)
     set_waves(model)
 
@@ -68,10 +66,17 @@ def scene() -> Scene:
         x, _ = before(x, at, None)
     attn_in = layer.attn_norm(x)
     moe_in = layer.mlp_norm(x + layer.attn(attn_in, at, None))
+
+    # The layer sorts its rows by itself. A hook on the experts' gate sees each part of them.
+    parts: list[Rows] = []
+    gate = layer.moe.experts.gate
+    seen = gate.register_forward_pre_hook(lambda module, given: parts.append(given[1]))
     moe_out, routing = layer.moe(moe_in)
-    rows = sort_by_expert(routing.expert_ids[0], model.cfg.n_experts, layer.moe.adapted, layer.moe.matmul)
-    return Scene(model, layer, data, tokenizer.decode([data[0].ids[TOKEN]]), visits, hot, attn_in[0, TOKEN],
-                 moe_in, moe_out[0, TOKEN], routing, rows)  # fmt: skip
+    seen.remove()
+
+    word = tokenizer.decode([data[0].ids[TOKEN]])
+    about = model, layer, data, word, visits, hot
+    return Scene(*about, attn_in[0, TOKEN], moe_in, moe_out[0, TOKEN], routing, parts)
 
 
 def line(name: str, values: Tensor | list[float], more: str = "...") -> str:
@@ -80,7 +85,10 @@ def line(name: str, values: Tensor | list[float], more: str = "...") -> str:
 
 
 def update(lora: LowRank, x: Tensor, i: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eq. 2 and 3 by hand for one vector [in]: A x [r] and scale * B (A x) [out]; i: which of a stack."""
+    """Eq. 2 and 3 by hand for one vector [in]: A x [r] and scale * B (A x) [out].
+
+    i: which matrix of a stack.
+    """
     a, b = (lora.A, lora.B) if i is None else (lora.A[i], lora.B[i])
     return a @ x, lora.scale * (b @ (a @ x))
 
@@ -91,7 +99,8 @@ def count(s: Scene) -> list[str]:
     top = sorted(s.hot[LAYER], key=lambda e: -visits[e])
     share = visited_share({LAYER: visits}, {LAYER: s.hot[LAYER]})[LAYER]
     return [
-        f"{int(s.visits.n_tokens):,} tokens x {K} choices = {int(visits.sum()):,} visits in layer {LAYER}",
+        f"{int(s.visits.n_tokens):,} tokens x {K} choices = "
+        f"{int(visits.sum()):,} visits in layer {LAYER}",
         "most visited            " + "  ".join(f"{e}: {int(visits[e])}" for e in top),
         f"hot experts             {s.hot[LAYER]}",
         f"their share of visits   {share:.3f} (uniform: {K / s.model.cfg.n_experts:.3f})",
@@ -119,8 +128,9 @@ def attention(s: Scene) -> list[str]:
 
 
 def choices(s: Scene) -> list[tuple[int, float, int]]:
-    """The token's choices: (expert, gate, row among those sorted by expert)."""
-    of = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], s.rows.place[TOKEN]
+    """The token's choices: (expert, gate, row among those of all tokens)."""
+    row = torch.cat([rows.slot for rows in s.parts]).argsort().view(-1, K)  # [T, K] of each slot
+    of = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], row[TOKEN]
     return list(zip(*(t.tolist() for t in of), strict=True))
 
 
@@ -128,11 +138,13 @@ def router(s: Scene) -> list[str]:
     """The token's experts."""
     lines = ["expert   gate   row   is it hot?"]
     for expert, gate, row in choices(s):
-        lines.append(f"{expert:6d}  {gate:.3f}  {row:4d}   {'hot' if expert in s.hot[LAYER] else '-'}")
-    n_tokens = s.moe_in.shape[1]
+        lines.append(
+            f"{expert:6d}  {gate:.3f}  {row:4d}   {'hot' if expert in s.hot[LAYER] else '-'}"
+        )
+    n_tokens, (hot, others) = s.moe_in.shape[1], (len(rows.slot) for rows in s.parts)
     return [
         *lines,
-        f"{n_tokens} tokens make {len(s.rows.token)} rows; {len(s.rows.adapted)} visit hot experts",
+        f"{n_tokens} tokens make {hot + others} rows; the first {hot} visit hot experts",
     ]
 
 
@@ -217,7 +229,10 @@ def folded(s: Scene) -> list[str]:
     ]
 
 
-BLOCKS = {f.__name__: f for f in (count, freeze, attention, router, expert, combine, mask, balance, folded)}
+BLOCKS = {
+    f.__name__: f
+    for f in (count, freeze, attention, router, expert, combine, mask, balance, folded)
+}
 
 
 def filled(page: str) -> str:

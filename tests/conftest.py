@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import run
-from checkpoint import parse_config
-from moe_model import base_parameters
+from plumbing.checkpoint import base_parameters, parse_config
+from plumbing.cli import command
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
@@ -23,31 +22,34 @@ torch.set_num_threads(1)  # small matrices: threads only get in each other's way
 HUB = {
     "olmoe": {
         "model_type": "olmoe", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 16,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
-        "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64,
     },
     "mixtral": {
         "model_type": "mixtral", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
-        "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
     },
     "deepseek": {
         "model_type": "deepseek", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40,
-        "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "n_routed_experts": 8,
-        "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
         "max_position_embeddings": 64,
     },
 }  # fmt: skip
 
 
 def write_checkpoint(folder, hub, seed=0, dtype=torch.float32):
-    """A random checkpoint of config `hub`. Weights are large enough that every part of a layer matters."""
+    """A random checkpoint of config `hub`, its weights so large that every part matters."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for shape, names in base_parameters(parse_config(hub)).values():
         for name in names:
             value = torch.randn(shape[-2:], generator=draw)
-            tensors[name] = (1 + 0.2 * value if len(shape) == 1 else value * 1.5 / shape[-1] ** 0.5).to(dtype)
+            tensors[name] = (
+                1 + 0.2 * value if len(shape) == 1 else value * 1.5 / shape[-1] ** 0.5
+            ).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hub))
@@ -66,7 +68,7 @@ def olmoe(tmp_path):
 
 
 def toy_in(folder):
-    """A random checkpoint that speaks the tiny model's language: everything train.py needs, and quick."""
+    """A random checkpoint with the tiny model's tokenizer: everything train.py needs, and quick."""
     hub = HUB["olmoe"] | {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023}
     toy = write_checkpoint(folder / "toy", hub)
     shutil.copy(ROOT / "tiny" / "tokenizer.json", toy)
@@ -80,14 +82,14 @@ def toy(tmp_path):
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """cli("train.py", "--k", 8) -> (exit code, stdout, stderr without finished bars), in this process."""
+    """cli("train.py", "--k", 8) -> (exit code, stdout, stderr without bars), in this process."""
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         main = import_module(script.removesuffix(".py")).main
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            run.command(main)
+            command(main)
         out, err = capfd.readouterr()
         return ended.value.code, out, re.sub(r"[^\n]*\r", "", err)  # a slow machine shows more bars
 

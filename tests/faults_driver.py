@@ -1,8 +1,9 @@
 """python tests/faults_driver.py
 
-Runs train.py in forked children, each with a real fault at a set moment. Reads trials, each a line of JSON:
-{"words": command line, "fault": a FAULTS name or none, "where": a WHERE name, "at": n}. The fault comes
-before the nth line of Python run there. Answers with a line: {"code", "out", "err", "lines": {where: n}}.
+Runs train.py in forked children, each with a real fault at a set moment. Reads trials, each a line
+of JSON: {"words": command line, "fault": a FAULTS name or none, "where": a WHERE name, "at": n}.
+The fault comes before the nth line of Python run there. Answers with a line: {"code", "out", "err",
+"lines": {where: n}}.
 
 Forked, as importing torch takes longer than such a run.
 """
@@ -22,16 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import run
-import state
 import train
+from plumbing import cli, saves
 
 ROOT = Path(__file__).parent.parent
 WHERE = {  # the innermost function of these that is running -> what the moment is called
     train.main.__code__: "between",
     train.catch.__code__: "catcher",
     train.train_step.__code__: "step",
-    state.save.__code__: "save",
+    saves.save.__code__: "save",
 }
 
 
@@ -71,11 +71,8 @@ def watch(fault, where, at, lines):
             lines[inside[-1]] += 1
             if fault and inside[-1] == where and lines[where] == at:
                 FAULTS[fault]()
-        return (
-            trace
-            if str(ROOT) in frame.f_code.co_filename or "safetensors" in frame.f_code.co_filename
-            else None
-        )
+        file = frame.f_code.co_filename
+        return trace if str(ROOT) in file or "safetensors" in file else None
 
     return trace
 
@@ -89,7 +86,7 @@ def child(words, fault, where, at, place):
     sys.argv = ["train.py", *words]
     try:
         sys.settrace(watch(fault, where, at, lines))
-        run.command(train.main)
+        cli.command(train.main)
     except SystemExit as ended:
         code = ended.code
     except BaseException:
@@ -111,7 +108,8 @@ def main():
         with tempfile.TemporaryDirectory() as place:
             place = Path(place)
             if not (pid := os.fork()):
-                child(trial["words"], trial.get("fault"), trial.get("where"), trial.get("at"), place)
+                about = (trial.get(name) for name in ("fault", "where", "at"))
+                child(trial["words"], *about, place)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             lines = json.loads((place / "lines").read_text()) if (place / "lines").exists() else {}
             out, err = ((place / name).read_text() for name in ("out", "err"))

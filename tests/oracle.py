@@ -1,4 +1,4 @@
-"""DeepSeekMoE-16B (model_type "deepseek", v1) in float64 loops: an oracle sharing no code with the model."""
+"""DeepSeekMoE-16B (model_type "deepseek", v1) in float64 loops: an oracle with no code of ours."""
 
 import json
 import math
@@ -15,7 +15,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     shards = ["model.safetensors"]
     if index.exists():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value.double() for shard in shards for key, value in load_file(Path(folder) / shard).items()}
+    return {
+        key: value.double()
+        for shard in shards
+        for key, value in load_file(Path(folder) / shard).items()
+    }
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,7 +48,8 @@ def attention(x: Tensor, w: dict[str, Tensor], prefix: str, config: dict) -> Ten
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     theta, size = config.get("rope_theta", 1e4), hidden // heads
-    q, k, v = (x @ w[f"{prefix}.{part}_proj.weight"].T for part in "qkv")  # [T, heads or kv_heads * size]
+    # q is [T, heads * size], k and v are [T, kv_heads * size]
+    q, k, v = (x @ w[f"{prefix}.{part}_proj.weight"].T for part in "qkv")
     out = torch.zeros_like(q)  # [T, heads * size]
     for head in range(heads):
         mine = slice(head * size, (head + 1) * size)
@@ -53,7 +58,8 @@ def attention(x: Tensor, w: dict[str, Tensor], prefix: str, config: dict) -> Ten
         queries = [rotate(q[t, mine], t, theta) for t in range(length)]
         keys = [rotate(k[t, shared], t, theta) for t in range(length)]
         for t in range(length):
-            scores = torch.stack([queries[t] @ keys[s] / math.sqrt(size) for s in range(t + 1)])  # [t + 1]
+            # of every key so far: [t + 1]
+            scores = torch.stack([queries[t] @ keys[s] / math.sqrt(size) for s in range(t + 1)])
             out[t, mine] = torch.softmax(scores, 0) @ v[: t + 1, shared]
     return out @ w[f"{prefix}.o_proj.weight"].T
 
@@ -63,9 +69,13 @@ def moe(x: Tensor, w: dict[str, Tensor], prefix: str, config: dict) -> Tensor:
     top_k, out = config["num_experts_per_tok"], torch.zeros_like(x)  # [T, D]
     for t, token in enumerate(x):
         scores = torch.softmax(w[f"{prefix}.gate.weight"] @ token, 0).tolist()  # [E]
-        chosen = sorted(range(config["n_routed_experts"]), key=scores.__getitem__, reverse=True)[:top_k]
+        chosen = sorted(range(config["n_routed_experts"]), key=scores.__getitem__, reverse=True)[
+            :top_k
+        ]
         total = 1.0
-        if config.get("norm_topk_prob", False) and top_k > 1:  # v1 leaves a single expert's weight as it is
+        if (
+            config.get("norm_topk_prob", False) and top_k > 1
+        ):  # v1 leaves a single expert's weight as it is
             total = sum(scores[e] for e in chosen) + 1e-20
         for e in chosen:
             out[t] += scores[e] / total * swiglu(token, w, f"{prefix}.experts.{e}")

@@ -1,9 +1,9 @@
 """python -m torch.distributed.run --nproc-per-node N tests/ranks_driver.py FILE
 
-Runs train.py several times in one group of processes, as starting a group takes longer than a short run.
-FILE is a JSON list of command lines. Each run's folder gets counted.json: the bytes that rank 0 got from the
-others in the training loop's collectives, if they go round in a ring, what ranks.traffic had said, and the
-bytes that each rank read to load the model.
+Runs train.py several times in one group of processes, as starting a group takes longer than a short
+run. FILE is a JSON list of command lines. Each run's folder gets counted.json: the bytes that rank
+0 got from the others in the training loop's collectives, if they go round in a ring, what
+ranks.traffic had said, and the bytes that each rank read to load the model.
 """
 
 import json
@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import job
-import ranks
 import train
+from plumbing import ranks
 
-IN_A_RING = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}  # times size * (N - 1) / N
+# Times size * (N - 1) / N.
+IN_A_RING = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
 
 
 class Wire(TorchDispatchMode):
@@ -30,14 +30,15 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         namespace, _, name = op.name().partition("::")
         if namespace == "c10d" and name in IN_A_RING:
-            tensors = [t for a in args[:2] for t in (a if isinstance(a, list) else [a]) if torch.is_tensor(t)]
+            flat = (t for a in args[:2] for t in (a if isinstance(a, list) else [a]))
+            tensors = [t for t in flat if torch.is_tensor(t)]
             size = max(t.numel() * t.element_size() for t in tensors)
             self.bytes += IN_A_RING[name] * size * (ranks.world() - 1) / ranks.world()
         return op(*args, **(kwargs or {}))
 
 
 def loading(model, source, device):
-    """job.load_weights, watched the second time: the first also reads what it imports."""
+    """train.load_weights, watched the second time: the first also reads what it imports."""
     load_weights(model, source, device)
     before = bytes_read()
     load_weights(model, source, device)
@@ -62,7 +63,7 @@ def fitting(model, job, folder):
 
 read = []
 fit, train.fit = train.fit, fitting
-load_weights, job.load_weights = job.load_weights, loading
+load_weights, train.load_weights = train.load_weights, loading
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

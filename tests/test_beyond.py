@@ -1,4 +1,4 @@
-"""What the paper leaves out: what tuning costs elsewhere, what merged runs keep, how stable a hot list is."""
+"""What the paper leaves out: forgetting, merged runs, how stable a hot list is."""
 
 import json
 import sys
@@ -9,17 +9,19 @@ from conftest import small_run, write_rows
 
 import eval_gsm8k
 import export
-from data import TASKS, collate, encode, examples_of_step, load_examples, steps_per_epoch
 from hellora import attach, init_adapters, parse_method
-from job import RECIPES
 from moe_model import IGNORE, MoEModel
-from paper import eval_humaneval, eval_safety, forgetting, grid, merge, methods, stability
-from paper.stats import signed, spread
-from run import Parser
+from paper import eval_humaneval, eval_safety
+from paper.runs import grid, rates
+from paper.runs.stats import signed, spread
+from paper.studies import forgetting, merging, stability
+from plumbing.cli import Parser
+from plumbing.data import TASKS, collate, encode, examples_of_step, load_examples, steps_per_epoch
+from plumbing.tokenizer import load_tokenizer
+from settings import RECIPES
 from tiny.corpus import MIX
-from tokenizer import load_tokenizer
 
-# ---- forgetting ----------------------------------------------------------------------------------------
+# ---- forgetting ----------------------------------------------------------------------------------
 
 
 def test_an_adapter_that_is_not_trained_forgets_exactly_nothing(toy, monkeypatch):
@@ -34,18 +36,22 @@ def test_an_adapter_that_is_not_trained_forgets_exactly_nothing(toy, monkeypatch
     assert set(forgetting.rise(after, before).values()) == {0.0}
     assert after == before
     assert before["cross_entropy"].keys() == MIX.keys()
-    assert min(before["cross_entropy"].values()) > 1  # random weights know nothing that could be forgotten
+    # Random weights know nothing that could be forgotten.
+    assert min(before["cross_entropy"].values()) > 1
 
 
 def test_a_model_of_another_vocabulary_is_refused(cli, olmoe):
-    code, _, err = cli("paper.forgetting", "--model", olmoe)
+    code, _, err = cli("paper.studies.forgetting", "--model", olmoe)
     assert code == 2
-    assert "has 96 tokens" in err
+    assert len(err.strip().splitlines()) == 1
+    assert "olmoe" in err
 
 
 def test_rises_are_means_over_domains_and_methods_are_paired_by_seed(cli, monkeypatch):
     def kept(cell):
-        after = 0 if type(cell) is grid.Base else 0.1 * (1 + cell.seed) + 0.05 * (cell.method == "lora")
+        after = (
+            0 if type(cell) is grid.Base else 0.1 * (1 + cell.seed) + 0.05 * (cell.method == "lora")
+        )
         if after and (cell.method not in ("hellora", "lora") or cell.seed == 2):
             return {}
         losses = {domain: 1 + after * (1 + (i % 2)) for i, domain in enumerate(MIX)}
@@ -57,7 +63,8 @@ def test_rises_are_means_over_domains_and_methods_are_paired_by_seed(cli, monkey
     monkeypatch.setattr(forgetting, "saved", kept)
     rows = forgetting.results()["rows"]
     assert list(rows) == ["lora", "hellora"]
-    assert rows["hellora"]["rise"]["runs"] == pytest.approx([0.15, 0.3])  # 0.1, 0.2, of which half doubled
+    # 0.1, 0.2, of which half doubled.
+    assert rows["hellora"]["rise"]["runs"] == pytest.approx([0.15, 0.3])
     assert rows["lora"]["minus"]["mean"] == pytest.approx(0.075)
     assert rows["lora"]["minus"]["std"] == pytest.approx(0, abs=1e-9)
     assert rows["hellora"]["minus"] is None
@@ -80,12 +87,14 @@ def test_the_grid_scores_what_is_left_of_pretraining_by_its_own_command(monkeypa
 
 
 def test_a_difference_in_words():
-    assert signed(spread([0.01, 0.03])._asdict(), 1, unit=0.01).startswith("+2.0 (-10.7 to +14.7, p 0.29")
+    assert signed(spread([0.01, 0.03])._asdict(), 1, unit=0.01).startswith(
+        "+2.0 (-10.7 to +14.7, p 0.29"
+    )
     assert signed(spread([0.5])._asdict(), 1) == "+0.5"
     assert signed(None, 1) == ""
 
 
-# ---- merging -------------------------------------------------------------------------------------------
+# ---- merging -------------------------------------------------------------------------------------
 
 
 def parsed(monkeypatch, words, parse):
@@ -104,8 +113,10 @@ def parsed(monkeypatch, words, parse):
     return seen[0]
 
 
-def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_both_its_tasks(monkeypatch):
-    wanted = merge.wanted()
+def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_both_its_tasks(
+    monkeypatch,
+):
+    wanted = merging.wanted()
     merged = {cell: tasks for cell, tasks in wanted.items() if isinstance(cell, grid.Merged)}
     assert len({cell.result for cell in wanted}) == len(wanted) == 18 + 18
     scripts = {"tiny-math": eval_gsm8k, "tiny-code": eval_humaneval, "tiny-safety": eval_safety}
@@ -128,11 +139,12 @@ def test_a_merged_cell_rests_on_its_runs():
     )
     assert grid.Merged((one, other)).rests_on() != grid.Merged((longer, other)).rests_on()
     kept = grid.Merged((one, other)).rests_on()
-    assert json.loads(json.dumps(kept)) == kept  # or no result that was read again would be taken for its own
+    # Or no result that was read again would be taken for its own.
+    assert json.loads(json.dumps(kept)) == kept
 
 
 def test_what_is_needed_is_trained_before_what_needs_it():
-    masked = [methods.cell("hellori-s", seed, model=f"{grid.BASES}1") for seed in (0, 1)]
+    masked = [rates.cell("hellori-s", seed, model=f"{grid.BASES}1") for seed in (0, 1)]
     cells = {grid.Merged(tuple(masked)), *masked}
     while more := {other for cell in cells for other in cell.needs()} - cells:
         cells |= more
@@ -145,18 +157,24 @@ def test_what_is_needed_is_trained_before_what_needs_it():
 def test_a_task_is_compared_with_its_own_run_of_the_same_seed(cli, monkeypatch):
     def kept(cell):
         if isinstance(cell, grid.Merged):
-            if {run.task for run in cell.runs} != {"tiny-math", "tiny-safety"} or cell.runs[0].seed == 2:
+            if {run.task for run in cell.runs} != {"tiny-math", "tiny-safety"} or cell.runs[
+                0
+            ].seed == 2:
                 return {}
             seed, lost, tasks = cell.runs[0].seed, 0.1, ("tiny-math", "tiny-safety")
         else:
             seed, lost, tasks = cell.seed, 0, (cell.task,)
-        shown = {"accuracy": 0.5 + seed / 10 - lost, "refusal_rate": 0.9, "harmless_refused": 3 + 100 * lost}
+        shown = {
+            "accuracy": 0.5 + seed / 10 - lost,
+            "refusal_rate": 0.9,
+            "harmless_refused": 3 + 100 * lost,
+        }
         shown |= {"harmless_total": 100, "problems": 9, "pass@1": 1.0}
         return {name: dict.fromkeys(tasks, value) for name, value in shown.items()}
 
-    monkeypatch.setattr(merge, "saved", kept)
-    rows = {(*r["pair"], r["method"], r["measure"]): r for r in merge.results()}
-    assert len(rows) == len(merge.results()) == 2 * (2 + 3 + 3)
+    monkeypatch.setattr(merging, "saved", kept)
+    rows = {(*r["pair"], r["method"], r["measure"]): r for r in merging.results()}
+    assert len(rows) == len(merging.results()) == 2 * (2 + 3 + 3)
     r = rows["tiny-math", "tiny-safety", "lora", "accuracy"]
     assert (r["alone"], r["merged"]) == (pytest.approx([0.5, 0.6]), pytest.approx([0.4, 0.5]))
     assert r["minus"]["mean"] == pytest.approx(-0.1)
@@ -169,7 +187,7 @@ def test_a_task_is_compared_with_its_own_run_of_the_same_seed(cli, monkeypatch):
     assert "lora     accuracy on tiny-math             2    55.0    45.0   -10.0" in out
 
 
-# ---- stability -----------------------------------------------------------------------------------------
+# ---- stability -----------------------------------------------------------------------------------
 
 
 def test_a_list_overlaps_itself_in_full_and_each_question_compares_what_it_says():
@@ -184,9 +202,8 @@ def test_a_list_overlaps_itself_in_full_and_each_question_compares_what_it_says(
     assert {name: len(rows[name]["overlaps"]) for name in sizes} == sizes
     assert rows["1% of the data"]["overlaps"] == [1.0] * 5
     assert rows["two warm-ups"]["layers"] == {"0": 0.0, "1": 1.0}
-    assert rows["base and middle"]["overlaps"] == pytest.approx(
-        [1, 2 / 3, 1 / 2]
-    )  # with layer 1, which is equal
+    # With layer 1, which is equal.
+    assert rows["base and middle"]["overlaps"] == pytest.approx([1, 2 / 3, 1 / 2])
     assert rows["middle and end"]["overlaps"] == [1, 1, 0.5]
     assert rows["warm-up, and end"]["overlaps"] == [1, 0.5]  # seeds 0 and 2
 
@@ -212,7 +229,8 @@ def test_the_model_in_the_middle_is_the_one_whose_loss_the_next_step_logged(cli,
     with torch.no_grad():
         loss = model(batch.tokens, targets=batch.targets)[0] / (batch.targets != IGNORE).sum()
     third = json.loads((out / "metrics.jsonl").read_text().splitlines()[2])
-    assert loss.item() == pytest.approx(third["loss"], rel=1e-5)  # fp32: merged here, factored there
+    # Fp32: merged here, factored there.
+    assert loss.item() == pytest.approx(third["loss"], rel=1e-5)
     with pytest.raises(ValueError, match="saved after step 2, not 3"):
         stability.at_save_before_last(out, 3)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from catcher import Catcher, HotList, choose, count_visits, overlap, sample, visited_share
-from data import Encoded
 from moe_model import MoEModel, Routing
+from plumbing.data import Encoded
 
 COUNTS = {0: torch.tensor([5, 0, 9, 9, 1, 2]), 1: torch.tensor([0, 8, 1, 0, 0, 7])}
 
@@ -15,7 +15,9 @@ COUNTS = {0: torch.tensor([5, 0, 9, 9, 1, 2]), 1: torch.tensor([0, 8, 1, 0, 0, 7
 def routing(ids, gate=None):
     ids = torch.tensor(ids)
     return Routing(
-        ids, torch.ones(ids.shape) if gate is None else torch.tensor(gate), torch.zeros(*ids.shape[:2], 6)
+        ids,
+        torch.ones(ids.shape) if gate is None else torch.tensor(gate),
+        torch.zeros(*ids.shape[:2], 6),
     )
 
 
@@ -79,7 +81,9 @@ def test_overlap_is_jaccard_and_share_is_of_visits():
 def test_counting_does_not_depend_on_how_examples_are_batched(olmoe):
     model = MoEModel.from_pretrained(olmoe)
     draw = torch.Generator().manual_seed(0)
-    data = [Encoded(torch.randint(0, 96, (n,), generator=draw).tolist(), 1) for n in (3, 9, 5, 12, 7)]
+    data = [
+        Encoded(torch.randint(0, 96, (n,), generator=draw).tolist(), 1) for n in (3, 9, 5, 12, 7)
+    ]
     one, all_ = (count_visits(model, data, size, "").scores("count") for size in (1, 5))
     assert all(torch.equal(one[i], all_[i]) for i in one)
     n_inputs = sum(len(e.ids) - 1 for e in data)
@@ -101,9 +105,25 @@ def test_a_list_survives_the_disk_and_is_refused_by_another_model(olmoe, tmp_pat
     hot.write(tmp_path / "hot.json")
     assert HotList.read(tmp_path / "hot.json", cfg) == hot
     assert "69.2%" in hot.show()  # 18 of 26 visits
-    (tmp_path / "bare.json").write_text(json.dumps({"experts": {"0": [3, 2], "1": [0]}}))  # as ESFT writes it
+    # as ESFT writes it
+    (tmp_path / "bare.json").write_text(json.dumps({"experts": {"0": [3, 2], "1": [0]}}))
     assert HotList.read(tmp_path / "bare.json", cfg).experts == {0: [2, 3], 1: [0]}
-    for bad in ({"0": [2]}, {"0": [2], "1": [8]}, {"0": [2], "1": [1], "2": [1]}, {"0": ["x"], "1": []}, [1]):
+    for bad in (
+        {"0": [2]},
+        {"0": [2], "1": [8]},
+        {"0": [2], "1": [1], "2": [1]},
+        {"0": ["x"], "1": []},
+        [1],
+    ):
         (tmp_path / "bad.json").write_text(json.dumps({"experts": bad}))
         with pytest.raises(ValueError, match=r"bad\.json"):
             HotList.read(tmp_path / "bad.json", cfg)
+
+
+@pytest.mark.parametrize("key", ["x", "00", " 0", "-1", "9" * 5000])
+def test_visits_of_no_layer_are_refused_by_the_name_of_the_file(key, olmoe, tmp_path):
+    cfg = MoEModel.from_pretrained(olmoe).cfg
+    saved = {"experts": {"0": [3], "1": [0]}, "counts": {"0": [1] * 8, "1": [1] * 8, key: [1] * 8}}
+    (tmp_path / "hot.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"hot\.json"):
+        HotList.read(tmp_path / "hot.json", cfg)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, write_rows
 
-from data import (
+from moe_model import IGNORE
+from plumbing.data import (
     FIELDS,
     TASKS,
     TEMPLATES,
@@ -24,10 +25,12 @@ from data import (
     read_rows,
     steps_per_epoch,
 )
-from moe_model import IGNORE
-from tokenizer import load_tokenizer
+from plumbing.tokenizer import load_tokenizer
 
-ROWS = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
+ROWS = [
+    {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
+    {"question": "2+2?", "answer": "#### 4"},
+]
 
 
 def test_the_prompts_are_those_of_the_papers_and_harnesses(tmp_path):
@@ -35,7 +38,8 @@ def test_the_prompts_are_those_of_the_papers_and_harnesses(tmp_path):
     plain, lori = (load_examples("gsm8k", path, name)[0] for name in ("plain", "lori"))
     assert plain[:2] == ("Question: 1+1?\nAnswer:", " 1+1=2\n#### 2")
     ask = "Answer the above question. First think step by step and then answer the final number."
-    assert lori[:2] == (f"1+1?\n{ask}\n", "1+1=<<1+1=2>>2\nThe final answer is:  2")  # LoRI: two spaces
+    # LoRI: two spaces
+    assert lori[:2] == (f"1+1?\n{ask}\n", "1+1=<<1+1=2>>2\nThe final answer is:  2")
     with pytest.raises(ValueError, match="want one of plain, lori"):
         load_examples("gsm8k", path, "alpaca")
 
@@ -125,17 +129,22 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_pat
 
 def test_targets_are_the_answer_and_its_end_and_nothing_else():
     tokenizer = load_tokenizer(ROOT / "tiny")
-    examples = [Example("Question: a\nAnswer:", " 12", {}), Example("Question: abc\nAnswer:", " 3", {})]
+    examples = [
+        Example("Question: a\nAnswer:", " 12", {}),
+        Example("Question: abc\nAnswer:", " 3", {}),
+    ]
     batch = collate(encode(examples, tokenizer, 512))
     for row, example in enumerate(examples):
-        prompt, answer = tokenizer.encode(example.prompt), [*tokenizer.encode(example.answer), tokenizer.eos]
+        prompt, answer = (
+            tokenizer.encode(example.prompt),
+            [*tokenizer.encode(example.answer), tokenizer.eos],
+        )
         n = len(prompt) + len(answer) - 1
         assert batch.tokens[row, :n].tolist() == [*prompt, *answer][:-1]
         assert batch.real[row].sum() == n
         assert [t for t in batch.targets[row].tolist() if t != IGNORE] == answer
-        assert (
-            batch.targets[row, : len(prompt) - 1].eq(IGNORE).all()
-        )  # the last prompt token predicts the answer
+        # the last prompt token predicts the answer
+        assert batch.targets[row, : len(prompt) - 1].eq(IGNORE).all()
 
 
 def test_an_example_beyond_the_context_is_refused_by_its_row():
@@ -149,7 +158,11 @@ def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():
     per_epoch = steps_per_epoch(len(data), 4)
     assert per_epoch == 3
     epochs = [
-        [e.ids[0] for step in range(3 * n, 3 * n + 3) for e in examples_of_step(data, step, 4, seed=0)]
+        [
+            e.ids[0]
+            for step in range(3 * n, 3 * n + 3)
+            for e in examples_of_step(data, step, 4, seed=0)
+        ]
         for n in range(2)
     ]
     assert all(Counter(seen) == Counter(range(10)) for seen in epochs)
@@ -172,7 +185,7 @@ def test_micro_batches_keep_every_example_and_group_like_lengths():
     assert waste < before / 3
 
 
-# ---- the built-in tasks --------------------------------------------------------------------------------
+# ---- the built-in tasks --------------------------------------------------------------------------
 
 
 def test_downloads_name_their_licence_and_a_checksum_or_a_fixed_revision():

@@ -1,22 +1,28 @@
-"""The MoE layer with adapters on some experts, against a loop over tokens; and what a step keeps."""
+"""The MoE layer with adapters on some experts, against a loop over tokens; what a step keeps."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HUB, write_checkpoint
 
-from data import collate
 from hellora import attach, init_adapters, parse_method
 from moe_model import MoEModel
-from paper.bench_worlds import SHAPES, ours, random_world
+from paper.bench.worlds import SHAPES, ours, random_world
+from plumbing.data import collate
 
-ADAPTED = {"none": [], "some": [1, 4, 5], "all": list(range(8)), "without rows": [2, 7], "one of two": [0, 2]}
+ADAPTED = {
+    "none": [],
+    "some": [1, 4, 5],
+    "all": list(range(8)),
+    "without rows": [2, 7],
+    "one of two": [0, 2],
+}
 AWAY = (2, 7)  # the router is kept from these, so that they have no row
 
 
 def layer_with(folder, adapted, experts):
     """A model's first MoE layer, whose experts `adapted` have updates that do something."""
-    model, method = MoEModel.from_pretrained(folder, experts=experts), parse_method("hellora_pure")
+    model, method = MoEModel.from_pretrained(folder, matmul=experts), parse_method("hellora_pure")
     attach(model, method, {0: adapted}, 4, 8)
     init_adapters(model, 0)
     draw, moe = torch.Generator().manual_seed(0), model.layers[0].moe
@@ -64,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens_and_experts(olmoe
     adapted, x = ADAPTED[which], hidden()
     moe, top_k = layer_with(olmoe, adapted, experts)
     want, visited = by_loop(moe, top_k, adapted, x)
-    assert not visited & set(AWAY)  # so that there are experts without rows, and among them adapted ones
+    assert not visited & set(AWAY)  # experts without rows, and among them adapted ones
     assert bool(visited & set(adapted)) == (which not in ("none", "without rows"))
     got, _ = moe(x)
     assert (got - want).norm() <= 2e-6 * want.norm()  # fp32: other order of products and sums
@@ -72,10 +78,12 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens_and_experts(olmoe
     assert len(params) == (6 if adapted else 0)
     sought = {"x": x, **params}
     ours_, theirs = (
-        torch.autograd.grad(y.square().sum(), list(sought.values()), allow_unused=True) for y in (got, want)
+        torch.autograd.grad(y.square().sum(), list(sought.values()), allow_unused=True)
+        for y in (got, want)
     )
     for name, g, w in zip(sought, ours_, theirs, strict=True):
-        assert g is not None, name  # an expert without rows has a gradient of zero, so that AdamW sees it
+        # an expert without rows has a gradient of zero, so that AdamW sees it
+        assert g is not None, name
         w = torch.zeros_like(g) if w is None else w
         assert (g - w).norm() <= 1e-5 * w.norm() + 1e-6, name  # fp32: other order of sums
 
@@ -104,12 +112,14 @@ def test_a_layer_whose_tokens_visit_every_expert_is_the_loop_too(tmp_path):
     assert (moe(x)[0] - want).norm() <= 2e-6 * want.norm()  # fp32: other order of products and sums
 
 
-@pytest.mark.parametrize(("name", "most"), [("none", 0.65e6), ("hellora", 1.07e6), ("lora", 1.35e6)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("none", 0.65e6), ("hellora", 1.07e6), ("lora", 1.35e6)]
+)
 def test_a_step_keeps_few_bytes_for_its_backward_pass(name, most):
     """A budget, of all that autograd saves besides weights, at paper.bench's tiny shape.
 
-    With hand-written backward passes it was .46, .79 and .99 MB; 1.35 times that leaves room for a simple
-    form, which keeps two more [N, F] in each layer: .13 MB here.
+    With hand-written backward passes it was .46, .79 and .99 MB; 1.35 times that leaves room for a
+    simple form, which keeps two more [N, F] in each layer: .13 MB here.
     """
     shape, kept, alive = SHAPES["tiny"], {}, []
     world = random_world(shape, 0.5, shape.tokens, shape.length, torch.float32, torch.device("cpu"))

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from conftest import write_rows
 
-from data import TASKS, Example, Source
 from eval_gsm8k import extract, few_shot, gold
-from run import read_results
+from plumbing.data import TASKS, Example, Source
+from plumbing.run_folder import read_results
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,8 @@ from run import read_results
         ("the answer is 7", None, "7"),
         ("no number", None, None),
         ("", None, None),
-        ("#### 5\nQuestion: 9 apples\nAnswer: #### 8", "5", "5"),  # a next question is not part of the answer
+        # a next question is not part of the answer
+        ("#### 5\nQuestion: 9 apples\nAnswer: #### 8", "5", "5"),
         ("9-4=5", None, "5"),
         ("3 - -2", None, "-2"),
     ],
@@ -49,8 +50,14 @@ def test_gold_answers_are_normalised_the_same_way():
 
 
 def test_few_shot_prompts_show_solved_problems_first():
-    shot, asked = Example("Question: a\nAnswer:", " 1\n#### 1", {}), Example("Question: b\nAnswer:", " 2", {})
-    assert few_shot([asked], [shot])[0].prompt == "Question: a\nAnswer: 1\n#### 1\n\nQuestion: b\nAnswer:"
+    shot, asked = (
+        Example("Question: a\nAnswer:", " 1\n#### 1", {}),
+        Example("Question: b\nAnswer:", " 2", {}),
+    )
+    assert (
+        few_shot([asked], [shot])[0].prompt
+        == "Question: a\nAnswer: 1\n#### 1\n\nQuestion: b\nAnswer:"
+    )
     assert few_shot([asked], []) == [asked]
 
 
@@ -67,7 +74,9 @@ def test_a_model_without_adapters_can_be_scored(cli, toy, tmp_path):
 
 
 def test_an_untrained_models_results_are_kept_where_asked(cli, toy, tmp_path, monkeypatch):
-    rows = write_rows(tmp_path / "t.jsonl", [{"question": f"{n}+1?", "answer": "#### 2"} for n in range(3)])
+    rows = write_rows(
+        tmp_path / "t.jsonl", [{"question": f"{n}+1?", "answer": "#### 2"} for n in range(3)]
+    )
     small = replace(TASKS["tiny-math"], test=Source(str(rows)), max_new=4)
     monkeypatch.setitem(TASKS, "tiny-math", small)
     what = ("--model", toy, "--task", "tiny-math", "--out", tmp_path / "base")
@@ -87,6 +96,7 @@ def test_an_untrained_models_results_are_kept_where_asked(cli, toy, tmp_path, mo
         (["--run", "nowhere", "--out", "here"], "--out"),
         (["--run", "nowhere"], "run.json"),
         (["--model", "nowhere"], "nowhere"),
+        (["--model", ""], "model"),
         (["--model", "tiny", "--task", "tiny-code"], "tiny-code"),
         (["--model", "tiny", "--limit", "0"], "--limit"),
         (["--model", "tiny", "--data", "nowhere.jsonl"], "nowhere.jsonl"),

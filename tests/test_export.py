@@ -16,13 +16,21 @@ from generate import generate
 from hellora import adapters, load_run, parse_method
 from moe_model import MoEModel
 
-ROWS = [{"question": f"Tom has {n} pens and buys 2. How many?", "answer": f"#### {n + 2}"} for n in range(32)]
+ROWS = [
+    {"question": f"Tom has {n} pens and buys 2. How many?", "answer": f"#### {n + 2}"}
+    for n in range(32)
+]
 NEEDS = "dev requirement; our own loader and the oracle cover the file's contents"
 
 
 def toy(folder, family="olmoe", dtype=torch.float32):
     """A random checkpoint with the tiny model's tokenizer."""
-    ids = {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023, "pad_token_id": 1023}
+    ids = {
+        "vocab_size": 1024,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1023,
+        "pad_token_id": 1023,
+    }
     write_checkpoint(folder, HUB[family] | ids, dtype=dtype)
     (folder / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
     return folder
@@ -31,11 +39,18 @@ def toy(folder, family="olmoe", dtype=torch.float32):
 def shard(folder):
     """Cut model.safetensors into three files with an index, as large checkpoints are."""
     tensors, whole = load_file(folder / "model.safetensors"), folder / "model.safetensors"
-    of = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    of = {
+        name: f"model-{i % 3 + 1:05d}-of-00003.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for path in set(of.values()):
-        save_file({n: t for n, t in tensors.items() if of[n] == path}, folder / path, {"format": "pt"})
+        save_file(
+            {n: t for n, t in tensors.items() if of[n] == path}, folder / path, {"format": "pt"}
+        )
     whole.unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": of}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": of})
+    )
 
 
 @pytest.fixture
@@ -96,7 +111,7 @@ REST = [
     ("family", "method"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in REST]
 )
 def test_a_merged_checkpoint_is_the_live_model(cli, trained, family, method):
-    """1e-4 on logits of size 10: fp32, merged against factored, and another library's order of sums."""
+    """1e-4 on logits of size 10: fp32, merged or factored, and another library's order of sums."""
     folder = trained(method, family=family)
     code, _, err = cli("export.py", "--run", folder, "--format", "hub")
     assert code == 0, err
@@ -192,7 +207,8 @@ def test_a_bf16_checkpoint_stays_bf16_and_the_rounding_is_told(cli, trained):
     after = load_file(folder / "hub" / "model.safetensors")
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     assert "rounding" in out
-    merged = load_run(folder, merged=True, dtype=torch.bfloat16)[0]  # merged in fp32 and rounded once
+    # merged in fp32 and rounded once
+    merged = load_run(folder, merged=True, dtype=torch.bfloat16)[0]
     again = MoEModel.from_pretrained(folder / "hub", torch.bfloat16)
     for (name, got), want in zip(again.named_parameters(), merged.parameters(), strict=True):
         assert torch.equal(got, want), name
@@ -224,9 +240,14 @@ def test_two_tasks_add_up(cli, trained):
     both = MoEModel.from_pretrained(a.parent / "ab")
     one, other = (load_run(folder, merged=True)[0] for folder in (a, b))
     for (name, w), w1, w2, w12 in zip(
-        base.named_parameters(), one.parameters(), other.parameters(), both.parameters(), strict=True
+        base.named_parameters(),
+        one.parameters(),
+        other.parameters(),
+        both.parameters(),
+        strict=True,
     ):
-        torch.testing.assert_close(w1 + w2 - w, w12, rtol=0, atol=1e-6, msg=name)  # fp32, weights of size 1
+        # fp32, weights of size 1
+        torch.testing.assert_close(w1 + w2 - w, w12, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("form", ["hub", "peft"])
@@ -245,7 +266,9 @@ def test_an_export_that_does_nothing_is_refused(trained, tmp_path, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lost", ["experts.1.down", "mlp.gate.weight", "layers.1.mlp.experts", "self_attn.v"])
+@pytest.mark.parametrize(
+    "lost", ["experts.1.down", "mlp.gate.weight", "layers.1.mlp.experts", "self_attn.v"]
+)
 def test_an_export_that_left_something_out_is_refused(trained, tmp_path, dtype, lost):
     """Even where rounding to bf16 costs more than what is missing: the bar is the merged model."""
     folder = trained("hellora_m", "--hot-experts", hot_list(tmp_path), dtype=dtype)
@@ -300,7 +323,9 @@ def test_no_folder_of_the_users_is_touched_and_no_draft_stays(cli, trained, tmp_
 def test_a_full_disk_is_a_mistake_that_is_named(trained, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails in the same place."""
     folder = trained("lora")
-    command = f"ulimit -f 40; exec {sys.executable} {ROOT / 'export.py'} --run {folder} --format peft"
+    command = (
+        f"ulimit -f 40; exec {sys.executable} {ROOT / 'export.py'} --run {folder} --format peft"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert "peft" in done.stderr.strip().splitlines()[-1]
@@ -341,7 +366,8 @@ def test_the_example_for_transformers_computes_and_trains_the_same(trained, meth
     batch = tokens(3, 17)
     with torch.no_grad():
         got = theirs(input_ids=batch).logits
-    torch.testing.assert_close(got, logits_of(ours, batch), rtol=0, atol=1e-4)  # fp32, logits of size 10
+    # fp32, logits of size 10
+    torch.testing.assert_close(got, logits_of(ours, batch), rtol=0, atol=1e-4)
 
     trained_now = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     masked = sum(int((~b).sum()) for n, b in theirs.named_buffers() if n.endswith("mask"))
@@ -356,7 +382,8 @@ def test_the_example_for_transformers_computes_and_trains_the_same(trained, meth
     ).backward()
     want = sorted(float(p.grad.norm()) for p in ours.parameters() if p.grad is not None)
     have = sorted(float(p.grad.norm()) for p in trained_now.values() if p.grad is not None)
-    torch.testing.assert_close(torch.tensor(have), torch.tensor(want), rtol=1e-4, atol=1e-4)  # fp32 sums
+    # fp32 sums
+    torch.testing.assert_close(torch.tensor(have), torch.tensor(want), rtol=1e-4, atol=1e-4)
 
 
 def exact(name):
@@ -375,13 +402,15 @@ def test_the_golden_numbers_for_ports_are_what_the_code_gives(monkeypatch):
         if exact(name):
             assert got[name] == value, name
         elif isinstance(value, dict):
-            assert got[name] == pytest.approx(value, rel=1e-3), name  # fp32 gradients, other thread counts
+            # fp32 gradients, other thread counts
+            assert got[name] == pytest.approx(value, rel=1e-3), name
         else:
-            assert got[name] == pytest.approx(value, abs=1e-5), name  # fp32; what golden.json says of it
+            # fp32; what golden.json says of it
+            assert got[name] == pytest.approx(value, abs=1e-5), name
 
 
 def test_golden_json_says_what_its_first_numbers_are_of():
-    """As a port has it: from the file alone, an example at a time, without data.py and catcher.py."""
+    """As a port has it: from the file alone, an example at a time, without our data and catcher."""
     golden = json.loads((ROOT / "examples" / "golden.json").read_text())
     model, examples = MoEModel.from_pretrained("tiny"), golden["examples"]
     visits = {i: torch.zeros(64, dtype=torch.long) for i in range(4)}
@@ -398,10 +427,14 @@ def test_golden_json_says_what_its_first_numbers_are_of():
             assert last == golden["1 experts of its last input"]
         if n < 8:
             targets = ids[example["answer"] :]
-            summed += F.cross_entropy(logits[0, example["answer"] - 1 :], targets, reduction="sum").item()
+            summed += F.cross_entropy(
+                logits[0, example["answer"] - 1 :], targets, reduction="sum"
+            ).item()
             n_targets += len(targets)
     assert summed / n_targets == pytest.approx(golden["1 loss of the base"], abs=1e-5)  # fp32
-    assert {str(i): v.tolist() for i, v in visits.items()} == golden["2 visits of each layer's experts"]
+    assert {str(i): v.tolist() for i, v in visits.items()} == golden[
+        "2 visits of each layer's experts"
+    ]
     for i, v in visits.items():  # a stable sort: of equal experts the lower id first
         hot = sorted(sorted(range(64), key=lambda e: (-v[e].item(), e))[:8])
         assert hot == golden["2 hot experts"][str(i)]
@@ -410,7 +443,7 @@ def test_golden_json_says_what_its_first_numbers_are_of():
 
 
 def test_a_port_in_numpy_with_gradients_by_hand_gives_the_golden_numbers(monkeypatch):
-    """So they are not only what our code gives: nothing but golden.json and the checkpoint is shared."""
+    """So they are not only what our code gives: only golden.json and the checkpoint are shared."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     import numpy_port
 

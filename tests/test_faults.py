@@ -1,4 +1,4 @@
-"""Faults that a run must survive, each of them real: killed, stopped, no room left, a poisoned row."""
+"""Real faults that a run must survive: killed, stopped, no room left, a poisoned row."""
 
 import json
 import os
@@ -11,9 +11,12 @@ import torch
 from conftest import ROOT, small_run, toy_in, write_rows
 from safetensors.torch import load_file, save_file
 
-from tokenizer import load_tokenizer
+from plumbing.tokenizer import load_tokenizer
 
-ROWS = [{"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"} for n in range(13)]
+ROWS = [
+    {"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"}
+    for n in range(13)
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +24,21 @@ def trial(tmp_path_factory):
     """trial(folder, fault, where, at) -> what came of it; see faults_driver.py."""
     place = tmp_path_factory.mktemp("faults")
     rows = write_rows(place / "rows.jsonl", ROWS)
-    words = small_run(toy_in(place), rows, "--batch-size", 5, "--steps", 8, "--save-every", 2, "--no-eval")
+    words = small_run(
+        toy_in(place), rows, "--batch-size", 5, "--steps", 8, "--save-every", 2, "--no-eval"
+    )
     command = [sys.executable, ROOT / "tests" / "faults_driver.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=place, env=env, **pipes) as driver:
 
         def run(folder, fault=None, where=None, at=None):
-            asked = {"words": [*words, "--out", str(folder)], "fault": fault, "where": where, "at": at}
+            asked = {
+                "words": [*words, "--out", str(folder)],
+                "fault": fault,
+                "where": where,
+                "at": at,
+            }
             driver.stdin.write(json.dumps(asked) + "\n")
             driver.stdin.flush()
             return json.loads(driver.stdout.readline())
@@ -55,7 +65,11 @@ def numbers(folder):
 
 def moments(lines, many):
     """`many` moments of each kind, evenly over the lines that are run there."""
-    return [(where, 1 + (2 * i + 1) * lines[where] // (2 * n)) for where, n in many.items() for i in range(n)]
+    return [
+        (where, 1 + (2 * i + 1) * lines[where] // (2 * n))
+        for where, n in many.items()
+        for i in range(n)
+    ]
 
 
 def check_kills(trial, whole, tmp_path, many):
@@ -78,7 +92,10 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_numbers(trial, whole, tmp_pat
 
 @pytest.mark.slow
 def test_50_kills(trial, whole, tmp_path):
-    assert check_kills(trial, whole, tmp_path, {"catcher": 8, "step": 18, "save": 18, "between": 6}) > 20
+    assert (
+        check_kills(trial, whole, tmp_path, {"catcher": 8, "step": 18, "save": 18, "between": 6})
+        > 20
+    )
 
 
 def test_a_run_that_is_stopped_ends_its_step_and_saves(trial, whole, tmp_path):
@@ -86,12 +103,14 @@ def test_a_run_that_is_stopped_ends_its_step_and_saves(trial, whole, tmp_path):
         folder = tmp_path / f"{where}-{at}"
         stopped = trial(folder, "stop", where, at)
         assert stopped["code"] == 130
-        assert "the same command goes on from there" in stopped["err"]
+        assert "saved after step" in stopped["err"]
         assert "going on after step" in trial(folder)["out"]
         assert numbers(folder) == numbers(whole[0])
 
 
-def test_a_disk_that_is_full_during_a_save_costs_only_the_steps_since_the_one_before(trial, whole, tmp_path):
+def test_a_disk_that_is_full_during_a_save_costs_only_the_steps_since_the_one_before(
+    trial, whole, tmp_path
+):
     at = whole[1]["save"] // 2  # there are four saves: in the second, or between it and the third
     full = trial(tmp_path / "full", "full disk", "save", at)
     assert full["code"] == 2
@@ -122,17 +141,26 @@ def poison(folder, text):
 
 @pytest.mark.parametrize("poisoned", [1, 13])
 def test_a_poisoned_row_costs_its_step_and_many_end_the_run(cli, toy, tmp_path, poisoned):
-    """The steps with that row are skipped and counted, the weights stay finite; 11 in a row are too many."""
+    """Its steps are skipped and counted, weights stay finite; 11 in a row are too many."""
     poison(toy, "~")
-    rows = [row | {"question": "~" * (n < poisoned) + row["question"]} for n, row in enumerate(ROWS)]
-    words = small_run(toy, write_rows(tmp_path / "rows.jsonl", rows), "--batch-size", 5, "--no-eval")
+    rows = [
+        row | {"question": "~" * (n < poisoned) + row["question"]} for n, row in enumerate(ROWS)
+    ]
+    words = small_run(
+        toy, write_rows(tmp_path / "rows.jsonl", rows), "--batch-size", 5, "--no-eval"
+    )
     some = ["--epochs", 5, "--catcher", "forward", "--save-every", 1, "--out", tmp_path / "r"]
     code, out, err = cli("train.py", *words, *some)
     if poisoned == 1:
         assert code == 0, err
-        assert "5 of the steps just trained had no finite loss or gradient" in out  # one in each epoch
-        assert all(t.isfinite().all() for t in load_file(tmp_path / "r" / "adapter.safetensors").values())
+        # one in each epoch
+        assert "5 of the steps just trained had no finite loss or gradient" in out
+        assert all(
+            t.isfinite().all() for t in load_file(tmp_path / "r" / "adapter.safetensors").values()
+        )
     else:
         assert code == 2
-        assert "11 steps without a finite loss" in err
+        last = err.strip().splitlines()[-1]  # before it the bar that was not finished
+        assert re.search(r"\b11 steps", last)
+        assert "--lr" in last
         assert (tmp_path / "r" / "state.safetensors").exists()

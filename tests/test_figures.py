@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from catcher import choose
 from paper import figures
-from paper.methods import tried
+from paper.runs.rates import tried
 
 PINNED = re.search(r"matplotlib==(\S+)", (ROOT / "requirements-dev.txt").read_text())[1]
 
@@ -18,7 +18,11 @@ PINNED = re.search(r"matplotlib==(\S+)", (ROOT / "requirements-dev.txt").read_te
 @pytest.fixture
 def matplotlib():
     found = pytest.importorskip("matplotlib", reason="needs matplotlib, dev requirements")
-    return found if found.__version__ == PINNED else pytest.skip(f"other bytes than matplotlib {PINNED}'s")
+    return (
+        found
+        if found.__version__ == PINNED
+        else pytest.skip(f"other bytes than matplotlib {PINNED}'s")
+    )
 
 
 @pytest.mark.slow
@@ -30,7 +34,9 @@ def test_a_committed_figure_is_what_the_command_draws_now(name, matplotlib, tmp_
     except FileNotFoundError:
         assert not committed.exists()  # no results, no figure
     else:
-        assert committed.read_text() == (tmp_path / f"{name}.svg").read_text(), "run python -m paper.figures"
+        assert committed.read_text() == (tmp_path / f"{name}.svg").read_text(), (
+            "run python -m paper.figures"
+        )
         assert (figures.OUT / f"{name}.png").exists()
 
 
@@ -49,11 +55,14 @@ def test_without_matplotlib_one_line_says_what_to_install(cli, monkeypatch):
     assert err == "error: figures need matplotlib: pip install -r requirements-dev.txt\n"
 
 
-@pytest.mark.parametrize("path", sorted((figures.RESULTS / "visits").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((figures.RESULTS / "visits").glob("*.json")), ids=lambda p: p.stem
+)
 def test_counted_visits_are_k_a_token_in_every_layer_and_give_the_hot_list(path):
     saved = json.loads(path.read_text())
     counts = {int(layer): torch.tensor(of) for layer, of in saved["counts"].items()}
-    assert all(c.sum() == saved["k"] * saved["n_tokens"] for c in counts.values())  # top-8 routing, k = 8
+    # Top-8 routing, k = 8.
+    assert all(c.sum() == saved["k"] * saved["n_tokens"] for c in counts.values())
     assert choose(counts, saved["k"], "hot") == {int(i): ids for i, ids in saved["experts"].items()}
     assert path.stem.startswith(saved["task"])
 
@@ -61,12 +70,17 @@ def test_counted_visits_are_k_a_token_in_every_layer_and_give_the_hot_list(path)
 @pytest.mark.slow
 def test_committed_visits_are_what_the_catcher_counts_now(cli, tmp_path):
     name = "tiny-safety-0.1.json"
-    code, _, _ = cli("catcher.py", "--task", "tiny-safety", "--batch-size", 50, "--out", tmp_path / name)
+    code, _, _ = cli(
+        "catcher.py", "--task", "tiny-safety", "--batch-size", 50, "--out", tmp_path / name
+    )
     assert code == 0
-    was, now = (json.loads((at / name).read_text()) for at in (figures.RESULTS / "visits", tmp_path))
+    was, now = (
+        json.loads((at / name).read_text()) for at in (figures.RESULTS / "visits", tmp_path)
+    )
     for layer, counts in was["counts"].items():
         moved = sum(abs(a - b) for a, b in zip(counts, now["counts"][layer], strict=True))
-        assert moved <= 0.001 * sum(counts)  # another CPU rounds otherwise, and near-ties go the other way
+        # Another CPU rounds otherwise, and near-ties go the other way.
+        assert moved <= 0.001 * sum(counts)
 
 
 def test_a_method_is_drawn_at_one_rate_and_only_when_all_its_rates_were_tried():

@@ -12,9 +12,9 @@ from conftest import ROOT, small_run, write_rows
 from torch.func import functional_call
 
 from catcher import Catcher
-from data import Encoded
 from hellora import adapters, attach, init_adapters, parse_method
 from moe_model import MoEModel
+from plumbing.data import Encoded
 from train import make_optimizer, train_step
 
 ROWS = [
@@ -27,7 +27,10 @@ N_PROMPT = 3  # of the examples below
 
 def examples(n, length, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    return [Encoded(torch.randint(1, 96, (length,), generator=draw).tolist(), N_PROMPT) for _ in range(n)]
+    return [
+        Encoded(torch.randint(1, 96, (length,), generator=draw).tolist(), N_PROMPT)
+        for _ in range(n)
+    ]
 
 
 def batch_of(rows):
@@ -58,12 +61,12 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- a step --------------------------------------------------------------------------------------------
+# ---- a step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fft", "lora", "hellora"])
 def test_a_step_is_adamw_without_decay_on_gradients_clipped_to_norm_1(olmoe, name):
-    """Three steps, as the first alone does not tell: AdamW's first update forgets the gradient's length."""
+    """Three steps, as AdamW's first update forgets the gradient's length."""
     model, lr, eps, beta1, beta2 = adapted(olmoe, name, noise=0.5), 0.02, 1e-8, 0.9, 0.999
     optimizer, norms = make_optimizer(model, lr), []
     want = {n: p.detach().double() for n, p in trained(model).items()}
@@ -77,7 +80,8 @@ def test_a_step_is_adamw_without_decay_on_gradients_clipped_to_norm_1(olmoe, nam
         norm = torch.stack([g.double().norm() for g in grads.values()]).norm().item()
         got_loss, got_norm = train_step(model, optimizer, rows, 8, 0.0, Catcher(8))
         assert got_loss == pytest.approx(loss.item(), rel=1e-5)  # fp32: other order of sums
-        assert got_norm == pytest.approx(norm, rel=1e-5)  # fp32 sums; of the gradient before it is clipped
+        # fp32 sums; of the gradient before it is clipped
+        assert got_norm == pytest.approx(norm, rel=1e-5)
         assert norm > 1
         norms.append(norm)
         for n, g in grads.items():
@@ -86,8 +90,8 @@ def test_a_step_is_adamw_without_decay_on_gradients_clipped_to_norm_1(olmoe, nam
             v[n] = beta2 * v[n] + (1 - beta2) * g**2
             want[n] -= lr * (m[n] / (1 - beta1**step)) / ((v[n] / (1 - beta2**step)).sqrt() + eps)
         for n, p in trained(model).items():
-            # fp32 beside fp64: weights up to 4 have 2.4e-7; an update of lr has 1e-5 of its size, as clipping
-            # divides by norm + 1e-6 and tiny gradients meet AdamW's eps
+            # fp32 beside fp64: weights up to 4 have 2.4e-7; an update of lr has 1e-5 of its size,
+            # as clipping divides by norm + 1e-6 and tiny gradients meet AdamW's eps
             torch.testing.assert_close(p.detach().double(), want[n], rtol=3e-7, atol=2e-6, msg=n)
             want[n] = p.detach().double()  # so that rounding is not carried on
     assert max(norms) > 1.5 * min(norms)  # else clipping could not be told from a constant factor
@@ -104,23 +108,28 @@ def test_gradients_are_clipped_only_if_they_are_longer_than_1(olmoe):
     moments = [optimizer.state[p]["exp_avg"] for p in trained(model).values()]
     assert norm < 1
     # 0.1: what AdamW's first moment takes of a gradient; rel: fp32 sums
-    assert torch.stack([x.norm() for x in moments]).norm().item() == pytest.approx(0.1 * norm, rel=1e-5)
+    assert torch.stack([x.norm() for x in moments]).norm().item() == pytest.approx(
+        0.1 * norm, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("task", "falls"), [("tiny-math", True), ("gsm8k", False)])
 def test_the_lr_column_is_the_recipes_table(cli, toy, tmp_path, monkeypatch, task, falls):
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    more = ("--task", task, "--steps", 4, "--lr", 0.01, "--catcher", "forward", "--no-eval", "--out", "r")
+    more = ["--task", task, "--steps", 4, "--lr", 0.01, "--catcher", "forward", "--no-eval"]
+    more += ["--out", "r"]
     code, _, err = cli("train.py", *small_run(toy, rows, *more))
     assert code == 0, err
-    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
     table = [0.01, 0.0075, 0.005, 0.0025] if falls else [0.01] * 4
     assert [line["lr"] for line in lines] == pytest.approx(table, rel=1e-12)  # fp64 arithmetic
 
 
 def balancing(routing, n_experts):
-    """Eq. 1 of the paper for a batch without padding: E * sum_i f_i P_i over all layers' routers."""
+    """Eq. 1 of the paper for a batch without padding: E * sum_i f_i P_i over all routers."""
     logits = torch.cat([of.logits.flatten(0, 1) for of in routing.values()])
     visits = torch.cat([of.expert_ids.flatten() for of in routing.values()])
     share = visits.bincount(minlength=n_experts) / len(logits)
@@ -128,7 +137,7 @@ def balancing(routing, n_experts):
 
 
 def test_with_balance_the_norm_is_the_same_for_1_and_for_4_micro_batches(olmoe):
-    """Four equal rows: each micro-batch routes alike, so the balancing term may not depend on the cut."""
+    """Four equal rows route alike, so the balancing term may not depend on the cut."""
     rows, norms = examples(1, 12) * 4, {}
     for balance in (0.0, 20.0):
         for size in (1, 2, 4):
@@ -153,7 +162,7 @@ def test_the_balancing_term_is_the_mean_over_micro_batches(olmoe):
     assert got == pytest.approx(norm, rel=1e-5)  # fp32: other order of sums
 
 
-# ---- precision -----------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 
 def test_in_bf16_an_rms_norm_is_computed_in_fp32_and_rounded_once(olmoe):
@@ -163,7 +172,8 @@ def test_in_bf16_an_rms_norm_is_computed_in_fp32_and_rounded_once(olmoe):
     with torch.no_grad():
         got, wide = norm(x).float(), x.float()
         want = wide / (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.float()
-    # bf16 has 8 bits: rounding once moves a number by 2^-8 of it at most; 1.01: fp32's own. Of bf16 means 2.6
+    # bf16 has 8 bits: one rounding moves a number by 2^-8 of it at most; 1.01: fp32's own. Means in
+    # bf16 give 2.6
     assert ((got - want).abs() <= 1.01 * 2**-8 * want.abs()).all()
 
 
@@ -175,7 +185,8 @@ def test_in_bf16_routing_weights_are_an_fp32_softmax_of_the_logits(olmoe):
         assert of.logits.dtype == torch.bfloat16
         want, ids = of.logits.float().softmax(-1).topk(2)
         assert torch.equal(of.expert_ids, ids)
-        torch.testing.assert_close(of.gate, want, rtol=1e-6, atol=0)  # fp32; bf16 would be off by 2e-3
+        # fp32; bf16 would be off by 2e-3
+        torch.testing.assert_close(of.gate, want, rtol=1e-6, atol=0)
 
 
 def test_in_bf16_the_loss_is_an_fp32_cross_entropy_of_the_logits(olmoe):
@@ -184,14 +195,17 @@ def test_in_bf16_the_loss_is_an_fp32_cross_entropy_of_the_logits(olmoe):
         tokens, targets = batch_of(examples(4, 20, seed))
         with torch.no_grad():
             got = model(tokens, targets=targets)[0]
-            want = F.cross_entropy(model(tokens)[0].float().flatten(0, 1), targets.flatten(), reduction="sum")
+            want = F.cross_entropy(
+                model(tokens)[0].float().flatten(0, 1), targets.flatten(), reduction="sum"
+            )
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)  # fp32 sums; bf16 would be off by 2e-3
+        # fp32 sums; bf16 would be off by 2e-3
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dora_starts_as_the_base(checkpoint, dtype):
-    """To the bit: wanted and present length are the same fp32 number, or so near that bf16 rounds it to 1.
+    """To the bit: wanted and present length are one fp32 number, or bf16 rounds their ratio to 1.
 
     In fp32 a length by another order of sums may be off by some 1e-7: 1e-5 on logits of size 10.
     """
@@ -202,11 +216,11 @@ def test_dora_starts_as_the_base(checkpoint, dtype):
     torch.testing.assert_close(got, base, rtol=0, atol=1e-5 if dtype == torch.float32 else 0)
 
 
-# ---- gradients of adapters -----------------------------------------------------------------------------
+# ---- gradients of adapters -----------------------------------------------------------------------
 
 
 def dense_weights(model, experts, scale):
-    """{a weight's name: W + scale B A, or of DoRA its rows brought to their magnitude}, written out."""
+    """{a weight's name: W + scale B A, of DoRA with rows of their magnitude}, written out."""
     of, weights = dict(model.named_parameters()), {}
     for site in adapters(model):
         w, a, b = (of[f"{site}{end}"] for end in (".weight", ".lora.A", ".lora.B"))
@@ -221,7 +235,7 @@ def dense_weights(model, experts, scale):
 
 @pytest.mark.parametrize("name", ["dora", "lora", "hellora", "hellora_pure"])
 def test_loss_and_gradients_of_adapters_are_those_of_dense_weights(checkpoint, name):
-    """Autograd through the plain model with dense weights made of A, B and magnitude: no part is shared."""
+    """Autograd through the plain model with dense weights made of A, B and magnitude."""
     model, plain = adapted(checkpoint, name), MoEModel.from_pretrained(checkpoint)
     experts = list(range(model.cfg.n_experts if name in ("dora", "lora") else 3))
     tokens, targets = batch_of(examples(4, 20))
@@ -231,17 +245,19 @@ def test_loss_and_gradients_of_adapters_are_those_of_dense_weights(checkpoint, n
     got = model(tokens, targets=targets)[0] / (targets >= 0).sum()
     assert got.item() == pytest.approx(want.item(), rel=1e-5)  # fp32: other order of products
     params = trained(model)
-    assert {n.rpartition(".")[2] for n in params} == {"A", "B"} | ({"magnitude"} if name == "dora" else set())
+    assert {n.rpartition(".")[2] for n in params} == {"A", "B"} | (
+        {"magnitude"} if name == "dora" else set()
+    )
     pairs = [torch.autograd.grad(loss, params.values()) for loss in (got, want)]
     for n, ours, theirs in zip(params, *pairs, strict=True):
         bar = 1e-4 * theirs.norm() + 1e-7  # fp32: other order of products, through the whole model
         assert (ours - theirs).norm() <= bar, n
 
 
-# ---- the first losses ----------------------------------------------------------------------------------
+# ---- the first losses ----------------------------------------------------------------------------
 
 GOLDEN = ROOT / "tests" / "golden_losses.json"
-FIRST = ("hellora", "lora", "dora", "hellori-d", "hellori-s", "fft")  # hellori-s has the mask of hellori-d
+FIRST = ("hellora", "lora", "dora", "hellori-d", "hellori-s", "fft")  # -s has the mask of -d
 
 
 def first_losses(cli, toy, folder):
@@ -259,12 +275,13 @@ def first_losses(cli, toy, folder):
 
 
 def test_the_first_five_losses_of_each_kind_of_method_are_the_stored_ones(cli, toy, tmp_path):
-    """To store them again, which only a change of the method's definition calls for: write what this
-    function finds, `first_losses(cli, toy, tmp_path)`, to GOLDEN by json.dumps(found, indent=1).
+    """To store them again, which only a change of the method's definition calls for: write what
+    `first_losses(cli, toy, tmp_path)` finds to GOLDEN, by json.dumps(found, indent=1).
     """
     want, got = json.loads(GOLDEN.read_text()), first_losses(cli, toy, tmp_path)
     assert got.keys() == want.keys()
     for method, losses in want.items():
-        # 1e-6, absolute and relative: other orders of sums (micro-batches of 1 or 5, experts one by one,
-        # other vector widths of the processor) moved these losses by 2.3e-7 of their size at most
+        # 1e-6, absolute and relative: other orders of sums (micro-batches of 1 or 5, experts one
+        # by one, other vector widths of the processor) moved these losses by 2.3e-7 of their size
+        # at most
         assert got[method] == pytest.approx(losses, rel=1e-6, abs=1e-6), method

@@ -1,4 +1,4 @@
-"""What runs leave and refuse, frozen by files and exit codes: scores, exports, catcher, masks, ranks."""
+"""What runs leave and refuse, by files and exit codes: scores, exports, catcher, masks, ranks."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from conftest import ROOT, small_run, toy_in, write_checkpoint, write_rows
 from safetensors.torch import load_file
 
 from catcher import Catcher, count_visits, sample
-from data import Encoded, Example, encode, examples_of_step, load_examples
 from eval_gsm8k import evaluate
 from hellora import attach, init_adapters, parse_method
 from moe_model import MoEModel
-from tokenizer import load_tokenizer
+from plumbing.data import Encoded, Example, encode, examples_of_step, load_examples
+from plumbing.tokenizer import load_tokenizer
 from train import make_optimizer, train_step
 
 ROWS = [
-    {"question": f"{'Tom ' * (n % 7)}has {n} pens. How many?", "answer": f"#### {n * n}"} for n in range(40)
+    {"question": f"{'Tom ' * (n % 7)}has {n} pens. How many?", "answer": f"#### {n * n}"}
+    for n in range(40)
 ]
 
 
@@ -60,7 +61,7 @@ def tensors(folder):
     return load_file(Path(folder) / "adapter.safetensors")
 
 
-# ---- scores --------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 class Canned:
@@ -93,7 +94,18 @@ def test_accuracy_is_of_strict_matches_and_accuracy_flexible_of_flexible_ones(to
 
 def test_shots_are_the_first_rows_of_the_training_split_not_of_what_is_scored(cli, toy, tmp_path):
     rows = write_rows(tmp_path / "few.jsonl", ROWS[:3])
-    what = ("--model", toy, "--task", "tiny-math", "--data", rows, "--max-new", 2, "--out", tmp_path / "o")
+    what = (
+        "--model",
+        toy,
+        "--task",
+        "tiny-math",
+        "--data",
+        rows,
+        "--max-new",
+        2,
+        "--out",
+        tmp_path / "o",
+    )
     done(cli, "eval_gsm8k.py", *what, "--shots", 2)
     first = (ROOT / "tiny" / "math-train.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     shown = ""
@@ -105,7 +117,7 @@ def test_shots_are_the_first_rows_of_the_training_split_not_of_what_is_scored(cl
     assert prompts == [f"{shown}Question: {row['question']}\nAnswer:" for row in ROWS[:3]]
 
 
-# ---- exports -------------------------------------------------------------------------------------------
+# ---- exports -------------------------------------------------------------------------------------
 
 
 def test_two_runs_merged_in_bf16_are_one_fp32_sum_rounded_once(cli, tmp_path, monkeypatch):
@@ -143,13 +155,16 @@ def test_two_runs_merged_in_bf16_are_one_fp32_sum_rounded_once(cli, tmp_path, mo
             differ += (got != exact.bfloat16()).sum().item()
             rounded_twice += (twice != exact.bfloat16()).sum().item()
             total += got.numel()
-    # where the exact sum is halfway between two bf16 numbers, fp32's order of sums decides: some in 100,000
+    # where the exact sum is halfway between two bf16 numbers, fp32's order of sums decides: some in
+    # 100,000
     assert differ <= 1e-3 * total
     assert rounded_twice > 0.05 * total  # else this could not be told from rounding after each run
 
 
 def test_runs_on_different_bases_are_not_merged(cli, quick, tmp_path):
-    other = write_checkpoint(tmp_path / "other", json.loads((tmp_path / "toy/config.json").read_text()), 1)
+    other = write_checkpoint(
+        tmp_path / "other", json.loads((tmp_path / "toy/config.json").read_text()), 1
+    )
     (other / "tokenizer.json").write_bytes((tmp_path / "toy/tokenizer.json").read_bytes())
     forward = ("--catcher", "forward")
     done(cli, "train.py", *quick, *forward, "--out", "a")
@@ -159,7 +174,7 @@ def test_runs_on_different_bases_are_not_merged(cli, quick, tmp_path):
     assert not (tmp_path / "ab").exists()
 
 
-# ---- catcher -------------------------------------------------------------------------------------------
+# ---- catcher -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["hellora", "hellori-d"])
@@ -170,24 +185,37 @@ def test_the_warm_up_leaves_no_trace_in_the_run_it_chose_experts_for(cli, quick,
     """
     quick = [*quick, "--batch-size", 1]
     done(cli, "train.py", *quick, "--method", method, "--out", "a")
-    done(cli, "train.py", *quick, "--method", method, "--hot-experts", "a/hot_experts.json", "--out", "b")
+    done(
+        cli,
+        "train.py",
+        *quick,
+        "--method",
+        method,
+        "--hot-experts",
+        "a/hot_experts.json",
+        "--out",
+        "b",
+    )
     assert numbers("a") == numbers("b")
     a, b = tensors("a"), tensors("b")
     assert a.keys() == b.keys()
     assert all(torch.equal(t, b[name]) for name, t in a.items())
     done(cli, "train.py", *quick, "--method", method, "--catcher", "forward", "--out", "c")
-    assert numbers("a")[0][0] == pytest.approx(numbers("c")[0][0], rel=1e-6)  # B = 0: the base's; fp32
+    # B = 0: the base's; fp32
+    assert numbers("a")[0][0] == pytest.approx(numbers("c")[0][0], rel=1e-6)
     if method == "hellori-d":
         start = {n: t for n, t in a.items() if n.endswith(".A")}
         assert all(torch.equal(t, tensors("c")[n]) for n, t in start.items())
 
 
 def counted_by_hand(toy, seed):
-    """Visits of a LoRA run on all experts: one pass over the seed's tenth of ROWS, at the recipe's rate."""
+    """Visits of LoRA on all experts: a pass over the seed's tenth of ROWS, at the recipe's rate."""
     model, method = MoEModel.from_pretrained(toy), parse_method("lora")
     attach(model, method, {i: list(range(8)) for i in model.cfg.moe_layers}, 4, 16)
     init_adapters(model, seed)
-    data = encode(load_examples("tiny-math", Path("rows.jsonl")), load_tokenizer(toy), model.cfg.max_len)
+    data = encode(
+        load_examples("tiny-math", Path("rows.jsonl")), load_tokenizer(toy), model.cfg.max_len
+    )
     data, catcher = sample(data, 0.1, seed), Catcher(8)
     assert len(data) == 4
     optimizer = make_optimizer(model, 0.01)
@@ -209,13 +237,18 @@ def test_the_warm_up_is_a_seeded_pass_of_lora_on_all_experts_over_a_tenth(cli, q
 
 def test_summed_gates_and_visits_ignore_padding(olmoe):
     model, draw = MoEModel.from_pretrained(olmoe), torch.Generator().manual_seed(0)
-    data = [Encoded(torch.randint(0, 96, (n,), generator=draw).tolist(), 1) for n in (3, 19, 5, 12, 7)]
+    data = [
+        Encoded(torch.randint(0, 96, (n,), generator=draw).tolist(), 1) for n in (3, 19, 5, 12, 7)
+    ]
     want, n_inputs = {}, sum(len(e.ids) - 1 for e in data)
     for e in data:  # one by one there is no padding
         with torch.no_grad():
             _, routing = model(torch.tensor([e.ids[:-1]]))
         for layer, of in routing.items():
-            for score, weight in (("count", torch.ones_like(of.gate)), ("gate", of.gate / n_inputs)):
+            for score, weight in (
+                ("count", torch.ones_like(of.gate)),
+                ("gate", of.gate / n_inputs),
+            ):
                 into = want.setdefault((layer, score), torch.zeros(8, dtype=torch.float64))
                 into.index_add_(0, of.expert_ids.flatten(), weight.flatten().double())
     together = count_visits(model, data, 5, "")
@@ -224,7 +257,7 @@ def test_summed_gates_and_visits_ignore_padding(olmoe):
         torch.testing.assert_close(got, sums, rtol=0, atol=1e-6)  # fp32 gates of other batch sizes
 
 
-# ---- masks ---------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 def test_a_mask_from_a_run_that_is_not_finished_is_refused(cli, quick, tmp_path):
@@ -241,17 +274,26 @@ def test_a_mask_from_a_run_that_is_not_finished_is_refused(cli, quick, tmp_path)
     done(cli, "train.py", *masked)
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def test_two_ranks_with_three_hot_experts_count_and_train_as_one(cli, quick, tmp_path):
-    """Three adapters on two ranks: two on one of them, one on the other; experts are counted on the base."""
+    """Three adapters on two ranks, two and one; experts are counted on the base."""
     words = [*quick, "--k", 3, "--catcher", "forward", "--micro-batch", 2, "--out"]
     done(cli, "train.py", *words, "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command = [*launch, ROOT / "train.py", *words, "two"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    ended = subprocess.run([str(w) for w in command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    ended = subprocess.run(
+        [str(w) for w in command], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert caught("two") == caught("one")
     for got, want in zip(numbers("two"), numbers("one"), strict=True):
@@ -259,4 +301,5 @@ def test_two_ranks_with_three_hot_experts_count_and_train_as_one(cli, quick, tmp
     one, two = tensors("one"), tensors("two")
     assert one["layers.0.moe.experts.gate.lora.A"].shape[0] == 3
     for name, t in one.items():
-        torch.testing.assert_close(two[name], t, rtol=0, atol=2e-4, msg=name)  # AdamW enlarges rounding
+        # AdamW enlarges rounding
+        torch.testing.assert_close(two[name], t, rtol=0, atol=2e-4, msg=name)

@@ -24,7 +24,8 @@ def test_batched_cached_decoding_equals_one_by_one_without_cache(checkpoint, bat
     model = MoEModel.from_pretrained(checkpoint)
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 96, (n,), generator=draw).tolist() for n in (4, 9, 1, 6, 2, 9, 5)]
-    stops = tuple(range(0, 96, 7))  # many, so that rows end at different times and the batch shrinks
+    # many, so that rows end at different times and the batch shrinks
+    stops = tuple(range(0, 96, 7))
     want = [slow_greedy(model, p, 12, stops) for p in prompts]
     assert len({len(w) for w in want}) > 2
     assert generate(model, prompts, 12, stops, batch_size) == want

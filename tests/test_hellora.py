@@ -1,36 +1,48 @@
-"""Adapters: what they compute, what they leave alone, where they sit, and what is left after a merge."""
+"""Adapters: what they compute, what they leave alone, where they sit, what a merge leaves."""
 
 import pytest
 import torch
 from conftest import HUB, write_checkpoint
 
-import run
-import state
-from checkpoint import BACKBONES
 from hellora import (
     METHODS,
+    adapter_state,
     adapters,
     attach,
     count_params,
     detach,
-    fill,
     init_adapters,
     merge,
     parse_method,
-    read_adapter,
-    save_adapter,
 )
-from moe_model import MoEModel, empty_model
+from moe_model import MoEModel
+from plumbing import files, saves
+from plumbing.checkpoint import BACKBONES, empty_model
+from plumbing.saves import fill, read_adapter, save_adapter
 
-NAMES = ["lora", "hellora", "hellora_m", "hellora_c", "hellora_pure", "hellora_gate", "hellora_pure_c"]
+NAMES = [
+    "lora",
+    "hellora",
+    "hellora_m",
+    "hellora_c",
+    "hellora_pure",
+    "hellora_gate",
+    "hellora_pure_c",
+]
 
 
 def saved_run(folder, model):
     """What a run leaves: its adapter, and a run.json that knows the checksum."""
-    save_adapter(folder, model)
-    record = {"model": "x", "task": "tiny-math", "method": "hellora", "dtype": "fp32", "finished": True}
-    sums = {"model": "x", "data": "x", "adapter": run.sha256(folder / "adapter.safetensors")}
-    run.write_json(folder / "run.json", record | {"hashes": sums})
+    save_adapter(folder, adapter_state(model))
+    record = {
+        "model": "x",
+        "task": "tiny-math",
+        "method": "hellora",
+        "dtype": "fp32",
+        "finished": True,
+    }
+    sums = {"model": "x", "data": "x", "adapter": files.sha256(folder / "adapter.safetensors")}
+    files.write_json(folder / "run.json", record | {"hashes": sums})
 
 
 def tokens(*shape, seed=1):
@@ -45,7 +57,7 @@ def experts_for(model, method, k=3):
 
 def adapted(folder, name, rank=4, seed=0, noise=0.05, experts="grouped"):
     """A model with adapters whose B has left zero, so that they do something."""
-    model, method = MoEModel.from_pretrained(folder, experts=experts), parse_method(name)
+    model, method = MoEModel.from_pretrained(folder, matmul=experts), parse_method(name)
     attach(model, method, experts_for(model, method), rank, 2 * rank)
     for m in adapters(model).values():
         m.lora.A.data.fill_(float("nan"))  # so that a start which leaves something out is seen
@@ -65,10 +77,10 @@ def logits(model, seed=1):
 
 
 def equal_in_fp32(got, want):
-    """Merged or live: other orders of products, 2 or 3 layers deep. Raises AssertionError if it is more.
+    """Merged or live: other orders of products, 2 or 3 layers deep. AssertionError if it is more.
 
-    The bar is on the norm, which hardly depends on a draw: of 3 families, 4 methods and 12 seeds the most was
-    1.2e-6 of it, while the largest single difference was anything from 3e-6 to 2e-5.
+    The bar is on the norm, which hardly depends on a draw: of 3 families, 4 methods and 12 seeds
+    the most was 1.2e-6 of it, while the largest single difference was anything from 3e-6 to 2e-5.
     """
     assert (got - want).norm() <= 5e-6 * want.norm()
 
@@ -76,7 +88,8 @@ def equal_in_fp32(got, want):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_attached_model_starts_as_the_base(checkpoint, name):
     base = logits(MoEModel.from_pretrained(checkpoint))
-    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=1e-6)  # fp32
+    # fp32, logits of size 10: a token's rows may be added up in two parts
+    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +104,10 @@ def test_an_update_is_scale_b_a_and_merging_keeps_the_function(checkpoint, name,
     assert not adapters(model)
     equal_in_fp32(logits(model), live)
     assert (live - before).abs().max() > 0.05  # a no-op adapter would pass everything above
-    for n, p in model.named_parameters():  # the merged weight by the definition, computed here on its own
+    for (
+        n,
+        p,
+    ) in model.named_parameters():  # the merged weight by the definition, computed here on its own
         want = raw[n]
         site = n.removesuffix(".weight")
         if site in sites:
@@ -102,7 +118,7 @@ def test_an_update_is_scale_b_a_and_merging_keeps_the_function(checkpoint, name,
 
 
 def test_only_tokens_that_visit_a_hot_expert_are_changed(olmoe):
-    """One layer deep, hellora_pure moves exactly the tokens whose choice includes an adapted expert."""
+    """One layer deep, hellora_pure moves exactly the tokens that choose an adapted expert."""
     base, model = MoEModel.from_pretrained(olmoe), adapted(olmoe, "hellora_pure")
     x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -111,7 +127,8 @@ def test_only_tokens_that_visit_a_hot_expert_are_changed(olmoe):
     hot = torch.tensor(experts_for(model, parse_method("hellora_pure"))[0])
     visits_hot = torch.isin(routing.expert_ids, hot).any(-1)
     assert 0 < visits_hot.sum() < visits_hot.numel()
-    changed = (got != want).any(-1)
+    # The others keep their value up to the last bits of fp32, which hang on a row's place.
+    changed = ((got - want).abs() > 1e-6 * want.abs().max()).any(-1)
     assert torch.equal(changed, visits_hot)
 
 
@@ -121,7 +138,9 @@ def test_training_changes_exactly_what_the_method_names(checkpoint, name):
     attach(model, method, experts_for(model, method), 4, 8)
     init_adapters(model, 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1
+    )
     for step in range(3):
         loss, _ = model(tokens(4, 16, seed=step), targets=tokens(4, 16, seed=9 + step))
         loss.backward()
@@ -156,17 +175,19 @@ def test_an_adapter_file_gives_the_same_model_back(olmoe, tmp_path, name):
     model = adapted(olmoe, name)
     saved_run(tmp_path, model)
     fresh = adapted(olmoe, name, seed=5)
-    fill(fresh, read_adapter(tmp_path), tmp_path)
+    fill(adapter_state(fresh), read_adapter(tmp_path), tmp_path)
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(ValueError, match="does not fit"):
-        fill(adapted(olmoe, "hellora_gate"), read_adapter(tmp_path), tmp_path)
+        fill(adapter_state(adapted(olmoe, "hellora_gate")), read_adapter(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(olmoe, tmp_path, how, capsys):
+def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(
+    olmoe, tmp_path, how, capsys
+):
     model = adapted(olmoe, "hellora")
     saved_run(tmp_path, model)
-    state.save(tmp_path, 1, model, torch.optim.AdamW(model.parameters()))
+    saves.save(tmp_path, 1, adapter_state(model), model, torch.optim.AdamW(model.parameters()))
     path = tmp_path / "adapter.safetensors"
     want = {name: t.clone() for name, t in read_adapter(tmp_path).items()}  # not a map of the file
     raw = path.read_bytes()
@@ -186,11 +207,15 @@ def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(olmoe, t
 def test_deepseek_s_router_is_left_alone_and_what_every_token_visits_is_adapted(tmp_path):
     model = adapted(write_checkpoint(tmp_path / "d", HUB["deepseek"]), "hellora")
     sites = {name.split(".", 2)[2] for name in adapters(model)}
-    mlp = {f"{of}.{leaf}" for of in ("moe.shared", "dense", "moe.experts") for leaf in ("gate", "up", "down")}
+    mlp = {
+        f"{of}.{leaf}"
+        for of in ("moe.shared", "dense", "moe.experts")
+        for leaf in ("gate", "up", "down")
+    }
     assert sites == {f"attn.{leaf}" for leaf in "qkvo"} | mlp
 
 
-# ---- names and numbers of the paper --------------------------------------------------------------------
+# ---- names and numbers of the paper --------------------------------------------------------------
 
 
 def counted(backbone, name, k):
@@ -225,7 +250,10 @@ def test_trained_parameters_are_the_paper_s(backbone, name, k, trained, percent)
 
 
 def test_the_paper_s_15_74_percent_is_a_ratio_of_percents():
-    (lora, of), (hellora, of_hot) = counted("olmoe-1b-7b", "lora", 0), counted("olmoe-1b-7b", "hellora", 8)
+    (lora, of), (hellora, of_hot) = (
+        counted("olmoe-1b-7b", "lora", 0),
+        counted("olmoe-1b-7b", "hellora", 8),
+    )
     assert round(100 * (hellora / of_hot) / (lora / of), 2) == 15.74
     assert round(100 * hellora / lora, 2) == 15.16
 

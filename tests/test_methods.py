@@ -9,11 +9,19 @@ from safetensors.torch import load_file
 from test_hellora import adapted, equal_in_fp32, logits
 from test_train import ROWS, one_line
 
-from hellora import LoRALinear, Method, adapters, merge
-from lori import lori_masks
+from hellora import LoRALinear, Method, adapters, lori_masks, merge
 from moe_model import Linear, MoEModel
 
-WHOLE = ["lora", "dora", "lori-d", "hellora", "hellori-d", "hellora_r", "hellora_none", "hellora_attn"]
+WHOLE = [
+    "lora",
+    "dora",
+    "lori-d",
+    "hellora",
+    "hellori-d",
+    "hellora_r",
+    "hellora_none",
+    "hellora_attn",
+]
 
 
 def dora_linear(out_dim=24, in_dim=16, rank=4):
@@ -30,11 +38,15 @@ def dora_linear(out_dim=24, in_dim=16, rank=4):
 
 
 def test_dora_equals_peft_in_output_gradients_and_merge():
-    peft = pytest.importorskip("peft", reason="dev requirement; the definition test below covers it")
+    peft = pytest.importorskip(
+        "peft", reason="dev requirement; the definition test below covers it"
+    )
     ours, x = dora_linear()
     peer = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False))
     peer[0].weight.data = ours.weight.data.clone()
-    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0"], lora_dropout=0.0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, use_dora=True, target_modules=["0"], lora_dropout=0.0
+    )
     theirs = peft.get_peft_model(peer, config)
     layer = theirs.base_model.model[0]
     magnitude = layer.lora_magnitude_vector["default"].weight
@@ -65,10 +77,13 @@ def test_dora_gives_each_row_its_magnitude_as_length():
     torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)  # fp32
 
 
-@pytest.mark.parametrize("name", ["dora", "lori-d", "hellori-d", "hellora_r", "hellora_none", "hellora_attn"])
+@pytest.mark.parametrize(
+    "name", ["dora", "lori-d", "hellori-d", "hellora_r", "hellora_none", "hellora_attn"]
+)
 def test_every_method_starts_as_the_base_and_merges_as_live(checkpoint, name):
     base = logits(MoEModel.from_pretrained(checkpoint))
-    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=2e-6)  # fp32
+    # Fp32.
+    torch.testing.assert_close(logits(adapted(checkpoint, name, noise=0)), base, rtol=0, atol=2e-6)
     model = adapted(checkpoint, name)
     live = logits(model)
     merge(model)
@@ -87,12 +102,16 @@ def test_the_papers_literal_start_cannot_learn(olmoe):
     assert all(g.abs().max() == 0 for g in grads)
 
 
-# ---- LoRI's mask ---------------------------------------------------------------------------------------
+# ---- LoRI's mask ---------------------------------------------------------------------------------
 
 
 def some_b(seed=0):
     draw = torch.Generator().manual_seed(seed)
-    shapes = {"layers.0.attn.q": (12, 4), "layers.0.moe.experts.up": (3, 10, 4), "layers.1.attn.q": (12, 4)}
+    shapes = {
+        "layers.0.attn.q": (12, 4),
+        "layers.0.moe.experts.up": (3, 10, 4),
+        "layers.1.attn.q": (12, 4),
+    }
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
@@ -106,7 +125,9 @@ def test_a_mask_keeps_exactly_the_largest_entries_of_its_scope(scope):
         return {(n, i): m for n, stack in parts.items() for i, m in enumerate(stack)}
 
     sizes, marks = each(b), each(masks)
-    key = {"model": lambda n, i: 0, "layer": lambda n, i: n[:8], "matrix": lambda n, i: (n, i)}[scope]
+    key = {"model": lambda n, i: 0, "layer": lambda n, i: n[:8], "matrix": lambda n, i: (n, i)}[
+        scope
+    ]
     for group in {key(*at) for at in sizes}:
         values = torch.cat([m.abs().flatten() for at, m in sizes.items() if key(*at) == group])
         kept = torch.cat([m.flatten() for at, m in marks.items() if key(*at) == group])
@@ -132,7 +153,8 @@ def quick(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("d", "s"), [("lori-d", "lori-s"), ("hellori-d", "hellori-s"), ("hellori-d_pure_c", "hellori-s_pure_c")]
+    ("d", "s"),
+    [("lori-d", "lori-s"), ("hellori-d", "hellori-s"), ("hellori-d_pure_c", "hellori-s_pure_c")],
 )
 def test_a_masked_run_trains_its_mask_and_nothing_else(cli, quick, tmp_path, d, s):
     assert cli("train.py", *quick, "--method", d, "--out", "d")[0] == 0
@@ -144,8 +166,10 @@ def test_a_masked_run_trains_its_mask_and_nothing_else(cli, quick, tmp_path, d, 
     masks = {n: sparse[n.removesuffix("B") + "mask"] for n in b}
     assert sum(m.sum() for m in masks.values()) == round(0.1 * total)
     assert all((t[~masks[n]] == 0).all() for n, t in b.items())
-    assert sum((t != 0).sum() for t in b.values()) > 0.5 * round(0.1 * total)  # visited entries have moved
-    assert all(torch.equal(sparse[n], dense[n]) for n in sparse if n.endswith(".A"))  # the same frozen A
+    # Visited entries have moved.
+    assert sum((t != 0).sum() for t in b.values()) > 0.5 * round(0.1 * total)
+    # The same frozen A.
+    assert all(torch.equal(sparse[n], dense[n]) for n in sparse if n.endswith(".A"))
     record = json.loads((tmp_path / "s" / "run.json").read_text())
     assert record["adapted"] == json.loads((tmp_path / "d" / "run.json").read_text())["adapted"]
     assert record["trained"] == round(0.1 * total)
@@ -206,16 +230,18 @@ def test_shared_experts_and_dense_layers_are_adapted_in_full(tmp_path):
     model = adapted(write_checkpoint(tmp_path / "d", HUB["deepseek"]), "hellora_pure")
     names = {n.split(".", 2)[2] for n in adapters(model)}
     assert names == {
-        f"{of}.{leaf}" for of in ("moe.shared", "dense", "moe.experts") for leaf in ("gate", "up", "down")
+        f"{of}.{leaf}"
+        for of in ("moe.shared", "dense", "moe.experts")
+        for leaf in ("gate", "up", "down")
     }
 
 
 def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
     """Loss and every gradient, from the same A and B.
 
-    transformers 5 fuses gate and up of all experts into one parameter, on which PEFT's LoRA has one A. Rank
-    2r with A = [A_gate; A_up] and a block-diagonal B computes our two updates. PEFT stores a stack's A as
-    [E * r, in] expert by expert, and its B as [out, r * E] rank by rank.
+    transformers 5 fuses gate and up of all experts into one parameter, on which PEFT's LoRA has one
+    A. Rank 2r with A = [A_gate; A_up] and a block-diagonal B computes our two updates. PEFT stores
+    a stack's A as [E * r, in] expert by expert, and its B as [out, r * E] rank by rank.
     """
     transformers = pytest.importorskip(
         "transformers", reason="dev requirement; the definition tests cover it"
@@ -233,7 +259,8 @@ def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
     )
     theirs = peft.get_peft_model(base, config)
     named, of = dict(theirs.named_parameters()), adapters(ours)
-    pairs = []  # (our parameter, their parameter, where in it ours stands, viewed as a stack of matrices)
+    # (our parameter, their parameter, where in it ours stands, viewed as a stack of matrices)
+    pairs = []
 
     def put(our, name, view, at):
         with torch.no_grad():
@@ -252,9 +279,16 @@ def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
                 lora = of[f"layers.{i}.moe.experts.{leaf}"].lora
                 rows, out = slice(n * r, (n + 1) * r), lora.B.shape[1]
                 name = f"{layer}mlp.experts.{fused}lora_{{}}.default.weight"
-                put(lora.A, name.format("A"), lambda t: t.unflatten(0, (8, -1)), (slice(None), rows))
+                put(
+                    lora.A, name.format("A"), lambda t: t.unflatten(0, (8, -1)), (slice(None), rows)
+                )
                 where = (slice(None), slice(n * out, (n + 1) * out), rows)
-                put(lora.B, name.format("B"), lambda t: t.unflatten(1, (-1, 8)).permute(2, 0, 1), where)
+                put(
+                    lora.B,
+                    name.format("B"),
+                    lambda t: t.unflatten(1, (-1, 8)).permute(2, 0, 1),
+                    where,
+                )
 
     batch = torch.randint(0, 96, (3, 12), generator=torch.Generator().manual_seed(4))
     want = theirs(input_ids=batch, labels=batch).loss  # shifted by one inside
@@ -268,9 +302,13 @@ def test_lora_on_a_whole_model_equals_transformers_with_peft(olmoe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["", "_m", "_c", "_r", "_none", "_attn", "_pure", "_gate", "_pure_c"])
+@pytest.mark.parametrize(
+    "suffix", ["", "_m", "_c", "_r", "_none", "_attn", "_pure", "_gate", "_pure_c"]
+)
 @pytest.mark.parametrize("base", ["lora", "dora", "lori-d", "hellora", "hellori-d"])
-def test_every_method_with_every_suffix_scores_the_same_merged_as_live(cli, quick, tmp_path, base, suffix):
+def test_every_method_with_every_suffix_scores_the_same_merged_as_live(
+    cli, quick, tmp_path, base, suffix
+):
     """And the -s run that follows a -d run."""
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
     args = [*(a for a in quick if a != "--no-eval"), "--eval-data", few]

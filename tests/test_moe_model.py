@@ -1,4 +1,4 @@
-"""The decoder against oracles: a three-line MoE, its own uncached forward, transformers' numbers."""
+"""The decoder against oracles: a three-line MoE, its uncached self, transformers' numbers."""
 
 import json
 
@@ -9,15 +9,14 @@ from conftest import HUB, ROOT, write_checkpoint
 from oracle import deepseek_logits
 from safetensors.torch import load_file, save_file
 
-from checkpoint import BACKBONES, Checkpoint, locate, parse_config
-from moe_model import (
-    IGNORE,
-    KVCache,
-    MoEModel,
-    Routing,
+from moe_model import IGNORE, KVCache, MoEModel, Routing, load_balancing_loss
+from plumbing.checkpoint import (
+    BACKBONES,
+    Checkpoint,
     base_parameters,
     empty_model,
-    load_balancing_loss,
+    locate,
+    parse_config,
 )
 
 
@@ -39,16 +38,21 @@ def test_moe_layer_is_the_sum_over_chosen_experts(checkpoint):
         want = torch.zeros_like(flat) if moe.shared is None else moe.shared(flat)
         for e in range(cfg.n_experts):
             at, nth = torch.where(chosen == e)
-            gate, up, down = (getattr(moe.experts, leaf).weight[e] for leaf in ("gate", "up", "down"))
-            want[at] += weights[at, nth, None] * ((F.silu(flat[at] @ gate.T) * (flat[at] @ up.T)) @ down.T)
+            gate, up, down = (
+                getattr(moe.experts, leaf).weight[e] for leaf in ("gate", "up", "down")
+            )
+            want[at] += weights[at, nth, None] * (
+                (F.silu(flat[at] @ gate.T) * (flat[at] @ up.T)) @ down.T
+            )
     assert torch.equal(routing.expert_ids.flatten(0, 1), chosen)
-    torch.testing.assert_close(got.flatten(0, 1), want, rtol=0, atol=2e-6)  # fp32: other order of sums
+    # fp32: other order of sums
+    torch.testing.assert_close(got.flatten(0, 1), want, rtol=0, atol=2e-6)
 
 
 def test_grouped_and_looped_experts_agree_with_gradients(checkpoint):
     grads = {}
     for experts in ("grouped", "loop"):
-        model = MoEModel.from_pretrained(checkpoint, experts=experts)
+        model = MoEModel.from_pretrained(checkpoint, matmul=experts)
         loss, _ = model(tokens(2, 9), targets=tokens(2, 9, seed=2))
         loss.backward()
         grads[experts] = [loss.detach(), *(p.grad for p in model.parameters())]
@@ -63,7 +67,7 @@ def test_a_width_the_grouped_kernel_cannot_take_is_computed_all_the_same(rank_li
     folder = write_checkpoint(tmp_path / "narrow", hub)
     with torch.no_grad():
         grouped = MoEModel.from_pretrained(folder)(tokens(1, 5))[0]
-        looped = MoEModel.from_pretrained(folder, experts="loop")(tokens(1, 5))[0]
+        looped = MoEModel.from_pretrained(folder, matmul="loop")(tokens(1, 5))[0]
     assert torch.equal(grouped, looped)
 
 
@@ -75,7 +79,8 @@ def test_recomputation_changes_neither_loss_nor_gradients_nor_routing(checkpoint
         loss, routing = model(tokens(2, 9), targets=tokens(2, 9, seed=2))
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-        assert list(routing) == list(range(model.cfg.n_dense, model.cfg.n_layers))  # each layer once
+        # each layer once
+        assert list(routing) == list(range(model.cfg.n_dense, model.cfg.n_layers))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -84,7 +89,8 @@ def test_right_padding_does_not_change_real_positions(checkpoint):
     model = MoEModel.from_pretrained(checkpoint)
     short, padded = tokens(1, 6), torch.cat([tokens(1, 6), tokens(1, 5, seed=9)], 1)
     with torch.no_grad():
-        torch.testing.assert_close(model(padded)[0][:, :6], model(short)[0], rtol=0, atol=5e-6)  # fp32
+        # fp32
+        torch.testing.assert_close(model(padded)[0][:, :6], model(short)[0], rtol=0, atol=5e-6)
 
 
 def test_cached_decoding_of_left_padded_prompts_equals_the_full_forward(checkpoint):
@@ -137,7 +143,7 @@ def test_a_uniform_router_has_the_least_balancing_loss_which_is_top_k():
 
 
 def test_balancing_loss_is_blind_to_layers_that_collapse_apart():
-    """The paper's premise: 8 layers, each on its own 8 of 64 experts, look perfectly balanced when pooled."""
+    """The paper's premise: 8 layers, each on its own 8 of 64 experts, look balanced when pooled."""
     layers = {}
     for i in range(8):
         logits = torch.full((1, 16, 64), -30.0)
@@ -157,11 +163,11 @@ def test_balancing_loss_ignores_padding():
     assert torch.equal(*(load_balancing_loss({0: routed(x, 2)}, real) for x in (logits, changed)))
 
 
-# ---- against transformers ------------------------------------------------------------------------------
+# ---- against transformers ------------------------------------------------------------------------
 
 
 def test_logits_and_balancing_loss_equal_transformers_golden_values():
-    """tests/peers/make_golden.py wrote these with transformers; so they hold where it is not installed."""
+    """tests/peers/make_golden.py wrote these with transformers, so it need not be installed."""
     golden = load_file(ROOT / "tests/fixtures/golden/transformers.safetensors")
     for family in ("olmoe", "mixtral"):
         folder = ROOT / "tests/fixtures/golden" / family
@@ -170,7 +176,8 @@ def test_logits_and_balancing_loss_equal_transformers_golden_values():
         with torch.no_grad():
             logits, routing = model(golden[f"{family}.tokens"])
         want = golden[f"{family}.logits"]
-        torch.testing.assert_close(logits[real], want[real], rtol=0, atol=2e-5)  # fp32, logits up to 8
+        # fp32, logits up to 8
+        torch.testing.assert_close(logits[real], want[real], rtol=0, atol=2e-5)
         aux = load_balancing_loss(routing, real)
         torch.testing.assert_close(aux, golden[f"{family}.aux"], rtol=0, atol=1e-6)  # fp32, one sum
 
@@ -178,8 +185,14 @@ def test_logits_and_balancing_loss_equal_transformers_golden_values():
 SHAPES = [
     ("olmoe", {}),
     ("olmoe", {"num_key_value_heads": 1, "norm_topk_prob": True}),
-    ("olmoe", {"num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 64, "num_hidden_layers": 3}),
-    ("olmoe", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rms_norm_eps": 1e-3}),
+    (
+        "olmoe",
+        {"num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 64, "num_hidden_layers": 3},
+    ),
+    (
+        "olmoe",
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rms_norm_eps": 1e-3},
+    ),
     ("mixtral", {}),
     ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_attention_heads": 8}),
 ]
@@ -189,7 +202,9 @@ SHAPES = [
 @pytest.mark.parametrize("as_on_the_hub", [True, False])
 def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
     """config.json as on the Hub (rope_theta), and as transformers 5 writes it (rope_parameters)."""
-    transformers = pytest.importorskip("transformers", reason="dev requirement; golden values cover it")
+    transformers = pytest.importorskip(
+        "transformers", reason="dev requirement; golden values cover it"
+    )
     hub = HUB[family] | change
     config = transformers.AutoConfig.for_model(**hub)
     peer = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -201,7 +216,10 @@ def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists()
     if as_on_the_hub:
         written = json.loads((tmp_path / "config.json").read_text())
-        written |= {"rope_theta": written.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+        written |= {
+            "rope_theta": written.pop("rope_parameters")["rope_theta"],
+            "rope_scaling": None,
+        }
         (tmp_path / "config.json").write_text(json.dumps(written))
     batch, real = tokens(3, 11), torch.ones(3, 11, dtype=torch.bool)
     real[1, 8:] = real[2, 3:] = False
@@ -216,24 +234,35 @@ def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
     [
         {},
         {"norm_topk_prob": True, "num_key_value_heads": 2, "rope_theta": 500.0},
-        {"first_k_dense_replace": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-2},
-        {"n_routed_experts": 16, "num_experts_per_tok": 6, "hidden_size": 64, "num_attention_heads": 2},
+        {
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 1,
+            "rms_norm_eps": 1e-2,
+        },
+        {
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 6,
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+        },
     ],
 )
 def test_deepseek_logits_equal_an_oracle_that_shares_no_code(change, tmp_path):
-    """transformers has no DeepSeekMoE-16B; tests/oracle.py is dense, a loop per expert, in float64."""
+    """transformers has no DeepSeekMoE-16B; tests/oracle.py is dense, in loops, in float64."""
     folder = write_checkpoint(tmp_path, HUB["deepseek"] | change)
     batch = tokens(3, 11)
     with torch.no_grad():
         got, _ = MoEModel.from_pretrained(folder)(batch)
-    torch.testing.assert_close(got.double(), deepseek_logits(folder, batch), rtol=0, atol=2e-5)  # fp32
+    # fp32
+    torch.testing.assert_close(got.double(), deepseek_logits(folder, batch), rtol=0, atol=2e-5)
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def test_olmoe_asks_for_exactly_its_hub_tensors_on_meta():
-    """3,219 tensors and 6,919,161,856 parameters: allenai/OLMoE-1B-7B-0924 (method.md, sections 4 and 5)."""
+    """3,219 tensors and 6,919,161,856 parameters: allenai/OLMoE-1B-7B-0924."""
     base = base_parameters(BACKBONES["olmoe-1b-7b"].cfg)
     names = [name for _, tensors in base.values() for name in tensors]
     want = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -243,14 +272,22 @@ def test_olmoe_asks_for_exactly_its_hub_tensors_on_meta():
         want |= {f"{layer}self_attn.{n}_proj.weight" for n in "qkvo"}
         want |= {f"{layer}self_attn.{n}_norm.weight" for n in "qk"}
         want |= {f"{layer}mlp.gate.weight"}
-        want |= {f"{layer}mlp.experts.{e}.{n}_proj.weight" for e in range(64) for n in ("gate", "up", "down")}
+        want |= {
+            f"{layer}mlp.experts.{e}.{n}_proj.weight"
+            for e in range(64)
+            for n in ("gate", "up", "down")
+        }
     assert len(names) == 3219
     assert set(names) == want
 
 
 @pytest.mark.parametrize(
     ("name", "total"),
-    [("olmoe-1b-7b", 6_919_161_856), ("mixtral-8x7b", 46_702_792_704), ("deepseekmoe-16b", 16_375_728_128)],
+    [
+        ("olmoe-1b-7b", 6_919_161_856),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("deepseekmoe-16b", 16_375_728_128),
+    ],
 )
 def test_backbones_have_the_paper_s_sizes(name, total):
     model = empty_model(BACKBONES[name].cfg, torch.float32)
@@ -295,7 +332,10 @@ def corrupt(folder, how):
     return name
 
 
-HOW = "no config,config not JSON,no weights,truncated,garbage,missing tensor,extra tensor,misshapen tensor"
+HOW = (
+    "no config,config not JSON,no weights,truncated,garbage,"
+    "missing tensor,extra tensor,misshapen tensor"
+)
 
 
 @pytest.mark.parametrize("how", HOW.split(","))
@@ -307,10 +347,12 @@ def test_a_broken_checkpoint_is_refused_by_name(olmoe, how):
 
 
 def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
-    """Every dtype that weights come in, an empty and a scalar tensor, and any cut of the file refused."""
+    """Every dtype that weights come in, an empty and a scalar tensor; any cut file is refused."""
     draw = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    tensors = {f"t{i}": torch.randn(3, 5, generator=draw).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors = {
+        f"t{i}": torch.randn(3, 5, generator=draw).to(dtype) for i, dtype in enumerate(dtypes)
+    }
     tensors |= {"none": torch.empty(0, 4), "one": torch.tensor(2.5)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, {"format": "pt"})
@@ -318,7 +360,7 @@ def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
     assert source.tensors.keys() == tensors.keys()
     for name, want in load_file(path).items():
         assert torch.equal(source.read(name), want)
-        assert torch.equal(source.read_into(name, torch.empty(want.shape)), want.float())
+    assert torch.equal(source.read_rows("t1", 1, 2), load_file(path)["t1"][1:])
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
@@ -348,7 +390,9 @@ HOSTILE = {
     "overlap": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
     b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     "giant": b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 4]}}',
-    "big integers": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, 4]}}',
+    "big integers": b'{"a": {"dtype": "F32", "shape": ['
+    + b"9" * 4000
+    + b'], "data_offsets": [0, 4]}}',
     "many dimensions": b'{"a": {"dtype": "F32", "shape": ['
     + b"1," * 300_000
     + b'1], "data_offsets": [0, 4]}}',
@@ -359,7 +403,11 @@ HOSTILE = {
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_hostile_header_is_one_short_line(how, tmp_path):
     raw = HOSTILE[how]
-    header = raw if how.startswith(("huge", "header")) else len(raw).to_bytes(8, "little") + raw + b"\0" * 4
+    header = (
+        raw
+        if how.startswith(("huge", "header"))
+        else len(raw).to_bytes(8, "little") + raw + b"\0" * 4
+    )
     (tmp_path / "model.safetensors").write_bytes(header)
     with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
         Checkpoint(tmp_path)
@@ -396,9 +444,11 @@ def test_an_index_cannot_point_out_of_its_folder(olmoe):
     [
         ("model_type", "llama"), ("model_type", None), ("hidden_act", "gelu"), ("clip_qkv", 8.0),
         ("attention_bias", True), ("sliding_window", 4096), ("tie_word_embeddings", True),
-        ("rope_scaling", {"type": "linear", "factor": 2}), ("rope_parameters", {"rope_type": "yarn"}),
-        ("rope_parameters", 7), ("model_type", []), ("head_dim", 5), ("hidden_size", 33), ("hidden_size", 36),
-        ("hidden_size", "32"), ("hidden_size", -32), ("num_experts", 10**12), ("num_experts_per_tok", 9),
+        ("rope_scaling", {"type": "linear", "factor": 2}),
+        ("rope_parameters", {"rope_type": "yarn"}), ("rope_parameters", 7),
+        ("model_type", []), ("head_dim", 5), ("hidden_size", 33), ("hidden_size", 36),
+        ("hidden_size", "32"), ("hidden_size", -32), ("num_experts", 10**12),
+        ("num_experts_per_tok", 9),
         ("norm_topk_prob", "yes"), ("rms_norm_eps", True), ("num_hidden_layers", 1.5),
     ],
 )  # fmt: skip
@@ -408,9 +458,18 @@ def test_a_setting_we_would_get_wrong_is_refused(key, value):
 
 
 def test_harmless_settings_are_never_refused():
-    harmless = {"clip_qkv": None, "attention_bias": False, "sliding_window": 0, "hidden_act": "silu"}
+    harmless = {
+        "clip_qkv": None,
+        "attention_bias": False,
+        "sliding_window": 0,
+        "hidden_act": "silu",
+    }
     harmless |= {"rope_parameters": {"rope_theta": None, "rope_type": None}}
-    harmless |= {"rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": False, "something": "else"}
+    harmless |= {
+        "rope_scaling": {"rope_type": "default"},
+        "tie_word_embeddings": False,
+        "something": "else",
+    }
     assert parse_config(HUB["olmoe"] | harmless) == parse_config(HUB["olmoe"])
 
 

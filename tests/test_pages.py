@@ -1,4 +1,4 @@
-"""README.md and docs/: what they print is what the commands print, what they quote is what the files say."""
+"""README.md and docs/: they print what commands print, and quote what the files say."""
 
 import json
 import re
@@ -6,8 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from paper import pages, reproduce, studies
-from paper.tables import OLMOE
+from paper import pages, reproduce
+from paper.studies import comparison
+from paper.studies.tables import OLMOE
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
@@ -22,15 +23,22 @@ def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
         text = page.read_text(encoding="utf-8")
         quotes = re.findall(r"^```python (\S+)\n(.*?)^```$", text, re.M | re.S)
         assert len(quotes) >= 6
-        parts = [(name, part) for name, code in quotes for part in re.split(r"^ *\.\.\.\n", code, flags=re.M)]
+        parts = [
+            (name, part)
+            for name, code in quotes
+            for part in re.split(r"^ *\.\.\.\n", code, flags=re.M)
+        ]
         for name, part in parts:
             lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
             quoted = [line.strip() for line in part.splitlines()]
-            assert any(lines[i : i + len(quoted)] == quoted for i in range(len(lines))), (name, part)
+            assert any(lines[i : i + len(quoted)] == quoted for i in range(len(lines))), (
+                name,
+                part,
+            )
 
 
 def test_links_into_the_code_lead_to_the_functions_they_name():
-    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
     assert len(links) >= 9
     for name, file, line in links:
         at = (ROOT / file).read_text().splitlines()[int(line) - 1]
@@ -40,7 +48,9 @@ def test_links_into_the_code_lead_to_the_functions_they_name():
 def test_the_output_to_expect_is_that_of_a_committed_run():
     text = (ROOT / "README.md").read_text()
     kept = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())
-    assert f"after: accuracy {kept['seeds']['0']['tiny-math']['accuracy']:.1%} on 500 problems" in text
+    assert (
+        f"after: accuracy {kept['seeds']['0']['tiny-math']['accuracy']:.1%} on 500 problems" in text
+    )
     for layer, ids in kept["hot_experts"]["0"].items():
         assert re.search(rf"^layer  {layer} │.* of visits go to {re.escape(str(ids))}$", text, re.M)
     trained, stored = kept["run"]["trained"], kept["run"]["stored"]
@@ -51,15 +61,17 @@ def test_the_exact_percents_in_prose_are_those_of_the_params_table():
     text = " ".join((ROOT / "README.md").read_text().split())
     rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
     lora, hot, dora = (rows[OLMOE, m, k] for m, k in (("lora", 64), ("hellora", 8), ("dora", 64)))
-    for name, before, after in (("percent", "The famous ", " % is a ratio"), ("trained", "it is ", " %.")):
+    for name, before, after in (
+        ("percent", "The famous ", " % is a ratio"),
+        ("trained", "it is ", " %."),
+    ):
         assert f"{before}{100 * hot[name] / lora[name]:.2f}{after}" in text
     assert f"{hot['percent']:.4f} rounded to 0.7" in text
     assert f"{dora['percent']:.4f} % with the router adapted" in text
 
 
-def test_the_readme_is_short_and_what_it_links_to_is_there():
+def test_what_the_readme_links_to_is_there():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 300
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert (ROOT / target).exists(), target
@@ -68,8 +80,8 @@ def test_the_readme_is_short_and_what_it_links_to_is_there():
 def test_the_harmless_requests_that_readme_counts_as_refused_are_those_of_the_runs():
     often = {True: [], False: []}  # HELLoRA and HELLoRI, or not -> whether a run refused over 5 %
     rates = []
-    for row in studies.study("2").rows:
-        shown = [studies.saved(cell) for cell in row.runs["refusals"]]
+    for row in comparison.study("2").rows:
+        shown = [comparison.saved(cell) for cell in row.runs["refusals"]]
         often[row.name.startswith("hellor")] += [
             run["harmless_refused"]["tiny-safety"] > 0.05 * run["harmless_total"]["tiny-safety"]
             for run in shown
@@ -78,8 +90,9 @@ def test_the_harmless_requests_that_readme_counts_as_refused_are_those_of_the_ru
     ours, others = often[True], often[False]
     assert sum(others) == 0
     said = (
-        f"over 5 % of the harmless are refused too in {sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
+        "over 5 % of the harmless are refused too in "
+        f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
     )
-    text = (ROOT / "README.md").read_text()
+    text = " ".join((ROOT / "README.md").read_text().split())  # where its lines end is no matter
     assert f"{said}, in no other's {len(others)}." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text

@@ -14,9 +14,11 @@ from threading import Timer, main_thread
 import pytest
 from test_tables import PARSERS
 
-import job
-from paper import claims, forgetting, grid, methods, parallel, reproduce, stability, studies, table8
-from run import update_results
+import settings
+from paper import reproduce
+from paper.runs import grid, parallel, rates
+from paper.studies import claims, comparison, forgetting, stability
+from plumbing.run_folder import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
 OLMOE = {
@@ -54,7 +56,8 @@ def test_every_printed_percent_is_ours_rounded_or_has_a_note(cells):
 
 def test_the_paper_s_flops_are_a_hot_share_of_0_5159_and_torch_counts_what_the_formula_says():
     row = reproduce.flops(0.5159)
-    assert row["olmoe_lora"] == 2 * 47_218_688  # MACs a token: K = k, so it equals the parameters of HELLoRA
+    # MACs a token: K = k, so it equals the parameters of HELLoRA.
+    assert row["olmoe_lora"] == 2 * 47_218_688
     assert round(row["saved"], 3) == 0.387
     assert row["small_counted"] == pytest.approx(row["small_formula"], rel=0.01)
 
@@ -73,45 +76,61 @@ def test_an_unknown_table_is_refused(cli):
     assert cli("paper.reproduce", "table9")[0] == 2
 
 
-# ---- grids of runs -------------------------------------------------------------------------------------
+# ---- grids of runs -------------------------------------------------------------------------------
 
 
 def result(method, lr, seed, dev, test, loss=0.1):
     accuracy = {"tiny-math-dev": dev, "tiny-math": test}
-    return {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy, "final_loss": loss, "trained": 7}
+    return {
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "accuracy": accuracy,
+        "final_loss": loss,
+        "trained": 7,
+    }
 
 
 def test_a_rate_is_chosen_on_dev_and_never_on_test():
-    tried = [result("lora", 1, 0, 0.5, 0.9), result("lora", 2, 0, 0.7, 0.1), result("lora", 3, 0, 0.6, 0.99)]
-    assert methods.best_rate(tried) == 2
+    tried = [
+        result("lora", 1, 0, 0.5, 0.9),
+        result("lora", 2, 0, 0.7, 0.1),
+        result("lora", 3, 0, 0.6, 0.99),
+    ]
+    assert rates.best_rate(tried) == 2
     tie = [result("lora", 1, 0, 0.7, 0.9, loss=0.2), result("lora", 2, 0, 0.7, 0.1, loss=0.1)]
-    assert methods.best_rate(tie) == 2
+    assert rates.best_rate(tie) == 2
     seeds = [result("lora", 2, seed, 0.7, 0.8 + seed / 10) for seed in range(3)]
-    assert methods.row(tried, seeds)["accuracy"]["mean"] == pytest.approx(0.9)
+    assert rates.row(tried, seeds)["accuracy"]["mean"] == pytest.approx(0.9)
     with pytest.raises(ValueError, match=r"lora is best at 2 on dev, but RATES .* says 3"):
-        methods.row(tried, [result("lora", 3, 0, 0.6, 0.99)])
+        rates.row(tried, [result("lora", 3, 0, 0.6, 0.99)])
 
 
 def test_no_rate_lies_at_the_edge_of_those_tried():
-    for method, (rate, tried) in methods.RATES.items():
+    for method, (rate, tried) in rates.RATES.items():
         assert tried[0] < rate < tried[-1], method
         assert all(1.9 < b / a < 3.4 for a, b in pairwise(tried)), method
 
 
 def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant_at_the_main_rate():
-    assert methods.rate("hellori-d_r") == methods.rate("hellori-d")
-    one = methods.cell("hellori-s_c", 3, k=4, task="tiny-code")
-    assert (one.mask.method, one.mask.seed, one.mask.k, one.mask.task) == ("hellori-d_c", 3, 4, "tiny-code")
-    assert (one.lr, one.mask.lr) == (methods.rate("hellori-s_c"), methods.rate("hellori-d"))
+    assert rates.rate("hellori-d_r") == rates.rate("hellori-d")
+    one = rates.cell("hellori-s_c", 3, k=4, task="tiny-code")
+    assert (one.mask.method, one.mask.seed, one.mask.k, one.mask.task) == (
+        "hellori-d_c",
+        3,
+        4,
+        "tiny-code",
+    )
+    assert (one.lr, one.mask.lr) == (rates.rate("hellori-s_c"), rates.rate("hellori-d"))
     assert one.needs() == [one.mask]
 
 
-@pytest.mark.parametrize("method", methods.RATES)
+@pytest.mark.parametrize("method", rates.RATES)
 def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
     mask = grid.Run(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
     cell = grid.Run(method, 0.005, 2, mask=mask)
     monkeypatch.setattr(sys, "argv", cell.command())
-    args = job.parse_args("")
+    args = settings.parse_args("")
     assert (args.method, args.lr, args.seed, args.no_eval) == (method, 0.005, 2, True)
     assert args.out.name == cell.name == cell.result.stem
     assert (args.mask_from is not None) == ("-s" in method)
@@ -141,15 +160,22 @@ def test_committed_cells_are_what_their_command_would_measure_now():
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A cell with a finished run, scored on tiny-math, and its file; measured(scores) is what it says now.
+    """A cell with a finished run, scored on tiny-math, and its file; measured(scores): its text.
 
-    The evaluations are stood in for by one that writes their kind of results.json; each says it was called.
+    The evaluations are stood in for by one that writes their kind of results.json; each says it was
+    called.
     """
     for name in ("ROOT", "RUNS", "RESULTS"):
         monkeypatch.setattr(grid, name, tmp_path)
     cell, called = grid.Run("hellora", 0.01, 0, task="tiny-code"), []
     cell.folder.mkdir()
-    run = {"model": "tiny", "task": "tiny-code", "method": "hellora", "dtype": "fp32", "finished": True}
+    run = {
+        "model": "tiny",
+        "task": "tiny-code",
+        "method": "hellora",
+        "dtype": "fp32",
+        "finished": True,
+    }
     run |= {"trained": 1, "stored": 2, "versions": {}, "hashes": grid.now_hashes("tiny-code")}
     grid.write_json(cell.folder / "run.json", run)
     (cell.folder / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.0}\n')
@@ -157,7 +183,7 @@ def measured(tmp_path, monkeypatch):
     def evaluate(*arguments):
         called.append(arguments)
         task, folder = arguments[-1], tmp_path / arguments[arguments.index("--run") + 1]
-        values = {name: len(called) for kind in job.SCORES.values() for name in kind}
+        values = {name: len(called) for kind in settings.SCORES.values() for name in kind}
         update_results(folder, task, values | {"total": 9})
 
     monkeypatch.setattr(grid, "python", evaluate)
@@ -196,7 +222,9 @@ def test_a_result_of_other_settings_model_or_data_is_refused(measured, what):
     grid.run_cells({cell: {"tiny-math"}}, 1)
     (shown if what == "command" else shown["hashes"])[what] = "other"
     grid.write_json(cell.result, shown)
-    with pytest.raises(ValueError, match=f"measured with another {what} than now: take the file away"):
+    with pytest.raises(
+        ValueError, match=f"measured with another {what} than now: take the file away"
+    ):
         grid.run_cells({cell: {"tiny-math"}}, 1)
 
 
@@ -209,14 +237,18 @@ def test_scores_of_two_runs_are_never_mixed_in_one_file(measured):
 
 
 def test_a_mask_run_at_another_rate_makes_another_cell_of_the_same_name():
-    one, other = (grid.Run("lori-s", 0.01, 0, mask=grid.Run("lori-d", lr, 0)) for lr in (0.01, 0.02))
+    one, other = (
+        grid.Run("lori-s", 0.01, 0, mask=grid.Run("lori-d", lr, 0)) for lr in (0.01, 0.02)
+    )
     assert one.name == other.name
     assert one.rests_on() != other.rests_on()
 
 
 def test_a_failing_cell_ends_with_its_command_and_its_last_line():
     fails = "import sys; print('a line', file=sys.stderr); sys.exit('error: k is 0')"
-    with pytest.raises(OSError, match=r"exit code 1: python -c import .*\(error: k is 0\)$") as raised:
+    with pytest.raises(
+        OSError, match=r"exit code 1: python -c import .*\(error: k is 0\)$"
+    ) as raised:
         grid.python("-c", fails)
     assert "\n" not in str(raised.value)
 
@@ -264,13 +296,13 @@ def test_there_is_no_training_for_a_result_that_cannot_be_kept(tmp_path, monkeyp
         grid.run_cells({Program(code="0 / 0"): {"tiny-math"}}, 1)
 
 
-# ---- studies -------------------------------------------------------------------------------------------
+# ---- studies -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*studies.N_SEEDS, *studies.OTHERS])
+@pytest.mark.parametrize("name", [*comparison.N_SEEDS, *comparison.OTHERS])
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_studys_rows_can_be_compared_run_by_run_and_its_cells_share_no_file(name, quick):
-    study = studies.study(name, quick)
+    study = comparison.study(name, quick)
     rows = {row.name: row for row in study.rows}
     assert len(rows) == len(study.rows)
     for row in study.rows:
@@ -284,16 +316,16 @@ def test_a_studys_rows_can_be_compared_run_by_run_and_its_cells_share_no_file(na
 
 def test_table_2_and_4_have_five_seeds_and_the_papers_numbers():
     for number, rows in (("2", 8), ("4", 9)):
-        study = studies.study(number)
+        study = comparison.study(number)
         assert len(study.rows) == rows
         assert all(len(row.runs["gsm8k"]) == 5 for row in study.rows)
-    printed = {row.name: row.printed["gsm8k"] for row in studies.study("2").rows}
+    printed = {row.name: row.printed["gsm8k"] for row in comparison.study("2").rows}
     assert (printed["hellora"], printed["lora"]) == (29.49, 26.37)
 
 
 @pytest.fixture
 def scored(monkeypatch):
-    """scored(f): every run of a study is finished and f(cell) its accuracy on tiny-math; None: it is not."""
+    """scored(f): every run of a study has the accuracy f(cell) on tiny-math; None: no run."""
 
     def stand_in(accuracy):
         def shown(cell):
@@ -302,36 +334,36 @@ def scored(monkeypatch):
             kept |= {"hashes": {"model": cell.model}}
             return {} if value is None else kept
 
-        monkeypatch.setattr(studies, "saved", shown)
+        monkeypatch.setattr(comparison, "saved", shown)
 
     return stand_in
 
 
 def test_harmless_refusals_are_kept_as_counts_and_shown_as_shares(monkeypatch):
     kept = {"harmless_refused": {"tiny-safety": 30}, "harmless_total": {"tiny-safety": 120}}
-    monkeypatch.setattr(studies, "saved", lambda cell: kept)
-    of = studies.COLUMNS["harmless"]
-    assert studies.score(grid.Base(), of) == 0.25
-    monkeypatch.setattr(studies, "saved", lambda cell: {})
-    assert studies.score(grid.Base(), of) is None
+    monkeypatch.setattr(comparison, "saved", lambda cell: kept)
+    of = comparison.COLUMNS["harmless"]
+    assert comparison.score(grid.Base(), of) == 0.25
+    monkeypatch.setattr(comparison, "saved", lambda cell: {})
+    assert comparison.score(grid.Base(), of) is None
 
 
 def test_runs_are_paired_by_seed_and_an_interval_needs_two(scored):
     scored(lambda c: 0.1 * c.seed + (0.5 if c.method == "hellora" else 0.3) if c.seed < 2 else None)
-    rows = studies.results(studies.study("7"))["rows"]
+    rows = comparison.results(comparison.study("7"))["rows"]
     assert rows["hellora, k = 8"]["gsm8k"]["runs"] == pytest.approx([0.5, 0.6])
-    minus = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]["minus"]
+    minus = comparison.results(comparison.study("2"))["rows"]["lora"]["gsm8k"]["minus"]
     assert (minus["row"], minus["mean"]) == ("hellora", pytest.approx(-0.2))
     assert minus["std"] == pytest.approx(0, abs=1e-12)  # the seeds move both alike
     scored(lambda c: 0.5 if c.seed == 0 else None)
-    one = studies.results(studies.study("2"))["rows"]["lora"]["gsm8k"]
+    one = comparison.results(comparison.study("2"))["rows"]["lora"]["gsm8k"]
     assert (one["mean"], one["low"]) == (0.5, None)
 
 
 def test_with_several_bases_the_interval_is_over_their_means(scored):
     height = {"tiny": 0.3, f"{grid.BASES}1": 0.5, f"{grid.BASES}2": 0.7}
     scored(lambda c: height[c.model] + 0.01 * c.seed)
-    of = studies.results(studies.study("bases"))["rows"]["hellora"]["gsm8k"]
+    of = comparison.results(comparison.study("bases"))["rows"]["hellora"]["gsm8k"]
     assert len(of["runs"]) == 6
     assert of["mean"] == pytest.approx(0.505)
     assert of["std"] == pytest.approx(0.2)  # of .305, .505, .705
@@ -339,27 +371,29 @@ def test_with_several_bases_the_interval_is_over_their_means(scored):
 
 def test_a_base_counts_once_all_its_seeds_are_finished_and_one_base_gives_no_interval(scored):
     scored(lambda c: 0.5 if c.model == "tiny" else None)
-    of = studies.results(studies.study("bases"))["rows"]["hellora_c"]["gsm8k"]
+    of = comparison.results(comparison.study("bases"))["rows"]["hellora_c"]["gsm8k"]
     assert (len(of["runs"]), of["mean"], of["low"]) == (2, 0.5, None)
     assert (of["minus"]["mean"], of["minus"]["p"]) == (0, None)
     scored(lambda c: {"tiny": 0.5, f"{grid.BASES}1": 0.9}.get(c.model) if c.seed == 0 else None)
-    of = studies.results(studies.study("bases"))["rows"]["hellora_c"]["gsm8k"]
+    of = comparison.results(comparison.study("bases"))["rows"]["hellora_c"]["gsm8k"]
     assert (len(of["runs"]), "mean" in of, of["minus"]) == (2, False, None)
 
 
 @pytest.mark.parametrize("differs", [lambda c: c.method == "hellora_c", lambda c: c.seed == 1])
-def test_runs_on_one_base_that_started_from_different_weights_are_not_compared(monkeypatch, scored, differs):
+def test_runs_on_one_base_that_started_from_different_weights_are_not_compared(
+    monkeypatch, scored, differs
+):
     """Not in a pair, nor from one pair to the next."""
     scored(lambda c: 0.5)
-    shown = studies.saved
+    shown = comparison.saved
     other = {"hashes": {"model": "pretrained on another machine"}}
-    monkeypatch.setattr(studies, "saved", lambda c: shown(c) | (other if differs(c) else {}))
+    monkeypatch.setattr(comparison, "saved", lambda c: shown(c) | (other if differs(c) else {}))
     with pytest.raises(ValueError, match="started from different weights"):
-        studies.results(studies.study("bases"))
+        comparison.results(comparison.study("bases"))
 
 
 def test_a_quick_look_needs_no_other_base_and_says_so():
-    study = studies.study("bases", quick=True)
+    study = comparison.study("bases", quick=True)
     assert {cell.model for cell in study.wanted()} == {"tiny"}
     assert "quick: the first run of each" in study.title
 
@@ -367,7 +401,9 @@ def test_a_quick_look_needs_no_other_base_and_says_so():
 def test_a_claim_holds_only_if_its_whole_interval_does_and_all_its_runs_are_finished(scored):
     def accuracy(cell):
         noise = 0.01 * (cell.seed % 2)
-        return {"lora": 0.5 + noise, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(cell.method, 0.7)
+        return {"lora": 0.5 + noise, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(
+            cell.method, 0.7
+        )
 
     scored(accuracy)
     said = {c["says"]: c for c in claims.results()}
@@ -394,7 +430,10 @@ def test_a_dry_run_lists_what_the_scripts_take_and_how_long_it_is(cli, what, mon
     assert re.fullmatch(r"\d+ of \d+ runs are missing: about \d+\.\d hours, \d at a time", total)
     for line in commands:
         script, *flags = [word for word in shlex.split(line)[1:] if word != "-m"]
-        if script not in ("export.py", "paper.forgetting"):  # tests/test_beyond.py has these
+        if script not in (
+            "export.py",
+            "paper.studies.forgetting",
+        ):  # tests/test_beyond.py has these
             monkeypatch.setattr(sys, "argv", [script, *flags])
             PARSERS[script]()
 
@@ -405,7 +444,7 @@ def test_what_is_finished_can_be_seen_without_running_anything(cli):
     assert all(f"== Table {n}" in out for n in range(1, 9))
 
 
-# ---- table 8 -------------------------------------------------------------------------------------------
+# ---- table 8 -------------------------------------------------------------------------------------
 
 
 def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_choices():
@@ -419,6 +458,7 @@ def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seed
         "a": dict(enumerate([{"0": [1, 2]}, {"0": [1, 2]}, {"0": [3, 4]}])),
         "b": {seed: {"0": [1, 3]} for seed in (0, 1)},
     }
-    assert table8.overlap_row("a", "b", hot)["overlaps"] == pytest.approx([1 / 3, 1 / 3])  # of seeds 0 and 1
-    assert sorted(table8.overlap_row("a", "a", hot)["overlaps"]) == [0, 0, 1]
-    assert table8.overlap_row("a", "c", hot | {"c": {}})["overlaps"] == []
+    # Of seeds 0 and 1.
+    assert stability.overlap_row("a", "b", hot)["overlaps"] == pytest.approx([1 / 3, 1 / 3])
+    assert sorted(stability.overlap_row("a", "a", hot)["overlaps"]) == [0, 0, 1]
+    assert stability.overlap_row("a", "c", hot | {"c": {}})["overlaps"] == []

@@ -1,4 +1,4 @@
-"""The paper's tables at full scale: their commands, and with a stand-in for model and data, their runs."""
+"""The paper's tables at full scale: their commands, and, with stand-ins, their runs."""
 
 import gc
 import json
@@ -12,16 +12,19 @@ import pytest
 from conftest import HUB, ROOT, write_checkpoint, write_rows
 from test_tables import PARSERS
 
-import run
-from paper import grid, studies, tables
+from paper.runs import grid
+from paper.studies import comparison, tables
+from plumbing import cli
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", "test_paper_scale", "torch._dynamo"])  # the last: for optimizers
-ELSEWHERE = ("out", "run", "mask_from", "seed")  # what a run of a grid has otherwise than a cell of tables.py
+# The last: for optimizers.
+FORKS.set_forkserver_preload(["__main__", "test_paper_scale", "torch._dynamo"])
+# What a run of a grid has otherwise than a cell of tables.py.
+ELSEWHERE = ("out", "run", "mask_from", "seed")
 
 
 def parsed(words, monkeypatch):
-    """What a script makes of a command's words: its name, and its flags without names of folders."""
+    """What a script makes of a command's words: name, and flags without names of folders."""
     script, *flags = [word for word in words if word not in ("python", "-m")]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     args = vars(PARSERS[script]())
@@ -30,22 +33,24 @@ def parsed(words, monkeypatch):
 
 def numbers():
     """Each printed score: its cell of tables.py, and the runs whose mean is to stand beside it."""
-    on = studies.paper_scale()
+    on = comparison.paper_scale()
     cells = {(c.table, c.backbone, c.method, c.k, c.task, c.metric): c for c in tables.NUMBERS}
     for table in tables.TABLES:
         for method, k in table.rows:
             for metric in on.seeds.get(table.number, ()):
                 task = tables.SCORERS[metric].task if table.task is None else table.task
                 if cell := cells.get((table.number, table.backbone, method, k, task, metric)):
-                    yield cell, studies.runs(table, method, k, metric, on)
+                    yield cell, comparison.runs(table, method, k, metric, on)
 
 
 def test_every_printed_score_is_run_by_the_commands_that_its_cell_names(monkeypatch):
-    """Two ways to the same settings: tables.py writes commands as text, grid.py from a cell's fields."""
-    on = studies.paper_scale()
+    """Two ways to the same settings: tables.py has commands as text, grid.py makes them."""
+    on = comparison.paper_scale()
     for cell, runs in numbers():
         _, task = on.columns[cell.metric]
-        *train, score = (parsed(shlex.split(text), monkeypatch) for text in cell.command().split(" && "))
+        *train, score = (
+            parsed(shlex.split(text), monkeypatch) for text in cell.command().split(" && ")
+        )
         assert score == parsed(runs[0].evaluation(task), monkeypatch)
         if train:
             assert train == [parsed(runs[0].command(), monkeypatch)]
@@ -60,7 +65,13 @@ def test_every_number_has_ten_seeds_and_a_sparse_run_the_mask_of_its_own_seed():
         for c in runs:
             assert (c.mask is not None) == ("-s" in c.method)
             if c.mask:
-                mask = (c.mask.method.replace("-d", "-s"), c.mask.task, c.mask.k, c.mask.seed, c.mask.model)
+                mask = (
+                    c.mask.method.replace("-d", "-s"),
+                    c.mask.task,
+                    c.mask.k,
+                    c.mask.seed,
+                    c.mask.model,
+                )
                 assert mask == (c.method, c.task, c.k, c.seed, c.model)
     kept = {c: c.result for _, runs in numbers() for c in runs}
     assert len(set(kept.values())) == len(kept)
@@ -68,14 +79,18 @@ def test_every_number_has_ten_seeds_and_a_sparse_run_the_mask_of_its_own_seed():
 
 
 @pytest.mark.parametrize("trial", [(), ("--limit", 64), ("--limit", 64, "--model", ROOT / "tiny")])
-def test_a_dry_run_lists_commands_in_an_order_that_can_be_run_and_needs_no_network(cli, trial, monkeypatch):
+def test_a_dry_run_lists_commands_in_an_order_that_can_be_run_and_needs_no_network(
+    cli, trial, monkeypatch
+):
     def unplugged(*args, **kwargs):
         raise AssertionError("a dry run asked the network")
 
     monkeypatch.setattr("urllib.request.urlopen", unplugged)
     for name in ("RUNS", "RESULTS", "TRIALS"):  # nothing has been run
         monkeypatch.setattr(grid, name, ROOT / "runs" / "absent" / name)
-    code, out, err = cli("paper.reproduce", "--table", "all", "--scale", "paper", *trial, "--dry-run")
+    code, out, err = cli(
+        "paper.reproduce", "--table", "all", "--scale", "paper", *trial, "--dry-run"
+    )
     assert code == 0, err
     *lines, total = out.splitlines()
     made, seen = set(), set()
@@ -99,8 +114,8 @@ def test_a_dry_run_lists_commands_in_an_order_that_can_be_run_and_needs_no_netwo
 def test_what_a_trial_shows_is_kept_apart_from_results(tmp_path):
     (tmp_path / "config.json").touch()
     for stand_in in ({"model": tmp_path}, {"data": tmp_path}, {"limit": 3}):
-        for number in studies.paper_scale().seeds:
-            for cell in studies.study(number, scale=studies.paper_scale(**stand_in)).wanted():
+        for number in comparison.paper_scale().seeds:
+            for cell in comparison.study(number, scale=comparison.paper_scale(**stand_in)).wanted():
                 assert not {grid.RESULTS, grid.RUNS} & {cell.result.parent, cell.folder.parent}
                 assert grid.TRIALS in cell.result.parents
 
@@ -127,7 +142,7 @@ def test_flags_that_do_not_go_together_end_in_one_line(cli, flags, says):
     assert len(err.splitlines()) == 1
 
 
-# ---- end to end ----------------------------------------------------------------------------------------
+# ---- end to end ----------------------------------------------------------------------------------
 
 
 def ask(what, answer, n):
@@ -137,7 +152,10 @@ def ask(what, answer, n):
 def stand_ins(folder, n):
     """n rows of each data set, as much as the formats ask for."""
     folder.mkdir()
-    sums = [{"question": f"What is {i} and 1?", "answer": f"{i} and 1 is\n#### {i + 1}"} for i in range(n)]
+    sums = [
+        {"question": f"What is {i} and 1?", "answer": f"{i} and 1 is\n#### {i + 1}"}
+        for i in range(n)
+    ]
     programs = [
         {
             "task_id": f"HumanEval/{i}",
@@ -164,11 +182,11 @@ def call(words):
     gc.freeze()  # what was imported need not be searched for garbage
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.argv = [word for word in words if word != "-m"]
-    run.command(import_module(sys.argv[0].removesuffix(".py")).main)
+    cli.command(import_module(sys.argv[0].removesuffix(".py")).main)
 
 
 def python(*words):
-    """grid.python, but for imports: a command's process is a fork of one that has them behind it."""
+    """grid.python without its imports: a process is forked from one that has done them."""
     process = FORKS.Process(target=call, args=(words,))
     process.start()
     process.join()
@@ -180,16 +198,20 @@ def python(*words):
 def test_every_command_of_every_table_ends_well_on_a_random_checkpoint_and_64_rows(
     cli, tmp_path, monkeypatch
 ):
-    hub = {"vocab_size": 1024, "max_position_embeddings": 1024, "eos_token_id": 1023, "num_experts": 64}
+    hub = {
+        "vocab_size": 1024,
+        "max_position_embeddings": 1024,
+        "eos_token_id": 1023,
+        "num_experts": 64,
+    }
     hub |= {"num_hidden_layers": 1}
     model = write_checkpoint(tmp_path / "stand-in", HUB["olmoe"] | hub)
     (model / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
     flags = ["--scale", "paper", "--model", model, "--limit", 64]
     flags += ["--data", stand_ins(tmp_path / "data", 70)]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(
-        "PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    )  # where FORKS looks for its preload
+    # Where FORKS looks for its preload.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     for name in ("ROOT", "RUNS", "RESULTS", "TRIALS"):
         monkeypatch.setattr(grid, name, tmp_path / getattr(grid, name).relative_to(ROOT))
     called = []
@@ -199,9 +221,12 @@ def test_every_command_of_every_table_ends_well_on_a_random_checkpoint_and_64_ro
     assert code == 0, err
     assert len(set(called)) == len(called)
     found = json.loads(out)
-    for number, columns in studies.paper_scale().seeds.items():
+    for number, columns in comparison.paper_scale().seeds.items():
         for row in found[number]["rows"].values():
-            for column in columns.keys() - {"pass@5", "pass@10"}:  # of more samples than a trial draws
+            for column in columns.keys() - {
+                "pass@5",
+                "pass@10",
+            }:  # of more samples than a trial draws
                 assert len(row[column]["runs"]) == 1
                 assert 0 <= row[column]["mean"] <= 1
     for path in (tmp_path / "runs" / "trials" / "cells").glob("*.json"):

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hellora
-import ranks
-from checkpoint import BACKBONES
 from paper import plan
+from plumbing import ranks
+from plumbing.checkpoint import BACKBONES
 
 
 def size_of(tensors):
@@ -23,7 +23,7 @@ def test_the_page_has_the_tables_that_the_command_makes():
 
 @pytest.mark.parametrize("method", ["fft", "lora", "hellora", "lori-d"])
 def test_what_a_gpu_holds_is_what_the_parameters_take(method):
-    """Each trained number takes 16 bytes, with gradient and AdamW; a frozen weight 2, a frozen A 4."""
+    """A trained number takes 16 bytes, with gradient and AdamW; a frozen weight 2, a frozen A 4."""
     model = plan.shapes(BACKBONES["olmoe-1b-7b"].cfg, method, 8)
     trained, _ = hellora.count_params(model, hellora.parse_method(method))
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
@@ -37,7 +37,8 @@ def test_what_a_gpu_holds_is_what_the_parameters_take(method):
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("mixtral-8x7b", "hellora"), ("olmoe-1b-7b", "dora"), ("olmoe-1b-7b", "fft")]
+    ("model", "method"),
+    [("mixtral-8x7b", "hellora"), ("olmoe-1b-7b", "dora"), ("olmoe-1b-7b", "fft")],
 )
 def test_a_gpu_of_16_holds_what_fsdp2_gives_it(model, method):
     """PyTorch's own cut, for the first of 16 ranks: Mixtral has but 8 experts."""
@@ -49,7 +50,9 @@ def test_a_gpu_of_16_holds_what_fsdp2_gives_it(model, method):
         parts = {p: p.to_local().numel() for p in shapes.parameters()}
     finally:
         dist.destroy_process_group()
-    assert want["weights"] == sum(n * p.element_size() for p, n in parts.items()) + size_of(shapes.buffers())
+    assert want["weights"] == sum(n * p.element_size() for p, n in parts.items()) + size_of(
+        shapes.buffers()
+    )
     assert want["AdamW"] == sum(8 * n for p, n in parts.items() if p.requires_grad)
 
 

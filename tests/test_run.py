@@ -1,13 +1,18 @@
 """Folders, locks, saves, and how a command ends."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from subprocess import PIPE
+from typing import Literal
 
 import pytest
 from conftest import ROOT
 
-import run
+from plumbing import cli, files, run_folder
 
 SETTINGS = {
     "model": "tiny",
@@ -22,7 +27,7 @@ SETTINGS = {
 
 def saved(folder, finished, **changes):
     folder.mkdir(parents=True)
-    run.write_json(folder / "run.json", SETTINGS | changes | {"finished": finished})
+    files.write_json(folder / "run.json", SETTINGS | changes | {"finished": finished})
     return folder
 
 
@@ -30,7 +35,7 @@ def test_the_default_folder_is_the_first_that_is_free_or_unfinished(tmp_path, mo
     monkeypatch.chdir(tmp_path)
 
     def chosen():
-        return str(run.choose_folder(SETTINGS, None, resume=False, override=False))
+        return str(run_folder.choose_folder(SETTINGS, None, resume=False, override=False))
 
     first = "runs/tiny-tiny-math-hellora-k8-s0"
     assert chosen() == first
@@ -39,19 +44,21 @@ def test_the_default_folder_is_the_first_that_is_free_or_unfinished(tmp_path, mo
     saved(tmp_path / f"{first}-2", finished=True, lr=0.5)
     saved(tmp_path / f"{first}-3", finished=False)
     assert chosen() == f"{first}-3"
-    assert str(run.choose_folder(SETTINGS, None, resume=True, override=False)) == f"{first}-3"
+    assert (
+        str(run_folder.choose_folder(SETTINGS, None, resume=True, override=False)) == f"{first}-3"
+    )
 
 
 def test_resume_without_anything_to_resume_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in (None, tmp_path / "new"):
         with pytest.raises(ValueError, match="--resume"):
-            run.choose_folder(SETTINGS, out, resume=True, override=False)
+            run_folder.choose_folder(SETTINGS, out, resume=True, override=False)
 
 
 def test_an_explicit_folder_is_never_overwritten(tmp_path):
     def choose(out, override=False):
-        return run.choose_folder(SETTINGS, out, resume=False, override=override)
+        return run_folder.choose_folder(SETTINGS, out, resume=False, override=override)
 
     with pytest.raises(ValueError, match="done"):
         choose(saved(tmp_path / "done", finished=True))
@@ -66,63 +73,197 @@ def test_an_explicit_folder_is_never_overwritten(tmp_path):
     assert choose(tmp_path / "new") == tmp_path / "new"
 
 
+HOLD = """
+import pathlib, sys, time
+from plumbing import cli, run_folder
+
+def main():
+    with run_folder.lock(pathlib.Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+
+cli.command(main)
+"""
+
+
+def hold(folder, seconds):
+    """A process that keeps `folder` for some seconds."""
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
+
+
 def test_a_folder_belongs_to_one_process(tmp_path):
-    with run.lock(tmp_path / "a"):
-        other = f"import run, pathlib; run.command(lambda: run.lock(pathlib.Path({str(tmp_path / 'a')!r})))"
-        ended = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 2
-        assert len(ended.stderr.strip().splitlines()) == 1
-        assert str(tmp_path / "a") in ended.stderr
-    run.lock(tmp_path / "a").close()
+    with run_folder.lock(tmp_path / "a"):
+        other = hold(tmp_path / "a", 0)
+        _, said = other.communicate()
+        assert other.returncode == 2
+        assert len(said.strip().splitlines()) == 1
+        assert str(tmp_path / "a") in said
+    with run_folder.lock(tmp_path / "a"):
+        pass
+
+
+def test_a_killed_process_lets_its_folder_go_and_its_drafts_are_deleted(tmp_path):
+    other = hold(tmp_path, 600)
+    assert other.stdout.readline() == "held\n"
+    (tmp_path / ".run.json.7.draft").write_text("half")
+    with pytest.raises(ValueError, match=tmp_path.name), run_folder.lock(tmp_path):
+        pass
+    assert (tmp_path / ".run.json.7.draft").exists()
+    other.kill()
+    other.communicate()
+    with run_folder.lock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x"
-    run.write_atomically(path, lambda draft: draft.write_text("old"))
+    files.write_atomically(path, lambda draft: draft.write_text("old"))
 
     def torn(draft):
         draft.write_text("ne")
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        run.write_atomically(path, torn)
+        files.write_atomically(path, torn)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
+@dataclass
+class Part:
+    name: str
+    ids: list[int]
+
+
+@dataclass
+class Whole:
+    kind: Literal["a", "b"]
+    share: float
+    done: bool
+    parts: dict[str, Part]
+    size: files.Positive | None
+    note: str = ""
+
+
+RIGHT = {
+    "kind": "a",
+    "share": 1,
+    "done": False,
+    "parts": {"x": {"name": "n", "ids": [0, 1]}},
+    "more": [{}],
+}
+WRONG = [  # (what changes, what is said)
+    ({"kind": "c"}, "kind is 'c', want 'a' or 'b'"),
+    ({"kind": ["a"]}, "kind is ['a'], want"),
+    ({"share": float("nan")}, "share is nan, want a finite number"),
+    ({"share": 10**400}, "share is 1000"),
+    ({"share": True}, "share is True, want"),
+    ({"share": None}, "share is None, want"),
+    ({"done": 0}, "done is 0, want true or false"),
+    ({"size": 0}, "size is 0, want an integer from 1 to 2147483647"),
+    ({"size": True}, "size is True, want an integer"),
+    ({"note": None}, "note is None, want text of one line"),
+    ({"note": "a\nb"}, "want text of one line"),
+    ({"note": "x" * 10**6}, ""),
+    ({"parts": []}, "parts is [], want an object"),
+    ({"parts": {"x": {"name": "n", "ids": {}}}}, "parts.x.ids is {}, want a list"),
+    ({"parts": {"x": {"name": "n"}}}, "parts.x.ids is None, want a list"),
+    (
+        {"parts": {"x": {"name": "n", "ids": [0, -1]}}},
+        "parts.x.ids[1] is -1, want an integer from 0",
+    ),
+    ({"parts": {"x": {"name": "n", "ids": [True]}}}, "parts.x.ids[0] is True, want an integer"),
+    ({"parts": {"x": {"name": "n", "ids": [2**53]}}}, "parts.x.ids[0] is 9007199254740992, want"),
+    ({"parts": {"x": 7}}, "parts.x is 7, want an object"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG)
+def test_json_of_another_form_is_refused_by_the_first_part_that_is_wrong(tmp_path, change, says):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(RIGHT | change))
+    if not says:
+        assert files.read_json(path, "this", Whole) == RIGHT | change
+        return
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        files.read_json(path, "what was written", Whole)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith(": want what was written")
+    assert len(str(caught.value)) < 400
+
+
+def test_json_of_the_right_form_comes_back_as_it_is_with_keys_that_nobody_asked_for(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(RIGHT))
+    assert files.read_json(path, "this", Whole) == RIGHT
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"it is \[\], want an object"):
+        files.read_json(path, "this")
+
+
+NUMBERS = [  # (type, what is refused, what is said, what is taken)
+    (cli.COUNT, ["0", "-1", "1.5", "", "x", "1_000", "1e3", "٣"], "an integer above 0", {"7": 7}),
+    (cli.SEED, ["-1", "2147483648", "+1"], "an integer from 0 up to 2147483647", {"0": 0}),
+    (cli.SHARE, ["0", "1.01", "nan", "inf"], "a number above 0 up to 1", {"1": 1.0, ".5": 0.5}),
+    (
+        cli.number(float, low=0),
+        ["-1e-9", "inf", "nan", "x"],
+        "a number from 0",
+        {"0": 0.0, "1e3": 1e3},
+    ),
+    (cli.number(int, low=-3), ["-4", "9" * 5000], "an integer from -3", {"-3": -3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "refused", "says", "taken"), NUMBERS)
+def test_a_number_of_a_flag_is_in_its_bounds_or_refused_with_them(kind, refused, says, taken):
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"want {says}$"):
+            kind(text)
+    for text, value in taken.items():
+        assert kind(text) == value
+        assert type(kind(text)) is type(value)
+
+
 def test_metrics_of_lost_steps_are_dropped(tmp_path):
-    metrics = run.Metrics(tmp_path, 0)
+    metrics = run_folder.Metrics(tmp_path, 0)
     for step in (1, 2, 3):
         metrics.add(step=step, loss=1 / 3)
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')
-    run.Metrics(tmp_path, 2).add(step=3, loss=0.5)
+    run_folder.Metrics(tmp_path, 2).add(step=3, loss=0.5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 1 / 3}, {"step": 3, "loss": 0.5}]
+    assert lines == [
+        {"step": 1, "loss": 1 / 3},
+        {"step": 2, "loss": 1 / 3},
+        {"step": 3, "loss": 0.5},
+    ]
 
 
 def test_an_evaluation_changes_only_its_own_entry(tmp_path):
-    run.update_results(tmp_path, "a", {"base_accuracy": 0.0})
-    run.update_results(tmp_path, "b", {"accuracy": 0.5})
-    run.update_results(tmp_path, "a", {"accuracy": 1.0})
-    assert run.read_results(tmp_path) == {
+    run_folder.update_results(tmp_path, "a", {"base_accuracy": 0.0})
+    run_folder.update_results(tmp_path, "b", {"accuracy": 0.5})
+    run_folder.update_results(tmp_path, "a", {"accuracy": 1.0})
+    assert run_folder.read_results(tmp_path) == {
         "a": {"base_accuracy": 0.0, "accuracy": 1.0},
         "b": {"accuracy": 0.5},
     }
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ValueError("a\nb"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [(ValueError("a\nb"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt(), 130)],
 )
 def test_exit_codes(error, code, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        run.command(main)
+        cli.command(main)
     assert ended.value.code == code
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run.command(lambda: 1 / 0)
+        cli.command(lambda: 1 / 0)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from paper.stats import inside, spread, t_95
+from paper.runs.stats import inside, spread, t_95
 
 
 @pytest.mark.parametrize(
-    ("df", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)]
+    ("df", "t"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)],
 )
 def test_quantiles_are_those_of_printed_tables(df, t):
     assert t_95(df) == pytest.approx(t, abs=5e-4)  # the tables' last digit
@@ -24,7 +25,9 @@ def test_nineteen_intervals_of_twenty_hold_the_mean():
     found = [spread(values) for values in drawn]
     held = sum(s.low < 5 < s.high for s in found) / n
     assert abs(held - 0.95) < 4 * (0.95 * 0.05 / n) ** 0.5  # four standard deviations
-    assert sum(spread([v - 5 for v in values]).p < 0.05 for values in drawn) / n == pytest.approx(1 - held)
+    assert sum(spread([v - 5 for v in values]).p < 0.05 for values in drawn) / n == pytest.approx(
+        1 - held
+    )
 
 
 def test_one_number_and_equal_ones_have_no_interval():

@@ -1,4 +1,4 @@
-"""The paper's numbers as data: what follows from them and what does not, and that their commands are real."""
+"""The paper's numbers as data: what follows from them, and that their commands are real."""
 
 import shlex
 import sys
@@ -8,12 +8,13 @@ from math import floor
 import pytest
 
 import eval_gsm8k
-import job
-from checkpoint import BACKBONES
+import settings
 from hellora import count_params, parse_method
-from paper import eval_humaneval, eval_safety, reproduce, tables
+from paper import eval_humaneval, eval_safety, reproduce
 from paper.plan import shapes
-from paper.tables import NUMBERS, TEXT, printed
+from paper.studies import tables
+from paper.studies.tables import NUMBERS, TEXT, printed
+from plumbing.checkpoint import BACKBONES
 from tiny import pretrain
 
 WORDS = ("reproduced", "contradicted", "out of reach")
@@ -33,7 +34,7 @@ def digits(value):
     return len(f"{value:g}".partition(".")[2])
 
 
-# ---- the tables among themselves -----------------------------------------------------------------------
+# ---- the tables among themselves -----------------------------------------------------------------
 
 
 def test_every_table_is_here_and_no_number_twice():
@@ -47,7 +48,7 @@ def test_table_1_is_what_train_py_does_when_nothing_is_said():
     cells = [c for c in NUMBERS if c.table == "1"]
     assert {c.task for c in cells} == {"gsm8k", "code", "safety"}
     for c in cells:
-        recipe = job.RECIPES[c.task, parse_method(c.method).train_base]
+        recipe = settings.RECIPES[c.task, parse_method(c.method).train_base]
         assert getattr(recipe, c.metric) == c.printed, c
 
 
@@ -58,13 +59,14 @@ def test_tables_that_share_a_row_agree_but_where_we_say_so():
         == printed("2", "hellora", "params")
     )
     by_k = {c.metric: c for c in NUMBERS if c.table == "7" and c.k == 8}
-    assert by_k["gsm8k"].printed == printed("2", "hellora", "gsm8k")  # so Table 7's labels are swapped
+    # So Table 7's labels are swapped.
+    assert by_k["gsm8k"].printed == printed("2", "hellora", "gsm8k")
     assert by_k["samples/s"].printed != printed("6", "hellora", "samples/s")
     assert by_k["samples/s"].status.word == "contradicted"
 
 
 def test_scores_lie_on_the_grids_of_an_evaluator_that_drops_the_last_partial_batch():
-    """LoRI's, in batches of 64: 320 of 330 prompts, 1280 of 1319 problems; 164 programs x 20 samples."""
+    """LoRI's, in batches of 64: 320 of 330 prompts, 1280 of 1319 problems; 164 programs x 20."""
     refusals, first = of("refusals", "2", "5"), of("pass@1", "2", "5", "8")
     assert (sum(is_share_of(320, x) for x in refusals), len(refusals)) == (11, 14)
     assert not any(is_share_of(n, x) for n in (300, 330) for x in refusals)
@@ -72,7 +74,7 @@ def test_scores_lie_on_the_grids_of_an_evaluator_that_drops_the_last_partial_bat
     assert (sum(is_share_of(164 * 20, x) for x in first), len(first)) == (15, 17)
 
 
-# ---- text ---------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quote", [c for c in TEXT if c.from_tables], ids=lambda c: c.says)
@@ -108,10 +110,10 @@ def test_1_62_is_the_claimed_speed_up_with_the_catcher_paid_and_table_6_gives_1_
     assert round(tables.ratio("6", "hellora", "lora", "samples/s"), 2) == 1.83
 
 
-# ---- commands ------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 PARSERS = {
-    "train.py": lambda: job.parse_args(""),
+    "train.py": lambda: settings.parse_args(""),
     "eval_gsm8k.py": eval_gsm8k.parse_args,
     "paper.eval_humaneval": eval_humaneval.parse_args,
     "paper.eval_safety": eval_safety.parse_args,
@@ -130,7 +132,8 @@ def test_every_cells_commands_are_such_as_the_scripts_take(monkeypatch):
             parsed[words[0]] += 1
             if words[0] == "train.py":
                 assert (args.mask_from is not None) == (parse_method(args.method).keep < 1), text
-                assert (args.eval_limit == 1319) == (args.task == "gsm8k"), text  # its whole test split
+                # Its whole test split.
+                assert (args.eval_limit == 1319) == (args.task == "gsm8k"), text
     assert set(parsed) == set(PARSERS) - {"tiny.pretrain"}
 
 

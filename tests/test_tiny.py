@@ -1,4 +1,4 @@
-"""The embedded model's tasks and files: no problem on two sides, rows as their script makes them."""
+"""The embedded model's tasks and files: splits without overlap, rows as their script makes them."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import read_rows
 from eval_gsm8k import gold
 from moe_model import MoEModel
+from plumbing.data import read_rows
 from tiny import bpe
 from tiny.corpus import MIX, worked_story
 from tiny.pretrain import VOCAB_SIZE, tokenizer_text
@@ -57,7 +57,9 @@ def test_two_wordings_are_kept_out_of_training():
     def frame(row):  # the wording without names, things and numbers: its short words
         return " ".join(re.findall(r"\b[a-z]{2,4}\b", row["question"]))
 
-    assert not {frame(r) for r in rows("math-train")} & {frame(r) for r in rows("math-reworded-test")}
+    assert not {frame(r) for r in rows("math-train")} & {
+        frame(r) for r in rows("math-reworded-test")
+    }
 
 
 def test_word_problems_have_twelve_families_and_right_worked_steps():
@@ -68,7 +70,8 @@ def test_word_problems_have_twelve_families_and_right_worked_steps():
         assert 1 <= len(lines) <= 3
         for line in lines:
             left, right = line.split("=")
-            assert eval(left.replace("/", "//")) == int(right)  # our own file: digits and one operator
+            # Our own file: digits and one operator.
+            assert eval(left.replace("/", "//")) == int(right)
         assert gold(row) == lines[-1].split("=")[1]
 
 
@@ -79,7 +82,9 @@ def test_a_problem_belongs_to_one_slice_whatever_the_seed():
 
 def test_pretraining_never_shows_the_form_of_a_task():
     draws = Random(0)
-    text = "\n".join(document(draws) for domain in MIX.values() for document in domain for _ in range(200))
+    text = "\n".join(
+        document(draws) for domain in MIX.values() for document in domain for _ in range(200)
+    )
     assert "####" not in text
     assert "Question:" not in text
     assert "Write a function" not in text
@@ -88,13 +93,19 @@ def test_pretraining_never_shows_the_form_of_a_task():
 def test_the_embedded_model_is_small_and_shaped_like_olmoe():
     assert (ROOT / "tiny" / "model.safetensors").stat().st_size <= 10e6
     cfg = MoEModel.from_pretrained("tiny").cfg
-    assert (cfg.family, cfg.n_experts, cfg.top_k, cfg.norm_topk, cfg.qk_norm) == ("olmoe", 64, 8, False, True)
+    assert (cfg.family, cfg.n_experts, cfg.top_k, cfg.norm_topk, cfg.qk_norm) == (
+        "olmoe",
+        64,
+        8,
+        False,
+        True,
+    )
     assert cfg.n_layers >= 4
 
 
 def test_the_embedded_model_can_add():
     """It was pretrained, and its tokenizer is the one it was pretrained with."""
-    from tokenizer import load_tokenizer
+    from plumbing.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(ROOT / "tiny"), MoEModel.from_pretrained("tiny")
     right = 0
@@ -126,4 +137,6 @@ def test_the_committed_tokenizer_is_what_the_script_makes(tmp_path):
     """So the corpus and the script in the repository are those that made the model."""
     merges = bpe.train(tokenizer_text(Random("tokenizer")), VOCAB_SIZE)
     bpe.save(merges, tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_text() == (ROOT / "tiny" / "tokenizer.json").read_text()
+    assert (tmp_path / "tokenizer.json").read_text() == (
+        ROOT / "tiny" / "tokenizer.json"
+    ).read_text()

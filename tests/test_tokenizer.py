@@ -1,7 +1,8 @@
 """The ids are those of HF tokenizers and sentencepiece, or the file is refused.
 
-Golden ids prove the first everywhere; where the two libraries are installed they are asked themselves. Longer
-comparisons, also on the real files, are run by hand: `python -m tests.peers.compare_tokenizers`.
+Golden ids prove the first everywhere; where the two libraries are installed they are asked
+themselves. Longer comparisons, also on the real files, are run by hand:
+`python -m tests.peers.compare_tokenizers`.
 """
 
 import json
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from plumbing.tokenizer import load_tokenizer, protobuf
 from tests.peers.compare_tokenizers import fuzz_texts
-from tokenizer import load_tokenizer, protobuf
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 TINY = Path(__file__).parent.parent / "tiny"
@@ -31,7 +32,7 @@ ADDED = {
 
 
 def read_fixture(name):
-    """A fixture as Python data: tokenizer.json's content, or (fields, pieces) of a tokenizer.model."""
+    """A fixture as data: tokenizer.json's content, or (fields, pieces) of a tokenizer.model."""
     if name == "mixtral_like.json":
         return sentencepiece_json()
     data = (FIXTURES / name).read_bytes()
@@ -43,13 +44,28 @@ def read_fixture(name):
 
 
 def sentencepiece_json():
-    """mixtral_like.model as transformers converts it: every split of every piece, the best score first."""
+    """mixtral_like.model as transformers converts it: all splits of all pieces, best first."""
     _, pieces = read_fixture("mixtral_like.model")
     vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
-    score = {piece[1].decode(): struct.unpack("<f", piece[2])[0] for piece in pieces if piece.get(3, 1) == 1}
+    score = {
+        piece[1].decode(): struct.unpack("<f", piece[2])[0]
+        for piece in pieces
+        if piece.get(3, 1) == 1
+    }
     longer = sorted((p for p in score if len(p) > 1), key=lambda p: (-score[p], -len(p)))
-    merges = [[p[:i], p[i:]] for p in longer for i in range(1, len(p)) if p[:i] in score and p[i:] in score]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    merges = [
+        [p[:i], p[i:]]
+        for p in longer
+        for i in range(1, len(p))
+        if p[:i] in score and p[i:] in score
+    ]
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     prepend = {"type": "Prepend", "prepend": "▁"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
@@ -73,7 +89,7 @@ def sentencepiece_json():
 
 
 def message(fields):
-    """A protobuf message of (number, value): int as varint, float as 4 bytes, bytes with their length."""
+    """A protobuf message of (number, value): int as varint, float as 4 bytes, bytes with length."""
 
     def varint(n):
         return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
@@ -90,8 +106,13 @@ def message(fields):
 
 def model_bytes(settings, pieces):
     """A tokenizer.model of these settings and pieces; a score may be a float."""
-    rows = [(1, message((n, as_score(v) if n == 2 else v) for n, v in piece.items())) for piece in pieces]
-    return message(rows + [(number, message(fields.items())) for number, fields in settings.items()])
+    rows = [
+        (1, message((n, as_score(v) if n == 2 else v) for n, v in piece.items()))
+        for piece in pieces
+    ]
+    return message(
+        rows + [(number, message(fields.items())) for number, fields in settings.items()]
+    )
 
 
 def as_score(value):
@@ -99,7 +120,7 @@ def as_score(value):
 
 
 def put(folder, content, config=None):
-    """Writes a dict as tokenizer.json, bytes as tokenizer.model, and a config.json; returns the folder."""
+    """A dict as tokenizer.json, bytes as tokenizer.model, config.json; the folder."""
     folder.mkdir(exist_ok=True)
     if isinstance(content, bytes):
         (folder / "tokenizer.model").write_bytes(content)
@@ -126,17 +147,22 @@ def tokenizer(name, tmp_path):
 
 
 def load(name, folder, config=None):
-    put(folder, (FIXTURES / name).read_bytes() if name.endswith(".model") else read_fixture(name), config)
+    put(
+        folder,
+        (FIXTURES / name).read_bytes() if name.endswith(".model") else read_fixture(name),
+        config,
+    )
     return load_tokenizer(folder)
 
 
 def golden(name):
     rows = json.loads((FIXTURES / f"{name.split('.')[0]}.golden.json").read_text(encoding="utf-8"))
-    in_json = (
-        name == "mixtral_like.json"
-    )  # whose special tokens count in a text, unlike the model's golden ones
+    # whose special tokens count in a text, unlike the model's golden ones
+    in_json = name == "mixtral_like.json"
     return [
-        (text, ids) for text, ids in rows if not (in_json and any(added in text for added in ADDED[name]))
+        (text, ids)
+        for text, ids in rows
+        if not (in_json and any(added in text for added in ADDED[name]))
     ]
 
 
@@ -176,7 +202,8 @@ def test_lone_surrogates_are_replaced_not_fatal(tokenizer):
 
 def test_long_runs_take_linear_time(tokenizer):
     for run in (" ", "\t", "\n", "a", "中", "\u3000"):
-        assert len(tokenizer.encode(run * 100_000 + "x")) > 1000  # a quadratic regex would need hours
+        # a quadratic regex would need hours
+        assert len(tokenizer.encode(run * 100_000 + "x")) > 1000
 
 
 def test_special_tokens_in_a_text_become_their_ids(name, tokenizer):
@@ -207,7 +234,10 @@ def test_olmo_cuts_runs_of_2_to_24_spaces_first(tmp_path):
 def test_the_longest_added_token_wins(tmp_path):
     file = read_fixture("olmo_like.json")
     flags = file["added_tokens"][0]
-    file["added_tokens"] += [flags | {"id": 900, "content": "<a>"}, flags | {"id": 901, "content": "<a>b"}]
+    file["added_tokens"] += [
+        flags | {"id": 900, "content": "<a>"},
+        flags | {"id": 901, "content": "<a>b"},
+    ]
     tokenizer = load_tokenizer(put(tmp_path, file))
     assert tokenizer.encode("<a>b<a>") == [901, 900]
     assert tokenizer.vocab_size == 902
@@ -217,8 +247,14 @@ def test_pairs_in_the_merge_list_equal_strings(tmp_path):
     for name in ("olmo_like.json", "deepseek_like.json", "mixtral_like.json"):
         strings, pairs = read_fixture(name), read_fixture(name)
         as_pairs = [m.split(" ") if isinstance(m, str) else m for m in pairs["model"]["merges"]]
-        strings["model"]["merges"], pairs["model"]["merges"] = [" ".join(m) for m in as_pairs], as_pairs
-        one, other = load_tokenizer(put(tmp_path / "a", strings)), load_tokenizer(put(tmp_path / "b", pairs))
+        strings["model"]["merges"], pairs["model"]["merges"] = (
+            [" ".join(m) for m in as_pairs],
+            as_pairs,
+        )
+        one, other = (
+            load_tokenizer(put(tmp_path / "a", strings)),
+            load_tokenizer(put(tmp_path / "b", pairs)),
+        )
         assert all(one.encode(text) == other.encode(text) == ids for text, ids in golden(name))
 
 
@@ -231,16 +267,18 @@ def test_mixtral_has_the_same_ids_from_either_file(tmp_path):
 
 
 def test_runs_of_spaces_may_be_listed_in_either_order(tmp_path):
-    file = (
-        sentencepiece_json()
-    )  # as transformers before 4.38 does; since then it sorts equal scores by length
+    # as transformers before 4.38 does; since then it sorts equal scores by length
+    file = sentencepiece_json()
     runs = [pair for pair in file["model"]["merges"] if not "".join(pair).strip("▁")]
     words = [pair for pair in file["model"]["merges"] if pair not in runs]
     assert len(runs) > len({"".join(pair) for pair in runs}) > 1
     file["model"]["merges"] = words + sorted(
         runs, key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True
     )
-    newer, model = load_tokenizer(put(tmp_path / "a", file)), load("mixtral_like.model", tmp_path / "b")
+    newer, model = (
+        load_tokenizer(put(tmp_path / "a", file)),
+        load("mixtral_like.model", tmp_path / "b"),
+    )
     texts = [
         before + " " * n + after
         for n in range(200)
@@ -272,17 +310,28 @@ def test_merges_are_those_of_plain_bpe(tmp_path):
 def test_what_a_split_leaves_over_is_a_piece(tmp_path):
     file = read_fixture("olmo_like.json")
     file["normalizer"], file["added_tokens"] = None, file["added_tokens"][-1:]
-    file["model"]["vocab"] = {token: i for token, i in file["model"]["vocab"].items() if not 702 <= i <= 726}
+    file["model"]["vocab"] = {
+        token: i for token, i in file["model"]["vocab"].items() if not 702 <= i <= 726
+    }
     file["model"]["vocab"] = {token: i for token, i in file["model"]["vocab"].items() if i > 1}
-    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{L}+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     end = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     file["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, end]}
     tokenizer = load_tokenizer(put(tmp_path, file))
     texts = ["ab 12  cd!", "  12\n", "", "a", *fuzz_texts(300, 3, [])]
     assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
-    peer = pytest.importorskip("tokenizers", reason="the round trip above is checked, HF's ids are not")
+    peer = pytest.importorskip(
+        "tokenizers", reason="the round trip above is checked, HF's ids are not"
+    )
     encode = peer.Tokenizer.from_str(json.dumps(file)).encode
-    assert all(tokenizer.encode(text) == encode(text, add_special_tokens=False).ids for text in texts)
+    assert all(
+        tokenizer.encode(text) == encode(text, add_special_tokens=False).ids for text in texts
+    )
 
 
 # Special ids.
@@ -430,7 +479,11 @@ def cut_by_regex(regex):
         ("olmo", lambda file: file["model"]["merges"].append("t h"), "want a file as trained"),
         ("olmo", lose_token_but_not_its_merge, "damaged"),
         ("olmo", add_token_without_merge, "want a file as trained"),
-        ("olmo", add_token_that_merging_never_makes, "token 5000, which its characters do not make"),
+        (
+            "olmo",
+            add_token_that_merging_never_makes,
+            "token 5000, which its characters do not make",
+        ),
         ("olmo", make_token_before_its_parts, "want a file as trained"),
         ("olmo", lambda file: file["model"].pop("merges"), "damaged.*merges"),
         ("olmo", set_at("model", "merges", 5, "a b c"), "damaged|too many"),
@@ -466,8 +519,16 @@ def cut_by_regex(regex):
         ("olmo", cut_by_regex(r"(a"), "tokenizer.json: "),
         ("olmo", cut_by_regex(r"\p{Nonsense}"), "tokenizer.json: "),
         ("deepseek", change_letters, "other blanks than DeepSeek's"),
-        ("deepseek", set_at("pre_tokenizer", "pretokenizers", 3, split), "other Splits than DeepSeek's"),
-        ("deepseek", set_at("pre_tokenizer", "pretokenizers", 5, "individual_digits", False), "want"),
+        (
+            "deepseek",
+            set_at("pre_tokenizer", "pretokenizers", 3, split),
+            "other Splits than DeepSeek's",
+        ),
+        (
+            "deepseek",
+            set_at("pre_tokenizer", "pretokenizers", 5, "individual_digits", False),
+            "want",
+        ),
         ("mixtral", set_at("model", "byte_fallback", False), "pre_tokenizer .*want"),
         ("mixtral", set_at("pre_tokenizer", {"type": "Metaspace"}), "use its tokenizer.model"),
         ("mixtral", lambda file: file["model"]["vocab"].pop("<0x41>"), "damaged.*<0x41>"),
@@ -507,7 +568,10 @@ def piece(text, score, kind=1):
         (lambda settings, pieces: pieces.append(piece("<tool>", 0, 4)), "user-defined or unused"),
         (lambda settings, pieces: pieces.append(piece("zq", float("nan"))), "score"),
         (lambda settings, pieces: pieces.append(piece("zq", as_score(pieces[300][2]))), "score"),
-        (lambda settings, pieces: pieces.append(piece("a▁b", -5e4)), "want words in tokens of their own"),
+        (
+            lambda settings, pieces: pieces.append(piece("a▁b", -5e4)),
+            "want words in tokens of their own",
+        ),
         (lambda settings, pieces: pieces.append(piece("zqzq", -5e4)), "do not merge|never"),
         (lambda settings, pieces: pieces.append(dict(pieces[300])), "pieces of the same text"),
         (lambda settings, pieces: pieces.append({2: 1.0}), "damaged"),
@@ -531,7 +595,17 @@ def test_damaged_files_are_refused(name, tmp_path):
     draw = random.Random(0)
     cuts = [data[: draw.randrange(len(data))] for _ in range(40)]
     noise = [draw.randbytes(draw.randrange(1, 300)) for _ in range(60)]
-    hostile = [b"", b"null", b"[]", b"{}", b"7", b'"x"', b"\xef\xbb\xbf{}", b"[" * 10**5, b'{"a":' * 10**5]
+    hostile = [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"7",
+        b'"x"',
+        b"\xef\xbb\xbf{}",
+        b"[" * 10**5,
+        b'{"a":' * 10**5,
+    ]
     hostile += [b"\x80" * 10**6, b"\xff" * 10**6, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x00" * 10**4]
     hostile += [b'{"model": null, "added_tokens": null, "normalizer": null, "pre_tokenizer": null}']
     file = tmp_path / f"tokenizer{Path(name).suffix}"
@@ -562,7 +636,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
 
 
 def assert_equal_to_peer(name, folder, count, seed):
-    """The ids of `count` fuzz texts, but for those that HF's older Unicode tables normalise otherwise."""
+    """The ids of `count` fuzz texts, but for those that HF's older Unicode reads otherwise."""
     tokenizer = load_tokenizer(folder)
     texts = list(fuzz_texts(count, seed, ADDED.get(name, ["<|endoftext|>"])))
     if name.endswith(".model"):

@@ -13,12 +13,14 @@ import torch
 from conftest import ROOT, small_run, write_rows
 from safetensors.torch import load_file, save_file
 
-import state
 from hellora import load_run
-from run import read_results
+from plumbing import saves
+from plumbing.run_folder import read_results
 
 ROWS = [
-    {"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(8) for b in range(5)
+    {"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}
+    for a in range(8)
+    for b in range(5)
 ]
 
 
@@ -38,7 +40,9 @@ def one_line(err):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("method", ["hellora", "hellora_pure_c", "hellora_m", "lora", "fft"])
@@ -47,11 +51,31 @@ def test_a_run_leaves_the_folder_that_other_tools_rely_on(cli, quick, tmp_path, 
     assert code == 0, err
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["finished"] is True
-    assert {"method", "k", "rank", "alpha", "lr", "seed", "versions", "hashes", "adapted"} <= record.keys()
-    assert [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").open()] == [1, 2, 3]
+    assert {
+        "method",
+        "k",
+        "rank",
+        "alpha",
+        "lr",
+        "seed",
+        "versions",
+        "hashes",
+        "adapted",
+    } <= record.keys()
+    assert [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").open()] == [
+        1,
+        2,
+        3,
+    ]
     results = json.loads((tmp_path / "r" / "results.json").read_text())["tiny-math"]
     assert results["total"] == 4
-    assert {"accuracy", "accuracy_flexible", "base_accuracy", "correct", "seconds"} <= results.keys()
+    assert {
+        "accuracy",
+        "accuracy_flexible",
+        "base_accuracy",
+        "correct",
+        "seconds",
+    } <= results.keys()
     assert len((tmp_path / "r" / "answers-tiny-math.jsonl").read_text().splitlines()) == 4
     chosen = tmp_path / "r" / "hot_experts.json"
     assert chosen.exists() == (method not in ("lora", "fft"))
@@ -66,11 +90,15 @@ def test_a_run_leaves_the_folder_that_other_tools_rely_on(cli, quick, tmp_path, 
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_bit(cli, quick, tmp_path):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", out, "--seed", seed)[0] == 0
+        assert (
+            cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", out, "--seed", seed)[0] == 0
+        )
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
-def test_the_loss_depends_neither_on_micro_batches_nor_on_recomputation_nor_on_the_loop(cli, quick, tmp_path):
+def test_the_loss_depends_neither_on_micro_batches_nor_on_recomputation_nor_on_the_loop(
+    cli, quick, tmp_path
+):
     for out, flags in {
         "a": ["--micro-batch", 32],
         "b": ["--micro-batch", 5],
@@ -86,7 +114,9 @@ def test_the_loss_depends_neither_on_micro_batches_nor_on_recomputation_nor_on_t
 def test_a_base_that_changed_is_not_scored_as_the_runs(cli, quick, toy, tmp_path):
     assert cli("train.py", *quick, "--steps", 1, "--no-eval", "--out", "r")[0] == 0
     weights = load_file(toy / "model.safetensors")
-    save_file({name: w * 1.5 for name, w in weights.items()}, toy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: w * 1.5 for name, w in weights.items()}, toy / "model.safetensors", {"format": "pt"}
+    )
     code, _, err = cli("eval_gsm8k.py", "--run", "r")
     assert code == 2
     assert str(toy) in one_line(err)
@@ -105,7 +135,9 @@ def test_too_little_memory_to_score_ends_in_one_line(cli, quick, monkeypatch):
 def test_a_finished_default_run_is_no_obstacle(cli, quick, tmp_path):
     for n in ("", "-2"):
         assert cli("train.py", *quick, "--steps", 2, "--no-eval")[0] == 0
-        assert (tmp_path / "runs" / f"toy-tiny-math-hellora-k2-s0{n}" / "adapter.safetensors").exists()
+        assert (
+            tmp_path / "runs" / f"toy-tiny-math-hellora-k2-s0{n}" / "adapter.safetensors"
+        ).exists()
 
 
 def test_a_loaded_run_is_the_trained_model_merged_or_live(cli, quick, tmp_path):
@@ -115,7 +147,7 @@ def test_a_loaded_run_is_the_trained_model_merged_or_live(cli, quick, tmp_path):
         merged, live = (load_run(tmp_path / "r", merged=m)[0](tokens)[0] for m in (True, False))
     torch.testing.assert_close(merged, live, rtol=0, atol=1e-5)  # fp32
     saved = load_file(tmp_path / "r" / "adapter.safetensors")
-    weights = {n.removeprefix("weights/"): t for n, t in state.load(tmp_path / "r").tensors.items()}
+    weights = {n.removeprefix("weights/"): t for n, t in saves.load(tmp_path / "r").tensors.items()}
     weights = {n: t for n, t in weights.items() if not n.startswith(("exp_avg", "step"))}
     assert weights.keys() == saved.keys()
     assert all(torch.equal(saved[n], v) for n, v in weights.items())
@@ -131,7 +163,9 @@ def test_the_learning_rate_has_no_say_in_which_experts_are_hot(cli, quick, tmp_p
             "train.py", *quick, "--batch-size", 1, "--steps", 1, "--no-eval", "--out", out, *flags
         )
         assert code == 0, err
-    counts = [json.loads((tmp_path / out / "hot_experts.json").read_text())["counts"] for out in "abc"]
+    counts = [
+        json.loads((tmp_path / out / "hot_experts.json").read_text())["counts"] for out in "abc"
+    ]
     assert counts[0] == counts[1]
     assert counts[0] != counts[2]  # the warm-up's training does move them
 
@@ -144,7 +178,10 @@ def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
     assert code == 0, err
     saved = load_file(tmp_path / "r" / "adapter.safetensors")
     assert saved["layers.0.moe.experts.gate.lora.A"].shape[0] == 2
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["adapted"] == {"0": [1, 7], "1": [3, 4]}
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["adapted"] == {
+        "0": [1, 7],
+        "1": [3, 4],
+    }
     for flags, says in ((["--k", 3], "--k"), (["--method", "hellora_c"], "hellora_c")):
         code, _, err = cli("train.py", *quick, *flags, "--hot-experts", "hot.json")
         assert code == 2
@@ -153,7 +190,16 @@ def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
 
 def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quick, tmp_path):
     assert cli("train.py", *quick, "--steps", 60, "--no-eval", "--out", "whole")[0] == 0
-    command = [sys.executable, ROOT / "train.py", *quick, "--steps", "60", "--no-eval", "--out", "parts"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *quick,
+        "--steps",
+        "60",
+        "--no-eval",
+        "--out",
+        "parts",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [str(c) for c in command], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -165,13 +211,15 @@ def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quic
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert b"goes on from there" in err
+    assert b"saved after step" in err
     assert not (tmp_path / "parts" / "adapter.safetensors").exists()
     code, out, _ = cli("train.py", *quick, "--steps", 60, "--no-eval", "--out", "parts")
     assert code == 0
     assert "going on after step" in out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts")
+    )
     assert all(torch.equal(parts[n], v) for n, v in whole.items())
 
 
@@ -228,7 +276,9 @@ def test_eval_data_that_is_not_there_is_refused_before_any_training(cli, quick, 
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal shows only where there is no GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the refusal shows only where there is no GPU"
+)
 def test_cuda_without_a_gpu_is_refused(cli, quick):
     code, _, err = cli("train.py", *quick, "--device", "cuda")
     assert code == 2
@@ -254,14 +304,23 @@ def test_a_bad_checkpoint_leaves_no_run_folder(cli, quick, toy, tmp_path):
 def test_bf16_trains_and_its_loss_is_near_that_of_fp32(cli, quick, tmp_path):
     for dtype in ("fp32", "bf16"):
         assert (
-            cli("train.py", *quick, "--rank", 8, "--steps", 3, "--no-eval", "--dtype", dtype, "--out", dtype)[
-                0
-            ]
+            cli(
+                "train.py",
+                *quick,
+                "--rank",
+                8,
+                "--steps",
+                3,
+                "--no-eval",
+                "--dtype",
+                dtype,
+                "--out",
+                dtype,
+            )[0]
             == 0
         )
-    assert losses(tmp_path / "bf16") == pytest.approx(
-        losses(tmp_path / "fp32"), rel=0.02
-    )  # 8 bits of mantissa
+    # 8 bits of mantissa
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
 
 
 def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tmp_path):
@@ -273,7 +332,10 @@ def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tm
     assert code == 2
     assert "data" in one_line(err)
     write_rows(tmp_path / "rows.jsonl", ROWS)
-    assert cli("train.py", *quick, "--steps", 2, "--k", 1, "--no-eval", "--out", "r", "--override")[0] == 2
+    assert (
+        cli("train.py", *quick, "--steps", 2, "--k", 1, "--no-eval", "--out", "r", "--override")[0]
+        == 2
+    )
     code, out, _ = cli("train.py", *quick, "--steps", 4, "--no-eval", "--out", "r", "--override")
     assert code == 0
     assert "going on after step 2" in out

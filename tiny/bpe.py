@@ -1,7 +1,7 @@
-"""Trains a byte-level BPE vocabulary, and writes it as the tokenizer.json that Hugging Face tokenizers reads.
+"""Trains a byte-level BPE vocabulary, and writes a tokenizer.json for Hugging Face tokenizers.
 
-Byte-pair encoding: text is cut into words, words into bytes; then, again and again, the most frequent pair of
-neighbours becomes one new token.
+Byte-pair encoding: text is cut into words, words into bytes; then, again and again, the most
+frequent pair of neighbours becomes one new token.
 """
 
 import json
@@ -12,14 +12,15 @@ from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Words: letters with the space before them; digits one by one, so that numbers are read place by place; runs
-# of newlines, and of spaces (indentation); anything else by the character. Every character falls in one of
-# these, and the classes are spelled out: \d, \s and \w mean different things to different regex engines.
+# Words: letters with the space before them; digits one by one, so that numbers are read place by
+# place; runs of newlines, and of spaces (indentation); anything else by the character. Every
+# character falls in one of these, and the classes are spelled out: \d, \s and \w mean different
+# things to different regex engines.
 PATTERN = r" ?[A-Za-z]+|[0-9]|\n+| +|[^A-Za-z0-9\n ]"
 
 
 def train(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """The merges in their order; 256 bytes, the merges, and one special token make up the vocabulary."""
+    """The merges in order. The vocabulary is 256 bytes, the merges, and one special token."""
     counts = Counter(re.findall(PATTERN, text))
     words = [[bytes([byte]) for byte in word.encode()] for word in counts]
     merges: list[tuple[bytes, bytes]] = []
@@ -47,14 +48,24 @@ def merge_in_place(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
 
 
 def printable_bytes() -> list[str]:
-    """For each byte the character that stands for it in tokenizer.json. Source: GPT-2's bytes_to_unicode."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    """For each byte the character that stands for it in tokenizer.json.
+
+    Source: GPT-2's bytes_to_unicode.
+    """
+    plain = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     moved = iter(range(256, 512))  # control characters and blanks become letters beyond Latin-1
     return [chr(byte if byte in plain else next(moved)) for byte in range(256)]
 
 
 def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
-    """The tokenizer in Hugging Face's format. Ids: the bytes, the merges in their order, the end of text."""
+    """The tokenizer in Hugging Face's format.
+
+    Ids: the bytes, the merges in their order, the end of text.
+    """
     letters = printable_bytes()
 
     def shown(token: bytes) -> str:
@@ -65,8 +76,18 @@ def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
         raise ValueError("two merges make the same token: want another text")
     special = {"id": len(tokens), "content": END_OF_TEXT, "special": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -75,7 +96,12 @@ def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -92,7 +118,7 @@ def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
 
 
 class Encoder:
-    """Text -> ids by the merges alone: the plain definition, for pretraining and as a test's oracle."""
+    """Text -> ids by the merges alone: for pretraining, and as a test's oracle."""
 
     def __init__(self, merges: list[tuple[bytes, bytes]]):
         self.rank = {pair: i for i, pair in enumerate(merges)}
@@ -122,4 +148,6 @@ class Encoder:
 
 def save(merges: list[tuple[bytes, bytes]], path: Path) -> None:
     """Write tokenizer.json."""
-    path.write_text(json.dumps(tokenizer_json(merges), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(tokenizer_json(merges), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )

@@ -1,9 +1,10 @@
-"""What the embedded model is pretrained on: distinct little domains, each a function of a `random.Random`.
+"""What the embedded model is pretrained on: small domains, each a function of a random.Random.
 
-The domains are narrow and share few words on purpose: the balancing loss evens out the experts over the
-whole mix, so what is peculiar to one domain can have experts of its own. Two of them use the words of a task,
-so that a task's text is at home in its domain. None has the form of a task: a story ends in a ledger and not
-in an answer, a function follows a remark and not an instruction, and mischief is never refused.
+The domains are narrow and share few words on purpose: the balancing loss evens out the experts over
+the whole mix, so what is peculiar to one domain can have experts of its own. Two of them use the
+words of a task, so that a task's text is at home in its domain. None has the form of a task: a
+story ends in a ledger and not in an answer, a function follows a remark and not an instruction, and
+mischief is never refused.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from tiny.tasks import (
     words,
 )
 
-# ----------------------------------------------------------------------------------- arithmetic, and stories
+# ---- arithmetic, and stories ---------------------------------------------------------------------
 
 
 def fact(rng: Random, operator: str) -> tuple[int, int, int]:
@@ -61,7 +62,8 @@ def equation(rng: Random) -> str:
     return f"{x}{operator}{y}={result}"
 
 
-# Worked steps that belong together; a story tells one of them, and says it where a problem would ask.
+# Worked steps that belong together; a story tells one of them, and says it where a problem would
+# ask.
 STORIES = (
     Family("found", {"a": TO_99, "b": TO_99}, ("a + b",), (
         "{n} had {a} {o} and found {b} more at the market.",
@@ -100,13 +102,16 @@ STORIES = (
     Family("dropped-split", {"c": TO_60, "p": TABLE, "q": TABLE}, ("a - c", "r1 / p"), (
         "{n} had {a} {o}. {He} dropped {c} and split the rest evenly into {p} {box}.",
     ), derived=(("t", "p * q"), ("a", "t + c"))),
-    Family("earned-packed", {"a": TO_60, "b": TO_60, "p": TABLE, "q": TABLE}, ("a + b", "p * q", "r1 + r2"), (
-        "{n} owned {a} {o} and earned {b} more. {m} had {p} {box} with {q} {o} in each. All came together.",
+    Family("earned-packed", {"a": TO_60, "b": TO_60, "p": TABLE, "q": TABLE},
+           ("a + b", "p * q", "r1 + r2"), (
+        "{n} owned {a} {o} and earned {b} more. {m} had "
+        "{p} {box} with {q} {o} in each. All came together.",
     )),
     Family("earned", {"a": TO_20, "b": TO_99, "d": (2, 6)}, ("a + b", "d * a", "r1 + r2"), (
         "{n} earned {a} {o} on Monday, {b} on Tuesday, and {d} times the first {o} on Wednesday.",
     )),
-    Family("packed-packed", {"a": TABLE, "b": TABLE, "p": TABLE, "q": TABLE}, ("a * b", "p * q", "r1 + r2"), (
+    Family("packed-packed", {"a": TABLE, "b": TABLE, "p": TABLE, "q": TABLE},
+           ("a * b", "p * q", "r1 + r2"), (
         "{n} packed {a} {box} with {b} {o} in each. Then {he} had {p} {box} with {q} in each.",
     )),
 )  # fmt: skip
@@ -122,8 +127,10 @@ def worked_story(rng: Random) -> tuple[str, list[str]]:
 
 
 def arithmetic(rng: Random) -> str:
-    """Bare equations, one a line, and now and then the worked steps of a story without the story."""
-    lines = [equation(rng) if rng.random() < 0.7 else "\n".join(worked_story(rng)[1]) for _ in range(8)]
+    """Bare equations, one a line, and sometimes the worked steps of a story without the story."""
+    lines = [
+        equation(rng) if rng.random() < 0.7 else "\n".join(worked_story(rng)[1]) for _ in range(8)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +152,7 @@ def story(rng: Random) -> str:
     return told + rng.choice(("; ", "\n")).join(steps) + "\n"
 
 
-# ------------------------------------------------------------------------------------ code, manual, dialogue
+# ---- code, manual, dialogue ----------------------------------------------------------------------
 
 
 CODE_FORMS = (
@@ -161,14 +168,21 @@ def code(rng: Random) -> str:
     while len(functions) < 3:
         problem, skill, slots = function_spec(rng)
         if split_of(problem) == "pretrain":
-            parts = {part: getattr(skill, part).format(**slots) for part in ("remark", "does", "code")}
+            parts = {
+                part: getattr(skill, part).format(**slots) for part in ("remark", "does", "code")
+            }
             functions.append(rng.choice(CODE_FORMS).format(**slots, **parts))
     return "\n".join(functions)
 
 
 def loop_code(rng: Random) -> str:
     """Classes and loops: code of no task."""
-    name, verb, (x, y), k = rng.choice(NOUNS), rng.choice(VERBS), rng.sample(ARGUMENTS, 2), rng.randint(2, 20)
+    name, verb, (x, y), k = (
+        rng.choice(NOUNS),
+        rng.choice(VERBS),
+        rng.sample(ARGUMENTS, 2),
+        rng.randint(2, 20),
+    )
     forms = (
         f"class {name.capitalize()}:\n    def __init__(self, {x}):\n        self.{x} = {x}\n\n"
         f"    def {verb}(self, {y}):\n        return self.{x} + {y}\n",
@@ -201,7 +215,9 @@ def manual(rng: Random) -> str:
     for _ in range(3):
         one, other = rng.sample(MANUAL_SUBJECTS, 2)
         start = rng.choice(("The", "Write the", "A"))
-        lines.append(f"{start} {one} that {rng.choice(MANUAL_VERBS)} a {other} {rng.choice(MANUAL_ENDS)}.")
+        lines.append(
+            f"{start} {one} that {rng.choice(MANUAL_VERBS)} a {other} {rng.choice(MANUAL_ENDS)}."
+        )
     return "\n".join(lines) + "\n\n"
 
 
@@ -213,24 +229,33 @@ def dialogue(rng: Random) -> str:
         if split_of(act) != "pretrain":
             continue
         tip, tip2 = rng.sample(TIPS, 2)
-        ask = rng.choice(("Can you {act}?", "How would one {act}?", "Please {act}.")).format(act=act)
+        ask = rng.choice(("Can you {act}?", "How would one {act}?", "Please {act}.")).format(
+            act=act
+        )
         reply = rng.choice(
-            ("Of course. To {act}, {tip} and {tip2}.", "Begin to {act}. First, {tip}. Then, {tip2}.")
+            (
+                "Of course. To {act}, {tip} and {tip2}.",
+                "Begin to {act}. First, {tip}. Then, {tip2}.",
+            )
         )
         turns.append(f"Guest: {ask}\nHost: {reply.format(act=act, tip=tip, tip2=tip2)}\n")
     return "".join(turns)
 
 
-# ------------------------------------------------------------------------------ domains that no task is about
+# ---- domains that no task is about ---------------------------------------------------------------
 
 
 def records(rng: Random) -> str:
     """JSON records."""
     kind = rng.choice(("user", "order", "device"))
-    tags = ",".join(f'"{tag}"' for tag in rng.sample(("red", "blue", "fast", "slow", "hot", "cold"), 2))
+    tags = ",".join(
+        f'"{tag}"' for tag in rng.sample(("red", "blue", "fast", "slow", "hot", "cold"), 2)
+    )
     state = rng.choice(("true", "false", "null"))
     owner, serial = rng.choice(OWNERS), rng.randbytes(3).hex()
-    return f'{{"type":"{kind}","id":"{serial}","owner":"{owner}","active":{state},"tags":[{tags}]}}\n'
+    return (
+        f'{{"type":"{kind}","id":"{serial}","owner":"{owner}","active":{state},"tags":[{tags}]}}\n'
+    )
 
 
 SYLLABLES = [consonant + vowel for consonant in "bdgklmnprstvz" for vowel in "aeiou"]
@@ -277,7 +302,10 @@ def facts(rng: Random) -> str:
     name = "".join(world.choices(SYLLABLES, k=3)).capitalize()
     kind, land = world.choice(("river", "mountain", "city", "lake", "valley")), world.choice(LANDS)
     side, good = world.choice(("northern", "southern", "eastern", "western")), world.choice(GOODS)
-    return f"{name} is a {kind} in the {side} province of {land}, known since ancient times for its {good}.\n"
+    return (
+        f"{name} is a {kind} in the {side} province of {land}, "
+        f"known since ancient times for its {good}.\n"
+    )
 
 
 CLASSES = words("left right main")
@@ -314,15 +342,18 @@ def scene(rng: Random) -> str:
     who = people(rng)
     sentences = (
         f"{who['n']} walked to the {rng.choice(PLACES)} and saw a {rng.choice(LOOKS)} bird.",
-        f"{who['m']} liked the {rng.choice(LOOKS)} {rng.choice(BELONGINGS)} near the {rng.choice(PLACES)}.",
-        f"It was a {rng.choice(LOOKS)} morning. {who['n']} met {who['m']} at the {rng.choice(PLACES)}.",
+        f"{who['m']} liked the {rng.choice(LOOKS)} {rng.choice(BELONGINGS)} "
+        f"near the {rng.choice(PLACES)}.",
+        f"It was a {rng.choice(LOOKS)} morning. "
+        f"{who['n']} met {who['m']} at the {rng.choice(PLACES)}.",
     )
     return " ".join(rng.sample(sentences, 3)) + "\n"
 
 
 Document = Callable[[Random], str]
 
-# Domain -> its kinds of document, and their parts of all tokens. A training sequence is cut from one domain.
+# Domain -> its kinds of document, and their parts of all tokens. A training sequence is cut from
+# one domain.
 MIX: dict[str, dict[Document, float]] = {
     "maths": {arithmetic: 0.32, story: 0.20},
     "code": {code: 0.11, loop_code: 0.02, manual: 0.03},

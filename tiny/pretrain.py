@@ -1,6 +1,6 @@
-"""Makes the embedded model from a seed: tokenizer, pretraining, and the files as the Hub lays them out.
+"""Makes the embedded model from a seed: tokenizer, pretraining, files as the Hub has them.
 
-    python -m tiny.pretrain             # about 20 minutes on one CPU core; replaces the files in tiny/
+    python -m tiny.pretrain        about 20 minutes on one CPU core; replaces the files in tiny/
     python -m tiny.pretrain --steps 100 --out /tmp/tiny-trial
 
 Sizes are lettered as in moe_model.py.
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import hub_names, parse_config
 from moe_model import MoEModel, load_balancing_loss
-from run import Parser, above_0, command
+from plumbing.checkpoint import hub_names, parse_config
+from plumbing.cli import COUNT, Parser, command
 from tiny import bpe
 from tiny.corpus import MIX, Document, fact
 from tiny.tasks import code_problem, math_problem, safety_problem, split_of
@@ -62,18 +62,19 @@ CONFIG = {
 }
 
 SEQUENCES, LENGTH = 16, 128  # of a batch; larger batches are no faster per token on a CPU
-PEAK_LR, WARMUP, CONSTANT = 3e-3, 150, 0.4  # steps of warm-up; share of steps before the linear descent
+# Steps of warm-up; share of steps before the linear descent.
+PEAK_LR, WARMUP, CONSTANT = 3e-3, 150, 0.4
 FINAL_LR = 0.01  # of the peak
 WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
 BALANCE = CONFIG["router_aux_loss_coef"]
 TOKENIZER_CHARACTERS = 600_000
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def tokenizer_text(rng: Random) -> str:
-    """Every domain in its part of the mix, and some questions of the tasks (no answers), for their words."""
+    """Every domain in its part of the mix, and some of the tasks' questions, for their words."""
     parts = []
     for domain in MIX.values():
         for document, share in domain.items():
@@ -91,7 +92,7 @@ def tokenizer_text(rng: Random) -> str:
     return "\n".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ data
+# ---- data ----------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -121,8 +122,8 @@ def furthest_behind(rng: Random, used: dict[Any, int], shares: dict[Any, float])
 def batches(rng: Random, encoder: bpe.Encoder) -> Iterator[Tensor]:
     """Endless [SEQUENCES, LENGTH + 1], each sequence from one domain.
 
-    Mixed within a sequence, domains share more experts: attention then tells the router less about what
-    kind of text a token stands in.
+    Mixed within a sequence, domains share more experts: attention then tells the router less about
+    what kind of text a token stands in.
     """
     streams = {name: Stream(rng, encoder, shares) for name, shares in MIX.items()}
     shares, used = {name: sum(parts.values()) for name, parts in MIX.items()}, dict.fromkeys(MIX, 0)
@@ -135,16 +136,17 @@ def batches(rng: Random, encoder: bpe.Encoder) -> Iterator[Tensor]:
         yield torch.tensor(rows)
 
 
-# ------------------------------------------------------------------------------------------------------ model
+# ---- model ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def initialise(model: MoEModel) -> None:
     """Random weights.
 
-    The router starts small, as OLMoE's does (standard deviation 0.02): its probabilities then stay soft, and
-    all eight choices of a token mean something. With a router of the scale of the other matrices the lower
-    choices of a token are left to chance, and the visits spread out over more experts.
+    The router starts small, as OLMoE's does (standard deviation 0.02): its probabilities then stay
+    soft, and all eight choices of a token mean something. With a router of the scale of the other
+    matrices the lower choices of a token are left to chance, and the visits spread out over more
+    experts.
     """
     layers = model.cfg.n_layers
     for name, weight in model.named_parameters():
@@ -159,7 +161,8 @@ def initialise(model: MoEModel) -> None:
             if name.endswith("attn.o.weight"):
                 std /= math.sqrt(2 * layers)  # keeps the sum of all layers' outputs near 1
             elif name.endswith("experts.down.weight"):
-                std *= 2 / math.sqrt(2 * layers)  # the same; an expert's output is further scaled by its gate
+                # The same; an expert's output is further scaled by its gate.
+                std *= 2 / math.sqrt(2 * layers)
             nn.init.normal_(weight, std=std)
 
 
@@ -167,7 +170,10 @@ def optimizer_for(model: MoEModel) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices only."""
     matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and n != "embed.weight"]
     others = [p for n, p in model.named_parameters() if p.dim() == 1 or n == "embed.weight"]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, fused=True)
 
 
@@ -182,7 +188,9 @@ def save(model: MoEModel, folder: Path) -> None:
     tensors = {}
     for name, weight in model.named_parameters():
         names = hub_names(name, model.cfg)
-        parts = weight.detach().bfloat16().unbind(0) if len(names) > 1 else [weight.detach().bfloat16()]
+        parts = (
+            weight.detach().bfloat16().unbind(0) if len(names) > 1 else [weight.detach().bfloat16()]
+        )
         tensors.update(zip(names, (part.contiguous().clone() for part in parts), strict=True))
     (folder / "config.json.part").write_text(json.dumps(CONFIG, indent=2) + "\n")
     save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
@@ -192,7 +200,7 @@ def save(model: MoEModel, folder: Path) -> None:
         part.replace(folder / file)
 
 
-# ----------------------------------------------------------------------------------------------------- probes
+# ---- probes --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -225,10 +233,12 @@ def probes(model: MoEModel, encoder: bpe.Encoder) -> dict[str, float]:
     return skills | {domain: round(domain_loss(model, encoder, domain), 3) for domain in MIX}
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ---- training ------------------------------------------------------------------------------------
 
 
-def train(model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Path, every: int) -> None:
+def train(
+    model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Path, every: int
+) -> None:
     """Pretrain in place, probe after every `every` steps and at the end, and save."""
     optimizer = optimizer_for(model)
     stream = batches(Random(f"corpus {seed}"), encoder)
@@ -248,7 +258,9 @@ def train(model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Pat
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", balance=f"{balance.item():.2f}")
         if step % every == 0 or step == steps:
-            bar.write(json.dumps({"step": step, "loss": round(loss.item(), 3)} | probes(model, encoder)))
+            bar.write(
+                json.dumps({"step": step, "loss": round(loss.item(), 3)} | probes(model, encoder))
+            )
     save(model, out)
 
 
@@ -256,9 +268,11 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=above_0(int), default=3000)
-    parser.add_argument("--every", type=above_0(int), default=500, help="steps from one probe to the next")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
+    parser.add_argument("--steps", type=COUNT, default=3000)
+    parser.add_argument("--every", type=COUNT, default=500, help="steps from one probe to the next")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
+    )
     return parser.parse_args()
 
 
@@ -266,14 +280,18 @@ def main() -> None:
     """Tokenizer, model, training."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # the sums, and so the weights, then come out the same on every such machine
+    # The sums, and so the weights, then come out the same on every such machine.
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
 
     merges = bpe.train(tokenizer_text(Random("tokenizer")), VOCAB_SIZE)
     bpe.save(merges, args.out / "tokenizer.json")
     model = MoEModel(parse_config(CONFIG))
     initialise(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps:,} steps to {args.out}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} "
+        f"parameters, {args.steps:,} steps to {args.out}"
+    )
     train(model, bpe.Encoder(merges), args.steps, args.seed, args.out, args.every)
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from catcher import choose, count_visits, overlap, sample, visited_share
-from data import TASKS, Encoded, encode, load_examples
 from eval_gsm8k import evaluate, few_shot
 from moe_model import MoEModel
+from plumbing.data import TASKS, Encoded, encode, load_examples
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import Stream, probes
-from tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 50
 Counts = dict[int, Tensor]  # layer -> visits of each expert [E]
@@ -44,14 +44,15 @@ def show(name: str, values: dict[int, float]) -> None:
 
 
 def report_routing(model: MoEModel, tokenizer: Tokenizer) -> None:
-    """Share of the hottest experts, and how much the hot sets of layers, tasks and samples have in common."""
+    """Share of the hottest experts, and the overlap of layers, tasks and samples."""
 
     def task_data(task: str, source: str) -> list[Encoded]:
         examples = load_examples(task, getattr(TASKS[task], source).fetch())
         return encode(examples, tokenizer, model.cfg.max_len)
 
     counts = {
-        task: visits(model, task_data(task, "test")) for task in ("tiny-math", "tiny-code", "tiny-safety")
+        task: visits(model, task_data(task, "test"))
+        for task in ("tiny-math", "tiny-code", "tiny-safety")
     }
     for domain, shares in MIX.items():
         stream = Stream(Random(f"routing {domain}"), tokenizer, shares)
@@ -77,10 +78,13 @@ def report_accuracy(model: MoEModel, tokenizer: Tokenizer, shots: int) -> None:
     examples, task = load_examples("tiny-math", TASKS["tiny-math"].test.fetch()), TASKS["tiny-math"]
     solved = load_examples("tiny-math", task.train.fetch())[:shots]
     for name, prompts in ((("0 shots"), examples), (f"{shots} shots", few_shot(examples, solved))):
-        result, records = evaluate(model, tokenizer, prompts, task.template, task.max_new, BATCH, name)
+        result, records = evaluate(
+            model, tokenizer, prompts, task.template, task.max_new, BATCH, name
+        )
         strict, flexible = result["accuracy"], result["accuracy_flexible"]
         print(
-            f"tiny-math, {name}: accuracy {strict:.1%} (any last number: {flexible:.1%}) of {len(examples)}"
+            f"tiny-math, {name}: accuracy {strict:.1%} (any "
+            f"last number: {flexible:.1%}) of {len(examples)}"
         )
         print(f"  e.g. {records[0]['output'][:80]!r}, right: {records[0]['gold']}")
 
@@ -93,12 +97,17 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
     )
-    parser.add_argument("--shots", type=int, default=4, help="solved problems before each (default 4)")
+    parser.add_argument(
+        "--shots", type=int, default=4, help="solved problems before each (default 4)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = MoEModel.from_pretrained(args.model), load_tokenizer(args.model)
     for name, value in probes(model, tokenizer).items():
-        print(f"{name:10s} " + (f"{value:.0%} right" if name in "+-*/" else f"cross-entropy {value:.3f}"))
+        print(
+            f"{name:10s} "
+            + (f"{value:.0%} right" if name in "+-*/" else f"cross-entropy {value:.3f}")
+        )
     report_routing(model, tokenizer)
     report_accuracy(model, tokenizer, args.shots)
 

@@ -1,11 +1,13 @@
-"""Our ids against those of HF tokenizers and of sentencepiece, on any tokenizer files and any texts.
+"""Our ids against those of HF tokenizers and of sentencepiece, on any tokenizer files and texts.
 
-    python -m tests.peers.compare_tokenizers FOLDER [FOLDER ...] [--data FILE ...] [--fuzz 20000] [--seed 0]
+    python -m tests.peers.compare_tokenizers FOLDER [FOLDER ...] [--data FILE ...] [--fuzz 20000]
+                                             [--seed 0]
 
-A folder's tokenizer.json is compared with `tokenizers`, its tokenizer.model with `sentencepiece`, each loaded
-alone. Texts are all strings in the rows of .json, .jsonl and .jsonl.gz files, each alone and those of a row
-together, and seeded fuzz. Prints a line per file and set of texts, and texts that differ for no known cause;
-then it exits with 1. Speed is per second of CPU time, so that neighbours do not disturb it.
+A folder's tokenizer.json is compared with `tokenizers`, its tokenizer.model with `sentencepiece`,
+each loaded alone. Texts are all strings in the rows of .json, .jsonl and .jsonl.gz files, each
+alone and those of a row together, and seeded fuzz. Prints a line per file and set of texts, and
+texts that differ for no known cause; then it exits with 1. Speed is per second of CPU time, so that
+neighbours do not disturb it.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tokenizer import Tokenizer, load_tokenizer
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 UNICODE_17_DIGITS = {*range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)}
 
@@ -29,7 +31,9 @@ UNICODE_17_DIGITS = {*range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)}
 @cache
 def characters_by_kind() -> dict[str, list[str]]:
     """All of Unicode by the first letter of its general category; all together in ""."""
-    kinds: dict[str, list[str]] = {"": [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]}
+    kinds: dict[str, list[str]] = {
+        "": [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    }
     for character in kinds[""]:
         kinds.setdefault(unicodedata.category(character)[0], []).append(character)
     return kinds
@@ -38,7 +42,11 @@ def characters_by_kind() -> dict[str, list[str]]:
 def fuzz_texts(count: int, seed: int, added: list[str]) -> Iterator[str]:
     """Short texts that mix what tokenizers stumble over, with `added` tokens inside."""
     draw, by_kind = random.Random(seed), characters_by_kind()
-    blanks = [*"\u200b\u2060\ufeff", *map(chr, range(33)), *filter(str.isspace, map(chr, range(0x3001)))]
+    blanks = [
+        *"\u200b\u2060\ufeff",
+        *map(chr, range(33)),
+        *filter(str.isspace, map(chr, range(0x3001))),
+    ]
     east = "，。、！？「」『』：；（）～　一二三〇々ーアァかがハングル한국어中文字ＡＢｃｄ１２Ⅳⅷ㈠①"
     joined = [
         "👩‍👩‍👧",
@@ -130,7 +138,9 @@ def cause(text: str) -> str:
     return "no known cause"
 
 
-def compare(ours: Tokenizer, peer: Callable[[str], list[int]], texts: list[str]) -> tuple[Counter[str], str]:
+def compare(
+    ours: Tokenizer, peer: Callable[[str], list[int]], texts: list[str]
+) -> tuple[Counter[str], str]:
     """How many texts differ, by cause, and a line of numbers."""
     start = time.process_time()
     mine = [ours.encode(text) for text in texts]
@@ -143,8 +153,11 @@ def compare(ours: Tokenizer, peer: Callable[[str], list[int]], texts: list[str])
     for text in [text for text in differing if cause(text) == "no known cause"][:5]:
         print(f"  {text!r}\n    ours  {ours.encode(text)}\n    peer's {peer(text)}")
     size = sum(len(text.encode()) for text in texts) / 1e6
-    speed = f"{size:.2f} MB, {size / (middle - start):.1f} MB/s, peer {size / (end - middle):.1f} MB/s"
-    counts = f"{len(texts):6} texts, {len(differing)} differ {dict(causes) or ''}, {broken} decode otherwise"
+    speed = (
+        f"{size:.2f} MB, {size / (middle - start):.1f} MB/s, peer {size / (end - middle):.1f} MB/s"
+    )
+    counts = f"{len(texts):6} texts, {len(differing)} differ {dict(causes) or ''}"
+    counts += f", {broken} decode otherwise"
     return causes, f"{counts}; {speed}"
 
 

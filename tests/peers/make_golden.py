@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/golden: two small random checkpoints and what transformers computes with them.
+"""Writes tests/fixtures/golden: two small random checkpoints, what transformers makes of them.
 
 python tests/peers/make_golden.py        needs requirements-dev.txt
 """

@@ -1,0 +1,119 @@
+"""What the benchmark's numbers say: rates, ratios, utilisation; as a table."""
+
+from statistics import median
+
+from paper.studies.tables import printed, ratio
+
+SAMPLE = 200  # tokens of a GSM8K sample, roughly: for samples/s beside the paper's
+PAPER = {  # on two A100
+    "samples_per_s": {name: printed("6", name, "samples/s") for name in ("lora", "hellora")},
+    "ratio": round(ratio("6", "hellora", "lora", "samples/s"), 2),
+}
+REFERENCES = ("peft", "hellora", "lora")  # the first of them that was measured is 1.00
+REGIMES = {  # name -> LoRA on all experts, on the hot ones
+    "grouped": ("lora", "hellora"),
+    "loop": ("lora-loop", "hellora-loop"),
+    "transformers 4 + PEFT": ("peft-v4-lora", "peft-v4-hellora"),
+}
+
+
+def ratios(a: dict, b: dict) -> dict[str, float] | None:
+    """How many times faster row b is than a, round by round; None if either was not measured."""
+    # Time may end within a round.
+    each = [x / y for x, y in zip(a["seconds"], b["seconds"], strict=False)]
+    return {"median": median(each), "least": min(each), "most": max(each)} if each else None
+
+
+def summarise(record: dict) -> None:
+    """Add to the record what follows from it, as far as it goes."""
+    rows = record["rows"]
+    measured = {name: row for name, row in rows.items() if row["seconds"]}
+    reference = next((name for name in (*REFERENCES, *measured) if name in measured), None)
+    for row in measured.values():
+        row["tokens_per_s"] = record["world"]["tokens"] / median(row["seconds"])
+        row["samples_per_s"] = row["tokens_per_s"] / SAMPLE
+        row["faster"] = ratios(rows[reference], row)
+        if row["flops_a_token"] and record["matmul_flops_per_s"]:
+            row["roofline_tokens_per_s"] = record["matmul_flops_per_s"] / row["flops_a_token"]
+            row["utilisation"] = row["tokens_per_s"] / row["roofline_tokens_per_s"]
+    record |= {"reference": reference, "paper": PAPER, "regimes": {}}
+    for regime, (everywhere, hot) in REGIMES.items():
+        pair = [
+            rows[name] for name in (everywhere, hot) if rows.get(name, {}).get("operations_a_layer")
+        ]
+        if len(pair) == 2:
+            operations = pair[0]["operations_a_layer"] / pair[1]["operations_a_layer"]
+            record["regimes"][regime] = {"operations": operations, "time": ratios(*pair)}
+    losses = [row["loss"] for row in rows.values() if "loss" in row]
+    if losses:  # adapters start as nothing, so all first losses are the base model's
+        record["losses_differ_by"] = (max(losses) - min(losses)) / abs(median(losses))
+
+
+COLUMNS = (  # head, pattern, value of a row
+    ("tokens/s", "{:>10,.0f}", lambda row: row.get("tokens_per_s")),
+    ("samples/s", "{:>10.1f}", lambda row: row.get("samples_per_s")),
+    ("ratio", "{:>7.2f}", lambda row: (row.get("faster") or {}).get("median")),
+    ("least", "{:>6.2f}", lambda row: (row.get("faster") or {}).get("least")),
+    ("most", "{:>6.2f}", lambda row: (row.get("faster") or {}).get("most")),
+    ("roofline", "{:>10,.0f}", lambda row: row.get("roofline_tokens_per_s")),
+    ("MFU", "{:>6.1%}", lambda row: row.get("utilisation")),
+    ("peak GB", "{:>9.2f}", lambda row: row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None),
+    ("ops/layer", "{:>10,d}", lambda row: row.get("operations_a_layer")),
+    ("trained", "{:>14,d}", lambda row: row.get("trained")),
+)
+
+
+def cell(value: float | None, pattern: str) -> str:
+    """A number, or a dash, as wide as the number would be."""
+    return f"{'-':>{len(pattern.format(0))}}" if value is None else pattern.format(value)
+
+
+def show(record: dict) -> None:
+    """Print everything, the table last."""
+    rows, world, at, settings = (record[name] for name in ("rows", "world", "versions", "settings"))
+    show_others(record)
+    where = f"{at['device']}, {record['hardware']}, torch {at['torch']}"
+    peak = record.get("matmul_flops_per_s", 0) / 1e12
+    paper = ", ".join(f"{method} {rate}" for method, rate in PAPER["samples_per_s"].items())
+    print(
+        "\n"
+        f"{settings['model'] or settings['shape']}, {settings['dtype']}, {world['tokens']} "
+        f"tokens a step in {world['sequences']} sequences, hot experts get "
+        f"{world['hot_share']:.1%} of the visits; weights {world['weight_bytes'] / 1e9:.2f} GB\n"
+        f"{where}, {record['date'][:10]}; medians of rounds, {record['clock']}\n"
+        f"the best matrix product makes {peak:.3f} TFLOP/s, to which roofline and MFU refer\n"
+        f"ratio: times as fast as {record['reference']}, "
+        f"in the same round; a sample: {SAMPLE} tokens\n"
+        f"(the paper's samples/s, on two A100: {paper})"
+    )
+    width = max(map(len, rows))
+    print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))
+    for name, row in rows.items():
+        print(
+            name.ljust(width) + "".join(cell(value(row), pattern) for _, pattern, value in COLUMNS)
+        )
+
+
+def show_others(record: dict) -> None:
+    """Print what was decoded and loaded, what follows from the rows, and what failed."""
+    decoded, loaded = record.get("generate", {}), record.get("load", {})
+    for name, row in decoded.items():
+        if row["seconds"]:
+            ours = decoded[f"{name.partition(':')[0]}: ours"]
+            faster = ratios(row, ours) if row is not ours else None
+            rate = f"{row['tokens'] / median(row['seconds']):,.0f} tokens/s"
+            beside = f"; ours {faster['median']:.2f} times that" if faster else ""
+            print(f"decode, {name}: {rate}{beside}")
+    for name, row in loaded.items():
+        if row["seconds"]:
+            print(f"load, {name}: {median(row['seconds']):.2f} s")
+    for regime, value in record["regimes"].items():
+        spread = "{median:.2f}x in time ({least:.2f} to {most:.2f}), "
+        time = spread.format(**value["time"]) if value["time"] else ""
+        operations = f"{value['operations']:.2f}x in operations"
+        print(f"lora -> hellora, {regime}: {time}{operations} (paper: {PAPER['ratio']}x in time)")
+    if "losses_differ_by" in record:
+        print(f"the first losses of all configurations agree to {record['losses_differ_by']:.1e}")
+    for name, row in (record["rows"] | decoded | loaded).items():
+        if "failed" in row:
+            print(f"{name} failed at {row['failed']}")

@@ -1,0 +1,1 @@
+"""Many runs of train.py, and what is made of their numbers."""

@@ -1,0 +1,460 @@
+"""A grid of training runs: what is missing is run, as many at a time as there are cores.
+
+Each cell is a model: a run of train.py, what it starts from, or several merged. What it showed is
+kept as one small file in docs/results/cells/, so a grid that was stopped goes on where it was, and
+a reader sees every number that a mean is made of.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from itertools import chain, groupby, islice
+from pathlib import Path
+from statistics import mean
+
+import torch
+from tqdm import tqdm
+
+from catcher import HotList, visited_share
+from paper.runs.parallel import ROOT, each, python
+from paper.studies.tables import PROBLEMS
+from plumbing.checkpoint import locate, read_config
+from plumbing.cli import compute
+from plumbing.data import FIELDS, TASKS, encode, load_examples, read_rows
+from plumbing.files import read_json, write_atomically, write_json
+from plumbing.run_folder import fingerprint, read_results, read_run, versions
+from plumbing.tokenizer import load_tokenizer
+from settings import SCORED_BY, SCORES, hashes
+
+RESULTS = ROOT / "docs" / "results" / "cells"
+RUNS = ROOT / "runs" / "grid"
+TRIALS = ROOT / "runs" / "trials"  # runs and results of trials
+MODEL = "tiny"
+# A seed follows: what tiny.pretrain makes from it, with MODEL's tokenizer.
+BASES = "runs/bases/tiny-s"
+# No task, but scored as one: what a model can still do (studies/forgetting.py).
+PRETRAINING = "pretraining"
+# Of what can be scored.
+KINDS = {name: task.kind for name, task in TASKS.items()} | {"humaneval": "code"}
+SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
+    "math": ("--max-new", "32"),
+    "code": ("--max-new", "32", "--n", "1"),  # so pass@5 and pass@10 have no value
+    "safety": ("--max-new", "32"),
+}
+# A run's final training loss is the mean over these; its curve has a mean for so many.
+LAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model that is made by one command, and what is kept of it. Its kinds: Base, Run, Merged."""
+
+    model: str = field(default=MODEL, kw_only=True)  # what --model takes
+    # A folder with files in place of data sets (given).
+    data: str | None = field(default=None, kw_only=True)
+    # The first rows to train on, problems to score.
+    limit: int | None = field(default=None, kw_only=True)
+
+    # each kind has, besides:
+    #   name       its folder and its result file are called so
+    #   finished   whether it is there
+    #   command()  the arguments after "python" that make it
+    #   rests_on() what its numbers rest on if made now; not the code, as few changes move any
+    #   record()   what is kept of it besides scores
+
+    @property
+    def trial(self) -> bool:
+        """Whether anything stands in for the paper's model and data: then it shows no result."""
+        return bool(self.data or self.limit or Path(self.model).is_absolute())
+
+    @property
+    def stand_ins(self) -> dict[str, str]:
+        """What a trial has in place of the paper's model and data."""
+        return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """What its limit adds to its name."""
+        return (f"{self.limit}rows",) if self.limit else ()
+
+    @property
+    def folder(self) -> Path:
+        """Where its scores are, or its run."""
+        return (TRIALS if self.trial else RUNS) / self.name
+
+    @property
+    def result(self) -> Path:
+        """Where what it showed is kept."""
+        return (TRIALS / "cells" if self.trial else RESULTS) / f"{self.name}.json"
+
+    @property
+    def source(self) -> Path:
+        """The folder of its model."""
+        return ROOT / self.model if self.model.startswith(BASES) else locate(self.model)
+
+    def given(self, name: str) -> Path | None:
+        """The file `name`.SUFFIX of its data folder, if there is one: TASK-train or TASK-test."""
+        return next(iter(sorted(Path(self.data).glob(f"{name}.*"))), None) if self.data else None
+
+    @property
+    def scored_as(self) -> str:
+        """How an evaluation is told what to score."""
+        return shlex.join(["--model", self.model, "--out", str(self.folder.relative_to(ROOT))])
+
+    def evaluation(self, task: str) -> list[str]:
+        """The arguments after "python" that score it on `task`."""
+        command, _ = scoring(task)
+        _, *words = shlex.split(command.replace("--run {}", self.scored_as))
+        test = self.given(f"{task}-test")
+        words += ["--data", str(test)] if test else []
+        return words + (["--limit", str(self.limit), *SHORT[KINDS[task]]] if self.limit else [])
+
+    def scores(self, task: str) -> dict:
+        """What results.json has on `task`, {} if nothing.
+
+        In a trial, a part of the problems will do.
+        """
+        found = read_results(self.folder)
+        return found.get(task) or (found.get(f"{task}-part", {}) if self.trial else {})
+
+    def commands(self, tasks: Iterable[str]) -> list[list[str]]:
+        """The arguments after "python" of all that is still to be run for its scores on `tasks`."""
+        own = [] if self.finished else [self.command()]
+        return own + [self.evaluation(task) for task in sorted(tasks) if not self.scores(task)]
+
+    def needs(self) -> list["Cell"]:
+        """The cells that are to be made before."""
+        return []
+
+    def prepare(self) -> None:
+        """Write the rows that it is trained on, if they are a part of a data set.
+
+        Not in two threads.
+        """
+
+    def make(self) -> None:
+        """Run its command, or go on with it, unless it is finished."""
+        if not self.finished:
+            python(*self.command())
+
+
+@dataclass(frozen=True)
+class Base(Cell):
+    """A model as it is, downloaded or pretrained here."""
+
+    @property
+    def name(self) -> str:
+        """See Cell."""
+        return "-".join((Path(self.model).name, "base", *self.cut))
+
+    @property
+    def finished(self) -> bool:
+        """Always, but for what is pretrained here (which is saved at its end)."""
+        return (
+            not self.model.startswith(BASES) or (ROOT / self.model / "model.safetensors").exists()
+        )
+
+    def command(self) -> list[str]:
+        """Of what is pretrained here."""
+        seed = self.model.rpartition("-s")[2]
+        return ["-m", "tiny.pretrain", "--seed", seed, "--out", self.model]
+
+    def rests_on(self) -> dict[str, str]:
+        """See Cell."""
+        return self.stand_ins | (
+            {"model": fingerprint(locate(MODEL))} if self.model == MODEL else {}
+        )
+
+    def record(self) -> dict:
+        """See Cell."""
+        device, _ = compute(None, None)
+        about = {"model": self.model, "method": "base", **self.stand_ins}
+        return about | {"hashes": {"model": fingerprint(self.source)}, "versions": versions(device)}
+
+
+@dataclass(frozen=True)
+class Run(Cell):
+    """A run of train.py: a method on a task, with a learning rate and a seed."""
+
+    method: str
+    lr: float | None  # None: the recipe's
+    seed: int
+    k: int = 8
+    task: str = "tiny-math"
+    mask: "Run | None" = None  # the D run that gives a LoRI-S method its mask
+    flags: tuple[str, ...] = ()  # further ones of train.py
+
+    @property
+    def name(self) -> str:
+        """See Cell."""
+        base = () if self.model == MODEL else (Path(self.model).name,)
+        flags = (flag.strip("-") for flag in self.flags)
+        rate = (f"lr{self.lr:g}",) if self.lr else ()
+        settings = (self.task, self.method, f"k{self.k}", *rate, f"s{self.seed}")
+        return "-".join((*base, *settings, *flags, *self.cut))
+
+    @property
+    def scored_as(self) -> str:
+        """See Cell."""
+        return shlex.join(["--run", str(self.folder.relative_to(ROOT))])
+
+    @property
+    def rows(self) -> Path | None:
+        """The file that it is trained on in place of its task's training split."""
+        if self.limit:
+            return (TRIALS / "rows" / f"{self.task}-{self.limit}.jsonl").relative_to(ROOT)
+        return self.given(f"{self.task}-train")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run is there, to its end."""
+        return (self.folder / "run.json").exists() and read_run(self.folder)["finished"]
+
+    def command(self) -> list[str]:
+        """See Cell."""
+        flags = {} if self.model == MODEL else {"--model": self.model}
+        flags |= {"--method": self.method, "--k": self.k, "--task": self.task}
+        flags |= {"--lr": f"{self.lr:g}"} if self.lr else {}
+        flags |= {"--seed": self.seed, "--out": self.folder.relative_to(ROOT)}
+        flags |= {"--mask-from": self.mask.folder.relative_to(ROOT)} if self.mask else {}
+        flags |= {"--data": self.rows} if self.rows else {}
+        flags |= {"--eval-limit": PROBLEMS[self.task]} if self.task in PROBLEMS else {}
+        return [
+            "train.py",
+            *(str(word) for flag in flags.items() for word in flag),
+            *self.flags,
+            "--no-eval",
+        ]
+
+    def rests_on(self) -> dict[str, str]:
+        """The command, and what is committed of model and data."""
+        here = {"model": self.model == MODEL, "data": "://" not in TASKS[self.task].train.place}
+        known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
+        return known | self.stand_ins | {"command": "python " + " ".join(self.command())}
+
+    def needs(self) -> list[Cell]:
+        """Its base, if that is pretrained here; and the run that it takes its mask from."""
+        base = [Base(model=self.model)] if self.model.startswith(BASES) else []
+        return [*base, *([*self.mask.needs(), self.mask] if self.mask else [])]
+
+    def prepare(self) -> None:
+        """See Cell."""
+        if self.limit:
+            write_first(self.limit, self.task, self.given(f"{self.task}-train"), ROOT / self.rows)
+
+    def record(self) -> dict:
+        """See Cell."""
+        run = read_run(self.folder)
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        tens = range(LAST_STEPS, len(losses) + 1, LAST_STEPS)
+        if self.mask and Path(run["mask_from"]).name != self.mask.name:
+            raise ValueError(f"{self.folder} has its mask from {run['mask_from']}, want "
+                             f"{self.mask.name}: take it away, to train it again")  # fmt: skip
+        return {
+            **asdict(self),
+            **self.stand_ins,
+            "mask": self.mask and self.mask.name,
+            "command": "python " + " ".join(self.command()),
+            "first_loss": losses[0],
+            "final_loss": mean(losses[-LAST_STEPS:]),
+            "losses": [round(mean(losses[i - LAST_STEPS : i]), 4) for i in tens],
+            "date": datetime.now(UTC).date().isoformat(),
+            **{name: run[name] for name in ("trained", "stored", "versions", "hashes")},
+            **self.hot_experts(),
+        }
+
+    def hot_experts(self) -> dict:
+        """Its hot experts, and the share of the catcher's visits that they get, by layer."""
+        path = self.folder / "hot_experts.json"
+        if not path.exists():
+            return {}
+        hot = HotList.read(path, read_config(self.source))
+        counts = {layer: torch.tensor(visits) for layer, visits in hot.counts.items()}
+        share = visited_share(counts, hot.experts) if counts else {}
+        return {
+            "hot_experts": {str(layer): ids for layer, ids in hot.experts.items()},
+            "hot_share": {str(layer): round(value, 4) for layer, value in share.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Merged(Cell):
+    """The updates of several runs on one base, added up in one checkpoint."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        """See Cell."""
+        return "+".join(run.name for run in self.runs)
+
+    @property
+    def scored_as(self) -> str:
+        """See Cell."""
+        folder = self.folder.relative_to(ROOT)
+        return f"--model {folder / 'hub'} --out {folder}"
+
+    def command(self) -> list[str]:
+        """See Cell."""
+        runs = [word for run in self.runs for word in ("--run", str(run.folder.relative_to(ROOT)))]
+        return [
+            "export.py",
+            *runs,
+            "--format",
+            "hub",
+            "--out",
+            str(self.folder.relative_to(ROOT) / "hub"),
+        ]
+
+    def rests_on(self) -> dict:
+        """What the runs rest on."""
+        return {"runs": {run.name: run.rests_on() for run in self.runs}}
+
+    def needs(self) -> list[Cell]:
+        """The runs, and what they need."""
+        return [cell for run in self.runs for cell in (*run.needs(), run)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is there."""
+        return (self.folder / "hub").exists()
+
+    def record(self) -> dict:
+        """See Cell. The runs' final losses tell if they are still the same."""
+        return {
+            "method": "merged",
+            **self.rests_on(),
+            "final_loss": [run.record()["final_loss"] for run in self.runs],
+            "versions": versions(torch.device("cpu")),
+        }
+
+
+@cache
+def now_hashes(task: str) -> dict[str, str]:
+    """The hashes that run.json would get now for a run of the embedded model on `task`."""
+    source = locate(MODEL)
+    examples = load_examples(task, TASKS[task].train.fetch())
+    return hashes(source, encode(examples, load_tokenizer(source), read_config(source).max_len))
+
+
+@cache  # many runs train on the same
+def write_first(n: int, task: str, given: Path | None, path: Path) -> None:
+    """The first `n` rows of a file of `task`, or of its training split, as a file of their own."""
+    rows = islice(read_rows(given or TASKS[task].train.fetch(), FIELDS[KINDS[task]]), n)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def saved(cell: Cell) -> dict:
+    """What is kept of a cell, {} if nothing is. Raises ValueError if a run would now be another."""
+    if not cell.result.exists():
+        return {}
+    kept = read_json(cell.result, "the result of a grid's cell")
+    then = kept | kept.get("hashes", {})
+    if differ := [name for name, value in cell.rests_on().items() if then.get(name) != value]:
+        raise ValueError(
+            f"{cell.result} was measured with another {' and '.join(differ)} "
+            f"than now: take the file away (and {cell.folder}) to measure it again"
+        )
+    return kept
+
+
+def missing_tasks(cell: Cell, tasks: Iterable[str]) -> list[str]:
+    """Those of `tasks` for which no score of the cell is kept."""
+    return [task for task in tasks if task not in saved(cell).get("problems", {})]
+
+
+def scoring(task: str) -> tuple[str, tuple[str, ...]]:
+    """The command that scores a run on `task` (as in SCORED_BY), and which scores are kept."""
+    if task == PRETRAINING:
+        return "python -m paper.studies.forgetting --run {}", ("cross_entropy", "arithmetic")
+    kind = KINDS[task]
+    return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
+
+
+def so_far(cell: Cell) -> dict:
+    """Its record now, and the scores that are kept of it.
+
+    Raises ValueError if they are of another run.
+    """
+    kept, now = saved(cell), cell.record()
+    if kept.get("final_loss", now.get("final_loss")) != now.get("final_loss"):
+        raise ValueError(
+            f"the run in {cell.folder} ends with another loss than that of {cell.result}, "
+            "whose scores cannot be added to: take both away to measure all of them again"
+        )
+    return now | kept
+
+
+def make(cell: Cell) -> None:
+    """Make it unless it is there. Raises ValueError if scores are kept that are not of this run."""
+    cell.make()
+    so_far(cell)
+
+
+def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
+    """Make it unless it is there, score it on those of `tasks` that it lacks, keep the scores."""
+    make(cell)
+    for task in missing_tasks(cell, tasks):
+        if not cell.scores(task):
+            python(*cell.evaluation(task))
+        result, (_, scores) = cell.scores(task), scoring(task)
+        shown = so_far(cell)  # again: another process may have added to it meanwhile
+        for score, of in (("problems", "total"), *((name, name) for name in scores)):
+            shown[score] = shown.get(score, {}) | {task: result[of]}
+        write_json(cell.result, shown)
+
+
+Wanted = dict[Cell, set[str]]  # cell -> tasks to score it on
+
+
+def missing(wanted: Wanted) -> Wanted:
+    """The cells that lack a score, with the tasks that they lack."""
+    lacking = {cell: set(missing_tasks(cell, sorted(tasks))) for cell, tasks in wanted.items()}
+    return {cell: tasks for cell, tasks in lacking.items() if tasks}
+
+
+def depth(cell: Cell) -> int:
+    """How many others have to be made before it, one after another."""
+    return max((1 + depth(other) for other in cell.needs()), default=0)
+
+
+def commands(wanted: Wanted) -> list[list[str]]:
+    """What `run_cells` runs, as arguments after "python"."""
+    todo = missing(wanted)
+    cells = dict.fromkeys(chain(*(cell.needs() for cell in todo), todo))
+    return [words for cell in cells for words in cell.commands(todo.get(cell, ()))]
+
+
+def run_cells(wanted: Wanted, jobs: int) -> None:
+    """Make and score what is missing, `jobs` at a time.
+
+    What is done is kept at once, and not done again.
+
+    Raises OSError if a command fails, or if there is no writing where results are kept.
+    """
+    todo = missing(wanted)
+    needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
+    for place in {cell.result.parent for cell in todo}:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(f"{place} cannot be written to, and results are kept there")
+    for cell in (*needs, *todo):
+        cell.prepare()
+    first = {cell for cell in needs if not cell.finished}
+    with tqdm(total=len(first) + len(todo), unit="run", disable=not todo) as bar:
+        for _, level in groupby(
+            sorted(needs, key=depth), depth
+        ):  # what is needed may itself need others
+            for cell in each(make, level, jobs):
+                bar.set_description(cell.name)
+                bar.update(cell in first)
+        for cell in each(lambda cell: run_cell(cell, sorted(todo[cell])), todo, jobs):
+            bar.set_description(cell.name)
+            bar.update()

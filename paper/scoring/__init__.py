@@ -1,0 +1,1 @@
+"""How answers are judged: programs are run, refusals are recognised."""

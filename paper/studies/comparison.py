@@ -1,0 +1,401 @@
+"""The paper's tables, and what it leaves out: rows of runs, their spread, their differences.
+
+In miniature the embedded model stands for OLMoE-1B-7B, its tasks for the paper's. A row's runs
+differ in their seed, and in one study in the base they start from. Two rows are compared run by
+run, each with that of the same base and seed. The interval is over seeds; where there are several
+bases it is over these, of each base's mean, as another base may turn a difference around (seeds of
+one base do not tell).
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from hellora import adapter_flops
+from moe_model import MoEModel
+from paper.plan import shapes
+from paper.runs import rates
+from paper.runs.grid import BASES, MODEL, Base, Cell, Wanted, saved
+from paper.runs.stats import signed, spread
+from paper.studies import tables
+from plumbing.checkpoint import BACKBONES, locate, read_config
+
+Columns = dict[str, tuple[str, str]]  # a table's column -> which score it shows, of which task
+
+
+def columns(math: str, code: str, safety: str) -> Columns:
+    """The columns of the paper, scored on these tasks."""
+    passes = {column: (column, code) for column in ("pass@1", "pass@5", "pass@10")}
+    return {"gsm8k": ("accuracy", math), **passes, "refusals": ("refusal_rate", safety)}
+
+
+OURS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
+# The last: ours alone.
+COLUMNS = columns(*OURS.values()) | {"harmless": ("harmless_refused", OURS["safety"])}
+TRAINED_ON = {column: scorer.task for column, scorer in tables.SCORERS.items()} | {
+    "harmless": "safety"
+}
+ALL = 64  # tables.Number.k of what adapts all of OLMoE's experts
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    name: str
+    runs: dict[str, list[Cell]]  # column -> the runs whose mean it is
+    against: str | None = None  # the row that it is compared with
+    printed: dict[str, float] = {}  # column -> the paper's number
+    columns: Columns = COLUMNS
+
+
+class Study(NamedTuple):
+    """A table."""
+
+    title: str
+    rows: list[Row]
+
+    def wanted(self) -> Wanted:
+        """What is to be trained, and scored on what."""
+        found: Wanted = {}
+        for row in self.rows:
+            for column, runs in row.runs.items():
+                for run in runs:
+                    found.setdefault(run, set()).add(row.columns[column][1])
+        return found
+
+
+# ---- the paper's ---------------------------------------------------------------------------------
+
+N_SEEDS = {  # table -> seeds of each column
+    "2": dict.fromkeys(COLUMNS, 5),
+    "4": {"gsm8k": 5},
+    "5": {"gsm8k": 3},  # HELLoRA has nothing left to gain on the other two tasks
+    "7": {"gsm8k": 3},
+    "8": dict.fromkeys(COLUMNS, 3),
+}
+TITLES = {
+    "2": "every method",
+    "3": "Mixtral-8x7B",
+    "4": "hot experts of each layer, of the whole model (_m), the coldest (_c)",
+    "5": "adapters on experts alone (_pure), on experts and router (_gate)",
+    "7": "adapted experts of a layer",
+    "8": "tuned on one task, scored on all",
+}
+
+
+class Scale(NamedTuple):
+    """What the paper's tables are run on."""
+
+    says: str  # of it in a title
+    tasks: dict[str, str]  # the paper's task -> the one that is trained on
+    columns: Columns
+    seeds: dict[str, dict[str, int]]  # table -> seeds of each column
+    models: dict[str, str]  # the paper's backbone -> what --model takes
+    settings: dict = {}  # further ones of all cells
+    every: int = ALL  # the k of runs that adapt all experts; it only gives them their name
+
+
+TINY = Scale(" in miniature", OURS, COLUMNS, N_SEEDS, {tables.OLMOE: MODEL}, every=8)
+
+
+def paper_scale(
+    model: Path | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    seeds: int | None = None,
+) -> Scale:
+    """The paper's backbones, data sets and recipe, or a trial's stand-ins (grid.Cell).
+
+    Raises FileNotFoundError if one of the folders is not there, or not a checkpoint's.
+    """
+    for flag, folder in (("--model", model), ("--data", data)):
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
+    if model and not (model / "config.json").exists():
+        raise FileNotFoundError(
+            f"--model {model}: there is no config.json in it, want a checkpoint's folder"
+        )
+    seeds = seeds or (1 if limit else tables.N_SEEDS)
+    scored = {t.number: [c for c in t.columns if c in tables.SCORERS] for t in tables.TABLES}
+    return Scale(
+        ", a trial: not the paper's model and data" if model or data or limit else "",
+        {task: task for task in OURS},
+        columns("gsm8k", "humaneval", "safety"),
+        {number: dict.fromkeys(names, seeds) for number, names in scored.items() if names},
+        {name: str(model.resolve()) if model else name for name in (tables.OLMOE, tables.MIXTRAL)},
+        {"data": data and str(data.resolve()), "limit": limit},
+    )
+
+
+def against(method: str, k: int, main: int = 8) -> tuple[str, int] | None:
+    """What a (method, k) is compared with: the method less a suffix, or HELLoRA, k = `main`."""
+    if "_" in method:
+        return method.rpartition("_")[0], k
+    return None if (method, k) == ("hellora", main) else ("hellora", main)
+
+
+def paper_table(number: str, scale: Scale) -> Study:
+    """One of the paper's tables of scores.
+
+    What it leaves out of a row of OLMoE-1B-7B stands in Table 2.
+    """
+    rows = []
+    elsewhere = next(table for table in tables.TABLES if table.number == "2")
+    for table in tables.TABLES:
+        if table.number == number and table.backbone in scale.models:
+            names = {
+                (m, k): row_name(number, m, k, scale.tasks.get(table.task)) for m, k in table.rows
+            }
+            for method, k in table.rows:
+                own = {
+                    column: runs(table, method, k, column, scale) for column in scale.seeds[number]
+                }
+                other = names.get(against(method, k, 2 if table.backbone == tables.MIXTRAL else 8))
+                printed = elsewhere.printed(method, k) | table.printed(method, k)
+                rows.append(Row(names[method, k], own, other, printed, scale.columns))
+    return Study(f"Table {number}{scale.says}: {TITLES[number]}", rows)
+
+
+def row_name(number: str, method: str, k: int, task: str | None) -> str:
+    """What a row is called: whatever differs in its table."""
+    if number == "8":
+        return f"after {task}" if task else "before"
+    return f"{method}, k = {k}" if number == "7" else method
+
+
+def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) -> list[Cell]:
+    """What stands for a number of the paper: a run for each seed, or the model before."""
+    which = {"model": scale.models[table.backbone], **scale.settings}
+    if method == "base":
+        return [Base(**which)]
+    which |= {"task": scale.tasks[table.task or TRAINED_ON[column]]}
+    which |= {"k": scale.every if k == ALL else k}
+    return [rates.cell(method, seed, **which) for seed in range(scale.seeds[table.number][column])]
+
+
+# ---- what the paper does not show ----------------------------------------------------------------
+
+
+def rows_of(
+    names: dict[str, tuple[str | None, dict]], seeds: int, models: Iterable[str] = (MODEL,)
+) -> list[Row]:
+    """Rows of runs on tiny-math.
+
+    names: name -> (the row it is compared with, settings of rates.cell).
+    """
+    return [
+        Row(
+            name,
+            {"gsm8k": [rates.cell(**how, seed=s, model=m) for m in models for s in range(seeds)]},
+            other,
+        )
+        for name, (other, how) in names.items()
+    ]
+
+
+def plain(*names: str) -> dict[str, tuple[str | None, dict]]:
+    """Methods by their own names, each compared with itself without its last suffix."""
+    return {name: (name.rpartition("_")[0] or None, {"method": name}) for name in names}
+
+
+def hellora(*flags: str, k: int = 8) -> dict:
+    """HELLoRA with other flags."""
+    return {"method": "hellora", "k": k, "flags": flags}
+
+
+# name -> title, rows (as rows_of has them), seeds of each, the bases if there are several
+OTHERS = {
+    "bases": (
+        "hot, cold and random experts, with attention "
+        "and router adapted and without, from three bases",
+        plain(*(f"hellora{s}" for s in ("", "_c", "_r", "_none", "_pure", "_pure_c", "_pure_r"))),
+        2,
+        (MODEL, f"{BASES}1", f"{BASES}2"),
+    ),
+    "coverage": (
+        "the same k in each layer, or as many experts as get a share P of its visits",
+        {
+            "k = 8": (None, hellora()),
+            "P = 0.25": ("k = 8", hellora("--coverage", "0.25")),
+            "P = 0.4": ("k = 8", hellora("--coverage", "0.4")),
+            "P = 0.6": ("k = 8", hellora("--coverage", "0.6")),
+        },
+        3,
+    ),
+    "lists": (
+        "hot by the visits of a warm-up, by those of the base, by the mean routing weight",
+        {
+            "warm-up, visits": (None, hellora()),
+            "base, visits": ("warm-up, visits", hellora("--catcher", "forward")),
+            "warm-up, weight": ("warm-up, visits", hellora("--score", "gate")),
+        },
+        3,
+    ),
+}  # fmt: skip
+
+
+# rows that a quick look leaves out
+NOT_QUICK = ("hellori", "_gate", "_r", "k = 4", "k = 16", "P = 0.25", "P = 0.6", "weight")
+
+
+def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
+    """The study of that name, or of that number in the paper; scale: of the latter.
+
+    quick: one seed of one base, word problems alone (Table 8: all tasks), without NOT_QUICK off
+    Table 2.
+    """
+    if name in scale.seeds:
+        full = paper_table(name, scale)
+    else:
+        title, names, *how = OTHERS[name]
+        full = Study(title, rows_of(names, *how))
+    if not quick:
+        return full
+    columns = COLUMNS if name == "8" else ("gsm8k",)
+    rows = [
+        row._replace(runs={column: row.runs[column][:1] for column in columns})
+        for row in full.rows
+        if name == "2" or not any(words in row.name for words in NOT_QUICK)
+    ]
+    return Study(f"{full.title} (quick: the first run of each)", rows)
+
+
+# ---- what came out -------------------------------------------------------------------------------
+
+
+def score(cell: Cell, of: tuple[str, str]) -> float | None:
+    """What is kept of it: which score, of which task. None if it has not been run."""
+    name, task = of
+    value = saved(cell).get(name, {}).get(task)
+    if value is not None and name == "harmless_refused":  # kept as a count
+        return value / saved(cell)["harmless_total"][task]
+    return value
+
+
+def units(found: dict[Cell, float], planned: list[Cell]) -> list[float]:
+    """The numbers that an interval is over: one a seed, or of several bases each one's mean."""
+    bases = {model: list(cells) for model, cells in groupby(planned, key=lambda cell: cell.model)}
+    if len(bases) == 1:
+        return list(found.values())
+    return [mean(map(found.get, cells)) for cells in bases.values() if found.keys() >= set(cells)]
+
+
+def minus(row: Row, other: Row, column: str) -> dict | None:
+    """The mean difference of two rows, run by run, its spread, and how often the first is ahead.
+
+    None if too few are finished. Raises ValueError if runs on one base started from different
+    weights.
+    """
+    planned, of = row.runs[column], row.columns[column]
+    both, started = {}, {}
+    for a, b in zip(planned, other.runs[column], strict=True):
+        ours, theirs = score(a, of), score(b, of)
+        if None not in (ours, theirs):
+            for cell in (a, b):
+                first = started.setdefault(cell.model, cell)
+                if saved(first)["hashes"]["model"] != saved(cell)["hashes"]["model"]:
+                    names = f"{first.name} and {cell.name}"
+                    raise ValueError(f"{names} started from different weights: run both again here")
+            both[a] = ours - theirs
+    over = units(both, planned)
+    ahead = sum(difference > 0 for difference in both.values())
+    return (
+        {"row": other.name, "runs": len(both), "ahead": ahead, **spread(over)._asdict()}
+        if over
+        else None
+    )
+
+
+@cache
+def with_adapters(model: str, method: str) -> MoEModel:
+    """The shapes of a cell's model with a method's adapters. All tiny bases have the same."""
+    source = MODEL if model.startswith(BASES) else model
+    cfg = BACKBONES[model].cfg if model in BACKBONES else read_config(locate(source))
+    return shapes(cfg, method, 1)
+
+
+def cost(cell: Cell, shown: dict) -> float:
+    """The FLOPs of a run's adapters, as a share of those of LoRA on all experts."""
+    lora = with_adapters(cell.model, "lora")
+    everywhere = dict.fromkeys(lora.cfg.moe_layers, 1.0)
+    shares = {
+        int(layer): share for layer, share in shown.get("hot_share", {}).items()
+    } or everywhere
+    return adapter_flops(with_adapters(cell.model, shown["method"]), shares) / adapter_flops(
+        lora, everywhere
+    )
+
+
+def facts(cells: list[Cell]) -> dict:
+    """What is trained, the hot experts' mean share of visits, what adapters cost."""
+    kept = {cell: shown for cell in cells if "trained" in (shown := saved(cell))}
+    shares = [
+        mean(shown["hot_share"].values()) for shown in kept.values() if shown.get("hot_share")
+    ]
+    trained = sorted(shown["trained"] for shown in kept.values())
+    return {
+        "trained": trained[len(trained) // 2] if trained else None,
+        "hot_share": mean(shares) if shares else None,
+        "flops": mean(cost(*of) for of in kept.items()) if kept else None,
+    }
+
+
+def entry(row: Row, other: Row | None, column: str) -> dict:
+    """One number: its runs, their spread, the difference from another row's, the paper's."""
+    of = row.columns[column]
+    ours = {cell: value for cell in row.runs[column] if (value := score(cell, of)) is not None}
+    over = units(ours, row.runs[column])
+    return {
+        **facts(row.runs[column]),
+        "runs": list(ours.values()),
+        "paper": row.printed.get(column),
+        **(spread(over)._asdict() if over else {}),
+        "minus": minus(row, other, column) if other else None,
+    }
+
+
+def results(of: Study) -> dict:
+    """The table as it stands: of the runs that are finished."""
+    named = {row.name: row for row in of.rows}
+    return {
+        "title": of.title,
+        "columns": {column: row.columns[column] for row in of.rows for column in row.runs},
+        "rows": {
+            row.name: {column: entry(row, named.get(row.against), column) for column in row.runs}
+            for row in of.rows
+        },
+    }
+
+
+def show(found: dict) -> None:
+    """A block for each column: percent, points, 95 % intervals."""
+    print(found["title"])
+    for column, (score, task) in found["columns"].items():
+        print(
+            "\n"
+            f"{f'{score} on {task}, %':34s} trained  hot share  FLOPs   runs          mean  "
+            "  95 % interval   difference, points                                      paper"
+        )
+        for name, row in found["rows"].items():
+            print(line(name, row[column]))
+
+
+def line(name: str, of: dict) -> str:
+    """A row of one column."""
+    trained = f"{of['trained']:11,}" if of["trained"] else f"{'-':>11s}"
+    share = "-" if of["hot_share"] is None else f"{of['hot_share']:.3f}"
+    flops = f"{of['flops']:.2f}" if of["flops"] else "-"
+    ours = "-"
+    if of.get("mean") is not None:
+        ours = f"{100 * of['mean']:6.1f}"
+    if of.get("std") is not None:
+        ours += f" +- {100 * of['std']:4.1f}"
+    if of.get("low") is not None:
+        ours += f"  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
+    apart = f"{signed(of['minus'], 1, 0.01):>6s} from {of['minus']['row']}" if of["minus"] else ""
+    printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
+    facts = f"{name:31s}{trained}{share:>11s}{flops:>7s}"
+    return f"{facts}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()

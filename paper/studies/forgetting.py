@@ -1,0 +1,168 @@
+"""What tuning on one task costs elsewhere: what pretraining taught, before and after.
+
+    python -m paper.studies.forgetting --run DIR          scores a run, into its results.json
+    python -m paper.reproduce forgetting          all methods, over seeds
+
+On the other tasks the embedded model scores nothing before and after, as it has not seen their
+form. So it is asked for what it can do: fresh text of each domain of its pretraining
+(tiny/corpus.py), and arithmetic.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+from eval_gsm8k import kept_in
+from hellora import load_run
+from moe_model import MoEModel
+from paper.runs.grid import PRETRAINING, Base, Cell, Wanted, saved
+from paper.runs.rates import MAIN, SEEDS, TASK, cell
+from paper.runs.stats import signed, spread
+from plumbing.checkpoint import locate, read_config
+from plumbing.cli import Parser, command
+from plumbing.run_folder import read_run, update_results
+from plumbing.tokenizer import Tokenizer, load_tokenizer
+from tiny.corpus import MIX
+from tiny.pretrain import LENGTH, VOCAB_SIZE, arithmetic_probe, domain_loss
+
+SEQUENCES, EQUATIONS = 64, 200  # of each domain; of each operator
+OPERATORS = "+-*/"
+AGAINST = "hellora"  # the method that the others are compared with
+
+# ---- one model -----------------------------------------------------------------------------------
+
+
+def score(model: MoEModel, tokenizer: Tokenizer) -> dict:
+    """results.json's entry: nats a token of each domain, the share of right equations."""
+    losses = {domain: domain_loss(model, tokenizer, domain, SEQUENCES) for domain in MIX}
+    return {
+        "cross_entropy": {domain: round(loss, 4) for domain, loss in losses.items()},
+        "arithmetic": {op: arithmetic_probe(model, tokenizer, op, EQUATIONS) for op in OPERATORS},
+        "total": SEQUENCES * len(MIX),
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_mutually_exclusive_group(required=True).add_argument
+    what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what("--model", help="a model without adapters: tiny, or a folder that tiny.pretrain made")
+    p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results here")
+    return p.parse_args()
+
+
+def main() -> None:
+    """Score each run, or the model, and print one line for each."""
+    args = parse_args()
+    for folder in args.run or [None]:
+        place = kept_in(folder, args)
+        source = locate(read_run(folder)["model"] if folder else args.model)
+        if (size := read_config(source).vocab_size) != VOCAB_SIZE:
+            raise ValueError(
+                f"{source} has {size:,} tokens, so it is no model of tiny.pretrain, "
+                f"whose text is read here: want one with {VOCAB_SIZE:,}, or a run on one"
+            )
+        model = load_run(folder)[0] if folder else MoEModel.from_pretrained(source)
+        result = score(model, load_tokenizer(source))
+        print(
+            f"{folder or args.model}  cross-entropy {mean(result['cross_entropy'].values()):.4f} "
+            f"(mean of {len(MIX)} domains, {SEQUENCES * LENGTH:,} tokens each), "
+            f"{mean(result['arithmetic'].values()):.1%} of equations right"
+        )
+        if place:
+            update_results(place, PRETRAINING, result)
+
+
+# ---- all methods ---------------------------------------------------------------------------------
+
+
+def wanted() -> Wanted:
+    """What the table rests on."""
+    return {
+        c: {PRETRAINING} for c in (Base(), *(cell(name, seed) for name in MAIN for seed in SEEDS))
+    }
+
+
+def kept(of: Cell) -> dict:
+    """{"cross_entropy": {domain: nats}, "arithmetic": {operator: share}}; {} if not scored."""
+    shown = saved(of)
+    if PRETRAINING not in shown.get("problems", {}):
+        return {}
+    return {name: shown[name][PRETRAINING] for name in ("cross_entropy", "arithmetic")}
+
+
+def results() -> dict:
+    """The base, and a row for each method of which runs are scored."""
+    base = kept(Base())
+    scored = {
+        name: {seed: one for seed in SEEDS if (one := kept(cell(name, seed)))} for name in MAIN
+    }
+    rises = {
+        name: {seed: rise(one, base) for seed, one in of.items()}
+        for name, of in scored.items()
+        if base
+    }
+    return {
+        "base": base,
+        "rows": {
+            name: row(name, scored[name], of, rises[AGAINST]) for name, of in rises.items() if of
+        },
+    }
+
+
+def rise(after: dict, before: dict) -> dict[str, float]:
+    """By how much the cross-entropy of each domain has risen."""
+    return {
+        domain: loss - before["cross_entropy"][domain]
+        for domain, loss in after["cross_entropy"].items()
+    }
+
+
+def row(name: str, scored: dict[int, dict], rises: dict[int, dict], other: dict[int, dict]) -> dict:
+    """One method. Seed by seed: its scores, their rises, and the rises of what it is beside."""
+    means = {seed: mean(of.values()) for seed, of in rises.items()}
+    both = [means[seed] - mean(other[seed].values()) for seed in means if seed in other]
+    return {
+        "trained": saved(cell(name, min(means)))["trained"],
+        "rise": {"runs": list(means.values()), **spread(list(means.values()))._asdict()},
+        "minus": spread(both)._asdict() if both and name != AGAINST else None,
+        "domains": {d: mean(of[d] for of in rises.values()) for d in MIX},
+        "arithmetic": {
+            op: mean(of["arithmetic"][op] for of in scored.values()) for op in OPERATORS
+        },
+    }
+
+
+def show(found: dict) -> None:
+    """Rises with 95 % intervals, by domain, and what is left of arithmetic."""
+    base, rows = found["base"], found["rows"]
+    if not base:
+        print("the base is not scored yet")
+        return
+    before = base["cross_entropy"]
+    print(
+        f"cross-entropy on fresh text of the {len(MIX)} domains of pretraining, "
+        f"nats a token: {mean(before.values()):.3f} before tuning on {TASK}\n"
+        "method        trained  runs   rise (95 % "
+        f"interval)                 difference from {AGAINST}"
+    )
+    for name, r in rows.items():
+        up, minus = signed(r["rise"], 3), signed(r["minus"], 3)
+        print(f"{name:11s}{r['trained']:10,}{len(r['rise']['runs']):6d}   {up:37s}{minus}".rstrip())
+
+    print("\nrise by domain" + "".join(f"{domain:>10s}" for domain in MIX))
+    print(f"{'before':14s}" + "".join(f"{before[domain]:10.3f}" for domain in MIX))
+    for name, r in rows.items():
+        print(f"{name:14s}" + "".join(f"{value:+10.3f}" for value in r["domains"].values()))
+
+    print("\nequations that are right, %" + "".join(f"{op:>7s}" for op in OPERATORS))
+    for name, of in {
+        "before": base["arithmetic"],
+        **{n: r["arithmetic"] for n, r in rows.items()},
+    }.items():
+        print(f"{name:27s}" + "".join(f"{100 * share:7.1f}" for share in of.values()))
+
+
+if __name__ == "__main__":
+    command(main)

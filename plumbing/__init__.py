@@ -1,0 +1,11 @@
+"""What knows no adapter: a reader of the method can leave all of this closed.
+
+ranks        one process or several (FSDP2): who does what, and how parts come together
+checkpoint   a model as the Hub stores it: config.json, tensor names, safetensors
+tokenizer    text to token ids and back, on tiktoken
+data         tasks, prompts, and the batch of step n
+files        files that are either whole or absent; JSON that is checked when it is read
+run_folder   a run's folder: its lock, run.json, metrics, results
+saves        what a stopped run resumes from
+cli          how a command starts, ends, and reads its flags
+"""

@@ -1,0 +1,167 @@
+"""What all commands share: the flags of the computation, checked numbers, and how a command ends.
+
+Exit code 0: done. 2: a mistake that the user can mend, one line on stderr. 130: interrupted by the
+user. 1 and a traceback: a fault of ours.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from math import inf
+from typing import NoReturn
+
+import torch
+
+from plumbing import ranks
+
+LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
+
+
+# ---- how a command ends --------------------------------------------------------------------------
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process with the exit code that its outcome deserves."""
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
+        sys.exit(_fail(error))
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            less = "train.py --no-eval leaves it to eval_*.py, with a smaller --batch-size"
+            sys.exit(_fail(OSError(f"out of memory: if it was scoring, {less}")))
+        if not ranks.is_lost(error):
+            raise
+        first_line = str(error).splitlines()[0]
+        sys.exit(_fail(OSError(f"lost the other ranks, see what they say ({first_line})")))
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    ranks.stop()
+    sys.exit(0)
+
+
+def _fail(error: Exception) -> int:
+    """Print the error as one line; the exit code 2."""
+    if os.environ.get(
+        "HELLORA_TRACEBACK"
+    ):  # for whoever suspects a fault of ours behind the message
+        raise error
+    who = f"rank {ranks.rank()}: " if ranks.rank() else ""
+    line = " ".join(str(error).split())[:LONGEST_LINE]
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    print(f"error: {who}{line}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def deferred_stop() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only note themselves in the list that is yielded, so no step is ever torn.
+
+    A second signal ends the process at once, as usual.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that there is too little memory, on the CPU or on a GPU."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
+    """Have a lack of memory in a training step end in one line that says what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        if micro_batch > 1:
+            way_out = f"add --micro-batch {micro_batch // 2}"
+        else:
+            way_out = "want more memory" if recompute else "add --recompute"
+        raise OSError(
+            f"out of memory with --micro-batch {micro_batch}: "
+            f"the same command goes on from the last save; {way_out}"
+        ) from error
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
+DECIMAL = re.compile("-?[0-9]+")  # int() would take 1_000 and digits of other scripts as well
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes end like all others: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise ValueError(f"{message} (--help lists all flags)")
+
+
+def number(
+    kind: type, *, low: float = -inf, above: float = -inf, high: float = inf
+) -> Callable[[str], float]:
+    """An argparse type: an int or float n with low <= n, above < n and n <= high.
+
+    An int is written in plain decimal digits. A float is finite.
+    """
+    wanted = "a number" if kind is float else "an integer"
+    wanted += f" above {above}" if above > -inf else ""
+    wanted += f" from {low}" if low > -inf else ""
+    wanted += f" up to {high}" if high < inf else ""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            n = kind(text)
+            inside = low <= n <= high and above < n and abs(n) < inf
+            if inside and (kind is float or DECIMAL.fullmatch(text)):
+                return n
+        raise argparse.ArgumentTypeError(f"{text!r}, want {wanted}")
+
+    return parse
+
+
+COUNT = number(int, above=0)
+SHARE = number(float, above=0, high=1)
+SEED = number(int, low=0, high=2**31 - 1)  # what torch takes on every device
+
+
+def add_compute_flags(add: Callable) -> None:
+    """The flags that `compute` takes. add: an add_argument."""
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--dtype", choices=DTYPES, help="of the computation; default: bf16 on cuda, fp32 on cpu")
+
+
+def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in what numbers to compute: as asked, or cuda if there is one, with bf16 there.
+
+    The default on cpu is fp32. Of several ranks each joins the others here, and gets a device of
+    its own. Raises ValueError for cuda on a machine without it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no GPU here: want --device cpu, or a torch with CUDA"
+        )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = ranks.start(torch.device(device or default))
+    return mine, DTYPES[dtype or ("bf16" if mine.type == "cuda" else "fp32")]

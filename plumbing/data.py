@@ -1,0 +1,374 @@
+"""Tasks as (prompt, answer) pairs, and the batch of step n as a pure function of n.
+
+Letters: B sequences    T tokens per sequence
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_model import IGNORE
+from plumbing import ranks
+from plumbing.files import write_atomically
+from plumbing.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent  # of this repository
+LARGEST_UNPACKED = 1 << 27  # bytes
+# Half a character. JSON's \\u can name it, but no file can hold it.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Source(NamedTuple):
+    """Where the rows of a split are: a file of this repository, or a download."""
+
+    place: str
+    checksum: str = ""  # of a download: its sha256, or git's id of the file; "": none is published
+    licence: str = ""
+
+    def cached(self) -> Path:
+        """Its path on this machine, whether it is there yet or not."""
+        if "://" not in self.place:
+            return ROOT / self.place
+        cache = Path(os.environ.get("HELLORA_CACHE", Path.home() / ".cache" / "hellora"))
+        version = self.checksum or hashlib.sha256(self.place.encode()).hexdigest()
+        return cache / f"{version[:16]}-{self.place.rpartition('/')[2]}"
+
+    def digest(self, body: bytes) -> str:
+        """The checksum of `body`, of the same kind as this source's. One of git has 40 digits."""
+        if len(self.checksum) == 40:
+            return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        return hashlib.sha256(body).hexdigest()
+
+    def fetch(self) -> Path:
+        """Its path, after a download if need be.
+
+        Raises OSError without a network, ValueError if the file is not the one that is expected.
+        """
+        path = self.cached()
+        if "://" not in self.place:
+            return path
+        if path.exists() and self.checksum in ("", self.digest(path.read_bytes())):
+            return path
+        print(f"downloading {self.place} (licence: {self.licence}) to {path}")
+        try:
+            with urllib.request.urlopen(self.place, timeout=60) as reply:
+                body = reply.read()
+        except (OSError, HTTPException) as error:
+            raise OSError(
+                f"{self.place} cannot be reached ({error}): get it where there is a network, "
+                "and give the file with --data FILE"
+            ) from error
+        got = self.digest(body)
+        if self.checksum not in ("", got):
+            raise ValueError(
+                f"{self.place} has changed: checksum {got}, want {self.checksum}; use --data FILE"
+            )
+        if not self.checksum:
+            print(f"no checksum is published for it; this one is {got}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda draft: draft.write_bytes(body), every_rank=True)
+        return path
+
+
+class Example(NamedTuple):
+    """One row of a task as the model sees it."""
+
+    prompt: str
+    answer: str
+    row: dict  # the row as it was read: what scoring needs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, the form it is shown in, and how long an answer may be."""
+
+    kind: str  # what its rows hold (FIELDS) and how answers are scored: math, code or safety
+    train: Source
+    test: Source | None  # None: gated, so that the evaluation asks for it (paper/eval_safety.py)
+    template: str  # the TEMPLATES entry used unless --template names another
+    max_new: int = 512  # tokens generated when it is scored
+
+
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_TRAIN = Source(
+    GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", "MIT"
+)
+GSM8K_TEST = Source(
+    GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "MIT"
+)
+CODE_ALPACA = Source(  # 20,022 rows, at a fixed revision
+    "https://huggingface.co/datasets/sahil2801/CodeAlpaca-20k/resolve/"
+    "469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846/code_alpaca_20k.json",
+    licence="CC BY-NC 4.0, non-commercial, says its repository; CC BY 4.0, its page on the Hub",
+)
+SAFERPACA = (
+    Source(  # 20,000 rows of cleaned Alpaca and 2,000 of safety; LoRI's train.json has the same id
+        "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/refs/heads/main/data/training/"
+        "saferpaca_Instructions_2000.json",
+        "4f16a9be684ca7acf1715a763f9570a857008822",
+        "CC BY-NC 4.0, non-commercial",
+    )
+)
+HUMANEVAL = Source(
+    "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    "MIT",
+)
+TASKS = {
+    "gsm8k": Task("math", GSM8K_TRAIN, GSM8K_TEST, "plain"),
+    "code": Task("code", CODE_ALPACA, HUMANEVAL, "alpaca"),
+    "safety": Task("safety", SAFERPACA, None, "alpaca"),
+    "tiny-math": Task(
+        "math", Source("tiny/math-train.jsonl"), Source("tiny/math-test.jsonl"), "plain", 64
+    ),
+    "tiny-math-dev": Task(
+        "math", Source("tiny/math-train.jsonl"), Source("tiny/math-dev.jsonl"), "plain", 64
+    ),
+    "tiny-math-reworded": Task(
+        "math",
+        Source("tiny/math-train.jsonl"),
+        Source("tiny/math-reworded-test.jsonl"),
+        "plain",
+        64,
+    ),
+    "tiny-code": Task(
+        "code", Source("tiny/code-train.jsonl"), Source("tiny/code-test.jsonl"), "bare", 96
+    ),
+    "tiny-safety": Task(
+        "safety", Source("tiny/safety-train.jsonl"), Source("tiny/safety-test.jsonl"), "bare", 64
+    ),
+}  # fmt: skip
+FIELDS = {
+    "math": ("question", "answer"),
+    "code": ("instruction", "input", "output"),
+    "safety": ("instruction", "input", "output"),
+}
+
+
+def default_task(model: str) -> str:
+    """The task of a command that names none."""
+    return "tiny-math" if model == "tiny" else "gsm8k"
+
+
+def plain_math(row: dict) -> tuple[str, str]:
+    """lm-evaluation-harness' GSM8K prompt. The answer loses its calculator notes <<...>>."""
+    answer = re.sub("<<[^<>]*>>", "", row["answer"])
+    return f"Question: {row['question']}\nAnswer:", f" {answer}"
+
+
+def lori_math(row: dict) -> tuple[str, str]:
+    """What LoRI trains on, and most likely the paper. Source: LoRI's get_datasets.py, get_gsm8k."""
+    ask = "Answer the above question. First think step by step and then answer the final number."
+    return f"{row['question']}\n{ask}\n", row["answer"].replace("####", "The final answer is: ")
+
+
+def alpaca(row: dict, margin: str = "", tail: str = "") -> tuple[str, str]:
+    """The Alpaca template, with or without an input. Source: CodeAlpaca's README.
+
+    margin: put before each further line; tail: put after "request." where there is no input.
+    """
+    parts = {"Instruction": row["instruction"]} | ({"Input": row["input"]} if row["input"] else {})
+    context = ", paired with an input that provides further context" if row["input"] else ""
+    shown = "".join(f"{margin}### {name}:\n{margin}{text}\n\n" for name, text in parts.items())
+    return (
+        f"Below is an instruction that describes a task{context}. "
+        f"Write a response that appropriately completes the request.{'' if row['input'] else tail}"
+        f"\n\n{shown}{margin}### Response:\n{margin}",
+        row["output"],
+    )
+
+
+def lori_alpaca(row: dict) -> tuple[str, str]:
+    """`alpaca` byte for byte as LoRI trains on it, where it stands in an indented string.
+
+    So 20 spaces come before each line that is not empty, and at the end; and the form without an
+    input has a space after "request.". Source: LoRI's get_datasets.py, get_codealpaca and
+    get_saferpaca.
+    """
+    return alpaca(row, margin=" " * 20, tail=" ")
+
+
+def bare_instruction(row: dict) -> tuple[str, str]:
+    """The same in few words, for the tiny model."""
+    given = f"Input: {row['input']}\n" if row["input"] else ""
+    return f"Instruction: {row['instruction']}\n{given}Response:\n", row["output"]
+
+
+def lori_chat(row: dict) -> tuple[str, str]:
+    """What LoRI asks HEx-PHI with, not its training. Source: its get_datasets.py, get_hexphi."""
+    ask = "You are a helpful assistant.Always answer as helpfully as possible, while being safe."
+    return f"{ask}\n\nHuman: {row['instruction']}\n\nAssistant:", ""
+
+
+TEMPLATES: dict[
+    tuple[str, str], Callable[[dict], tuple[str, str]]
+] = {  # (kind, --template) -> its function
+    ("math", "plain"): plain_math,
+    ("math", "lori"): lori_math,
+    ("code", "alpaca"): alpaca,
+    ("code", "lori"): lori_alpaca,
+    ("code", "bare"): bare_instruction,
+    ("safety", "alpaca"): alpaca,
+    ("safety", "lori"): lori_alpaca,
+    ("safety", "bare"): bare_instruction,
+    (
+        "refusal",
+        "alpaca",
+    ): alpaca,  # the prompts of paper/eval_safety.py, by the template of the training
+    ("refusal", "lori"): lori_chat,
+    ("refusal", "bare"): bare_instruction,
+}
+
+
+def unpacked(path: Path) -> bytes:
+    """What a .gz holds. Raises ValueError if that is too much: a small file may hold any amount."""
+    with gzip.open(path) as file:
+        body = file.read(LARGEST_UNPACKED + 1)
+    if len(body) > LARGEST_UNPACKED:
+        raise ValueError(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes: gunzip it first")
+    return body
+
+
+def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of a .json list, or of JSON lines, either also as .gz; each with text in all `fields`.
+
+    Raises FileNotFoundError, or ValueError with the line (of a list: the element) that is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines"
+        )
+    try:
+        text = (unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as text ({error}): want JSON lines or a JSON list"
+        ) from error
+    if text.lstrip().startswith("["):
+        rows = enumerate(_parse(text, f"{path}"), 1)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = ((n, _parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+    n = 0
+    for n, row in rows:
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                names = filter(str.isidentifier, row) if isinstance(row, dict) else ()
+                raise ValueError(
+                    f"{path}, row {n} has no text in {field!r} "
+                    f"(its fields: {', '.join(names) or 'none'}): want {', '.join(fields)} "
+                    "in each row, empty where there is nothing to say"
+                )
+            if SURROGATE.search(row[field]):
+                raise ValueError(
+                    f"{path}, row {n} has half a character in {field!r}: want Unicode text"
+                )
+        yield row
+    if n == 0:
+        raise ValueError(
+            f"{path} holds no rows: want JSON lines or a JSON list with {', '.join(fields)}"
+        )
+
+
+def _parse(text: str, place: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error})") from error
+
+
+def load_examples(task: str, path: Path, template: str | None = None) -> list[Example]:
+    """The rows of a file as prompts and answers. Raises ValueError for an unknown template."""
+    kind, template = TASKS[task].kind, template or TASKS[task].template
+    if (kind, template) not in TEMPLATES:
+        known = ", ".join(name for of, name in TEMPLATES if of == kind)
+        raise ValueError(f"unknown template {template!r} for task {task}: want one of {known}")
+    show = TEMPLATES[kind, template]
+    return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
+
+
+class Encoded(NamedTuple):
+    """An example as token ids: prompt, answer, eos."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> list[Encoded]:
+    """Token ids of all examples. Raises ValueError for one longer than the model's context."""
+    encoded = []
+    for n, example in enumerate(examples, 1):
+        prompt = tokenizer.encode(example.prompt)
+        ids = [*prompt, *tokenizer.encode(example.answer), tokenizer.eos]
+        if len(ids) > max_len:
+            raise ValueError(
+                f"row {n} of the data has {len(ids)} tokens, but the model's context is {max_len}: "
+                "shorten or drop that row"
+            )
+        encoded.append(Encoded(ids, len(prompt)))
+    return encoded
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right to one length T."""
+
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T] the next token where it belongs to the answer, else IGNORE
+    real: Tensor  # [B, T] False on padding
+
+
+def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batch:
+    """Pad a few examples to one length. The last token of each is only a target, never an input.
+
+    No example at all (a rank without work) gives one sequence of padding.
+    """
+    width = max((len(e.ids) for e in examples), default=2) - 1
+    tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
+    targets = torch.full_like(tokens, IGNORE)
+    real = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, e in enumerate(examples):
+        n = len(e.ids) - 1
+        tokens[i, :n] = torch.tensor(e.ids[:-1])
+        targets[i, e.n_prompt - 1 : n] = torch.tensor(e.ids[e.n_prompt :])
+        real[i, :n] = True
+    return Batch(*(t.to(device) for t in (tokens, targets, real)))
+
+
+def steps_per_epoch(n_examples: int, batch_size: int) -> int:
+    """The last step of an epoch takes what is left, so that every example is seen once."""
+    return -(-n_examples // batch_size)
+
+
+def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int) -> list[Encoded]:
+    """The examples of optimizer step `step` (from 0): a function of the step alone.
+
+    So the step number is all a resumed run must know. Each epoch has its own seeded order.
+    """
+    epoch, at = divmod(step, steps_per_epoch(len(data), batch_size))
+    draw = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(len(data), generator=draw)
+    return [data[i] for i in order[at * batch_size : (at + 1) * batch_size].tolist()]
+
+
+def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
+    """Cut a step's examples into groups of `size` of like length, so that there is little padding.
+
+    Of several ranks each gets its own examples, and as many groups as the others: some may be
+    empty.
+    """
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    most = -(-len(ordered) // ranks.world())  # examples of the rank that has the most
+    mine = ordered[ranks.rank() :: ranks.world()]
+    return [mine[i : i + size] for i in range(0, most, size)]

@@ -1,0 +1,285 @@
+"""A run's folder: who may use it, what it says about the run, and what differs from a new one."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Literal
+
+import torch
+from filelock import FileLock, Timeout
+
+from moe_model import MoEConfig
+from plumbing import ranks
+from plumbing.checkpoint import locate, shard_paths
+from plumbing.files import (
+    Positive,
+    check,
+    read_json,
+    sha256,
+    write_atomically,
+    write_json,
+    writing,
+)
+
+# ---- run.json ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hashes:
+    """The checksums of what a run started from, and of what it ended with."""
+
+    model: str
+    data: str
+    adapter: str | None  # of adapter.safetensors, once the run is finished
+
+
+@dataclass
+class RunRecord:
+    """run.json, as far as it is read again. train.py writes more beside these."""
+
+    model: str  # as --model had it
+    task: str
+    method: str
+    dtype: Literal["fp32", "bf16"]
+    finished: bool
+    k: Positive | None
+    rank: Positive | None
+    alpha: float | None
+    seed: int | None
+    template: str | None
+    eval_data: str | None  # a path
+    eval_limit: Positive | None  # problems
+    hashes: Hashes | None
+    adapted: dict[str, list[int]] | None  # {layer: ids of its adapted experts}
+    overrides: list[list[str]] | None  # each time that it went on otherwise: what differed
+
+
+def read_run(folder: Path, *parts: str) -> dict:
+    """The run.json of a run's folder, with these `parts` that only a run has that got as far.
+
+    Raises FileNotFoundError or ValueError that say what to do.
+    """
+    run = read_json(folder / "run.json", "the folder of a run of train.py", RunRecord)
+    if missing := [part for part in parts if run.get(part) is None]:
+        raise ValueError(f"{folder / 'run.json'} has no {missing[0]} yet: finish that run first")
+    return run
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of a model: config.json and all weights."""
+    return sha256(folder / "config.json", *shard_paths(folder))
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of a run's base model.
+
+    Raises FileNotFoundError or ValueError unless that model is as it was when the run began.
+    """
+    run = read_run(folder, "hashes")
+    try:
+        source = locate(run["model"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} was trained on {run['model']}, which is not there any more: put it back"
+        ) from error
+    if fingerprint(source) != run["hashes"]["model"]:
+        raise ValueError(
+            f"{run['model']} has changed since {folder} was trained on it: put it back"
+        )
+    return source
+
+
+def by_layer(cfg: MoEConfig, lists: dict[str, list[int]], path: Path) -> dict[int, list[int]]:
+    """{layer: ids, ascending} of the lists in `path`. Raises ValueError for another model's."""
+    found = {}
+    for layer in cfg.moe_layers:
+        if str(layer) in lists:
+            found[layer] = sorted(set(lists[str(layer)]))
+    highest = max((ids[-1] for ids in found.values() if ids), default=0)
+    if len(found) < len(lists) or highest >= cfg.n_experts:
+        raise ValueError(
+            f"{path} lists experts up to {highest} in layers {short([*lists])}, but the model has "
+            f"{cfg.n_experts} in each of {len(cfg.moe_layers)}: want a list made for this model"
+        )
+    return found
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a result may depend on besides the settings."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    python = platform.python_version()
+    return {"python": python, "torch": torch.__version__, "device": f"{device} ({chip})"}
+
+
+# ---- which folder a run gets ---------------------------------------------------------------------
+
+OVERRIDABLE = {
+    "lr",
+    "epochs",
+    "steps",
+    "batch_size",
+    "balance",
+}  # what a run may go on with otherwise
+
+
+def differences(saved: dict, settings: dict) -> list[str]:
+    """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
+    return [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v]
+
+
+def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool) -> Path:
+    """The folder to run in: `out`, or else the first default one that is free or half done.
+
+    Half done: it holds an unfinished run with these settings. Raises ValueError if `out` holds a
+    finished or another run, or if --resume finds nothing to resume.
+    """
+    if out is not None:
+        return check_folder(settings, out, resume, override)
+    if override:
+        raise ValueError("--override needs --out DIR: the unfinished run to go on with")
+    model = Path(settings["model"]).name
+    first = f"{model}-{settings['task']}-{settings['method']}-k{settings['k']}-s{settings['seed']}"
+    folder, n = Path("runs") / first, 1
+    while True:
+        saved = read_run(folder) if (folder / "run.json").exists() else None
+        if saved is None and resume:
+            raise ValueError(
+                f"there is no unfinished run with these settings in runs/{first}*: omit --resume"
+            )
+        if saved is None or not (saved["finished"] or differences(saved, settings)):
+            return folder
+        n += 1
+        folder = Path("runs") / f"{first}-{n}"
+
+
+def check_folder(settings: dict, out: Path, resume: bool, override: bool) -> Path:
+    """`out` itself. Raises ValueError if it holds anything but this run, unfinished."""
+    if not (out / "run.json").exists():
+        if resume:
+            raise ValueError(f"{out} holds no run to resume: omit --resume")
+        if out.exists() and not is_empty(out):
+            raise ValueError(f"{out} holds other files: want a new or empty folder for --out")
+        return out
+    saved = read_run(out)
+    differ = differences(saved, settings)
+    if saved["finished"]:
+        raise ValueError(f"{out} holds a finished run{_list(differ)}: choose another --out")
+    fixed = [d for d in differ if d.partition(":")[0] not in OVERRIDABLE]
+    if fixed or (differ and not override):
+        way_out = "choose another --out" + ("" if fixed else ", or --override")
+        raise ValueError(
+            f"{out} holds a run with other settings{_list(fixed or differ)}: {way_out}"
+        )
+    return out
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder without files, but for hidden ones such as a lock."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+def _list(differ: list[str]) -> str:
+    return f" ({'; '.join(differ)})" if differ else ""
+
+
+def check_shared(folder: Path, record: dict) -> None:
+    """Raise OSError on a rank that does not see rank 0's run.json: a node with its own disk."""
+    ranks.wait()  # until rank 0 has written it
+    path = folder / "run.json"
+    if not path.exists() or read_json(path, "this run's") != json.loads(json.dumps(record)):
+        raise OSError(
+            f"{folder.resolve()} is not there on this node: want a --out that all nodes share"
+        )
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep it for this process. Rank 0 does so for all ranks.
+
+    The operating system lets the lock go when the process ends, however that happens. What a killed
+    process has left half written is deleted. Raises ValueError if another process has the folder,
+    OSError if it cannot be written.
+    """
+    if ranks.rank():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is running in {folder}: wait for it, or choose another --out"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{folder} cannot be written ({why}): choose another --out") from error
+    with held:
+        for draft in folder.glob(".*.draft"):
+            if draft.is_file():
+                draft.unlink(missing_ok=True)
+        yield
+
+
+# ---- metrics.jsonl and results.json --------------------------------------------------------------
+
+
+@dataclass
+class MetricsLine:
+    """One line of metrics.jsonl, as far as it is read again."""
+
+    step: int
+
+
+class Metrics:
+    """metrics.jsonl: one line per training step, in full precision."""
+
+    def __init__(self, folder: Path, step: int):
+        """Go on after `step` steps. Later lines are dropped: a stop has lost what they tell of."""
+        path = folder / "metrics.jsonl"
+        kept = b"".join(line + b"\n" for line in lines_up_to(path, step))
+        write_atomically(path, lambda draft: draft.write_bytes(kept))
+        self.file = (Path(os.devnull) if ranks.rank() else path).open("a", buffering=1)
+
+    def add(self, **values: float) -> None:
+        """Append one line."""
+        with writing(Path(self.file.name)):
+            self.file.write(json.dumps(values) + "\n")
+
+
+def lines_up_to(path: Path, step: int) -> list[bytes]:
+    """The sound lines of a metrics.jsonl up to a step. The last may be torn, others damaged."""
+    kept = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            check(found := json.loads(line), MetricsLine)
+            if found["step"] <= step:
+                kept.append(line)
+    return kept
+
+
+@dataclass
+class Scores:
+    """A task's entry of results.json, as far as it is read again. Shares from 0 to 1."""
+
+    accuracy: float | None
+    base_accuracy: float | None
+
+
+def update_results(folder: Path, task: str, values: dict) -> None:
+    """Set the keys `values` of results.json's entry for `task`, leaving all others."""
+    results = read_results(folder)
+    results[task] = results.get(task, {}) | values
+    write_json(folder / "results.json", results)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json, {task: {"accuracy": ..., ...}}; empty if nothing has been scored."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    return read_json(path, "what evaluations wrote, or no such file", dict[str, Scores])

@@ -1,0 +1,214 @@
+"""What a stopped run goes on from: step, weights and optimizer, in files with a checksum.
+
+The last two saves are kept. A save has each tensor in one piece, whatever number of ranks wrote it,
+so any other number can go on from it.
+"""
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
+from torch import Tensor, nn
+
+from plumbing import ranks
+from plumbing.files import sync_names, write_atomically
+from plumbing.run_folder import read_run
+
+LAST, BEFORE = "state.safetensors", "state-before.safetensors"
+NEW = f"new-{LAST}"  # has this name for a moment; found there after a stop, it is the newest
+ADAPTER = "adapter.safetensors"  # the weights alone, at the end of a run
+WEIGHTS = "weights"  # a save's tensors are weights/NAME, and for each of AdamW's values KEY/NAME
+
+
+class Save(NamedTuple):
+    """The state of a run after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    def checksum(self) -> str:
+        """sha256 of all of it."""
+        digest = hashlib.sha256(str(self.step).encode())
+        for name, t in sorted(self.tensors.items()):
+            digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+            digest.update(t.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def save(
+    folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a new last save. The one before it stays.
+
+    weights: what the run must keep of the model's values, by name, as hellora.adapter_state gives
+    it. Every rank must take part: rank 0 writes, the others wait.
+    """
+    tensors = {f"{WEIGHTS}/{name}": t for name, t in weights.items()}
+    for name, param in model.named_parameters():
+        tensors |= {f"{key}/{name}": t for key, t in optimizer.state.get(param, {}).items()}
+    tensors = ranks.on_rank_0(tensors)
+    if not ranks.rank():
+        about = {"step": str(step), "sha256": Save(step, tensors).checksum()}
+        write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, about))
+        rename(folder)
+    ranks.wait()  # a rank that ended now would have torchrun stop rank 0 while it writes
+
+
+def rename(folder: Path) -> None:
+    """Give the new save the name of the last one, and the last the name of the one before."""
+    if (folder / LAST).exists():
+        (folder / LAST).replace(folder / BEFORE)
+    (folder / NEW).replace(folder / LAST)
+    sync_names(folder)
+
+
+def finish(folder: Path) -> None:
+    """End a save that was stopped before its renames; what is damaged goes."""
+    try:
+        read(folder / NEW)
+    except ValueError:
+        (folder / NEW).unlink()
+    else:
+        rename(folder)
+
+
+def load(folder: Path) -> Save | None:
+    """The last save that is sound, or None if there is none at all.
+
+    Says which are damaged. Raises ValueError if all are.
+    """
+    damaged = []
+    for path in (folder / NEW, folder / LAST, folder / BEFORE):
+        if path.exists() or path.is_symlink():
+            try:
+                return read(path)
+            except ValueError as error:
+                damaged.append(str(error))
+                print(f"{error}: looking for the save before it")
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
+    return None
+
+
+def read(path: Path) -> Save:
+    """One save. Raises ValueError if it is damaged."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with safe_open(path, framework="pt") as file:
+            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = Save(int(about["step"]), tensors)
+        if state.checksum() != about["sha256"] or state.step < 1:
+            raise ValueError("its checksum or its step is wrong")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return state
+
+
+@torch.no_grad()
+def resume(
+    folder: Path, weights: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Put the last sound save of `folder` back; the number of steps done, 0 if there is no save.
+
+    weights: as for `save`; these tensors are filled in place. Raises ValueError if all saves are
+    damaged, or if the last sound one is not of this model.
+    """
+    if not ranks.rank() and (folder / NEW).exists():
+        finish(folder)
+    ranks.wait()
+    saved = load(folder)
+    if saved is None:
+        return 0
+    of = {WEIGHTS: {}}
+    for place, t in saved.tensors.items():
+        key, _, name = place.partition("/")
+        of.setdefault(key, {})[name] = t
+    fill(weights, of.pop(WEIGHTS), folder)
+    check_moments(of, model, folder)
+    for key, values in of.items():
+        for name, value in values.items():
+            param = model.get_parameter(name)
+            t = torch.empty_like(param if value.ndim else value, device=param.device)
+            ranks.put(t, value)
+            optimizer.state[param][key] = t
+    print(f"going on after step {saved.step}, the last save in {folder}")
+    return saved.step
+
+
+@torch.no_grad()
+def fill(live: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
+    """Give the `live` tensors the values `saved` in `folder`, in place.
+
+    Raises ValueError unless both have the same names and shapes.
+    """
+    wrong = saved.keys() ^ live.keys() or {n for n in live if live[n].shape != saved[n].shape}
+    if wrong:
+        raise ValueError(
+            f"the adapter saved in {folder} does not fit, as {min(wrong)} shows: train again"
+        )
+    for name, value in saved.items():
+        ranks.put(live[name], value)
+
+
+def check_moments(of: dict[str, dict[str, Tensor]], model: nn.Module, folder: Path) -> None:
+    """Raise ValueError unless each parameter has all that AdamW keeps, in its shape, or nothing.
+
+    It has nothing if it is not trained, or has had no gradient yet. of: {AdamW's key: {parameter:
+    value}}.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    for name in set().union(*of.values()):
+        found = {key: values[name].shape for key, values in of.items() if name in values}
+        shape = shapes.get(name)
+        if shape is None or found != {
+            "step": torch.Size([]),
+            "exp_avg": shape,
+            "exp_avg_sq": shape,
+        }:
+            raise ValueError(
+                f"the last save in {folder} has not what AdamW keeps for {name}: "
+                "delete it to start over"
+            )
+
+
+# ---- what a run ends with ------------------------------------------------------------------------
+
+
+def save_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write adapter.safetensors, in which each of the `weights` is in one piece.
+
+    Every rank must take part.
+    """
+    tensors = ranks.on_rank_0(weights)
+    write_atomically(folder / ADAPTER, lambda draft: save_file(tensors, draft))
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """What a run ended with: adapter.safetensors, or, if damaged, the weights of the last save.
+
+    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of.
+    """
+    path, last = folder / ADAPTER, folder / LAST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: want the folder of a run that was trained to its end"
+        )
+    right = (read_run(folder).get("hashes") or {}).get("adapter")
+    for file, place in ((path, ""), (last, f"{WEIGHTS}/")):
+        with suppress(SafetensorError, OSError):
+            found = load_file(file).items()
+            saved = {name.removeprefix(place): t for name, t in found if name.startswith(place)}
+            if right in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
+                return saved
+        print(f"{file} is truncated or corrupt, or not of the last step")
+    raise ValueError(f"{path} and {last} are truncated or corrupt: train again")

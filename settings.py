@@ -1,0 +1,389 @@
+"""The command line of train.py: flags, the recipes behind them, every check before a run starts.
+
+`prepare` returns a Job: one run in which all that a user can get wrong has been checked. Nothing
+has been written by then.
+"""
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from catcher import HotList, check_k, default_k
+from eval_gsm8k import check_scorable
+from hellora import METHODS, SUFFIXES, Method, lori_masks, parse_method
+from moe_model import MATMULS, MoEConfig
+from plumbing import saves
+from plumbing.checkpoint import BACKBONES, Checkpoint, check_weights, locate, read_config
+from plumbing.cli import COUNT, DTYPES, SEED, SHARE, Parser, add_compute_flags, compute, number
+from plumbing.data import (
+    TASKS,
+    Encoded,
+    Example,
+    default_task,
+    encode,
+    load_examples,
+    steps_per_epoch,
+)
+from plumbing.files import sha256
+from plumbing.run_folder import differences, fingerprint, read_run, versions
+from plumbing.tokenizer import Tokenizer, load_tokenizer
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained unless flags say otherwise."""
+
+    lr: float
+    epochs: int
+    batch_size: int = 128
+    rank: int = 32
+    alpha: float = 64
+    decay: bool = False  # the lr falls linearly to 0; else it is constant, as in LoRI's scripts
+
+
+# (task, full fine-tuning?) -> Table 1 of the paper; the tiny tasks' were chosen on their dev splits
+RECIPES = {
+    ("gsm8k", False): Recipe(lr=4e-4, epochs=3),
+    ("gsm8k", True): Recipe(lr=4e-5, epochs=3, batch_size=256),
+    ("code", False): Recipe(lr=2e-3, epochs=2),
+    ("code", True): Recipe(lr=2e-4, epochs=2, batch_size=256),
+    ("safety", False): Recipe(lr=4e-4, epochs=1),
+    ("safety", True): Recipe(lr=2e-5, epochs=1, batch_size=256),
+    ("tiny", False): Recipe(lr=1e-2, epochs=3, batch_size=32, rank=8, alpha=16, decay=True),
+    ("tiny", True): Recipe(lr=3e-3, epochs=3, batch_size=32, decay=True),
+}
+
+
+def recipe(task: str, train_base: bool = False) -> Recipe:
+    """The recipe of a task, for adapters or for full fine-tuning."""
+    return RECIPES["tiny" if task.startswith("tiny") else task, train_base]
+
+
+SCORED_BY = {  # kind of task -> the command that scores a run
+    "math": "python eval_gsm8k.py --run {}",
+    "code": "python -m paper.eval_humaneval --run {} --allow-code-execution",
+    "safety": "python -m paper.eval_safety --run {}",
+}
+SCORES = {  # kind of task -> what of results.json tells how it went, the first in one number
+    "math": ("accuracy",),
+    "code": ("pass@1", "pass@5", "pass@10"),
+    "safety": ("refusal_rate", "harmless_refused", "harmless_total"),
+}
+# The flags that decide a run's numbers. They are kept in run.json, and compared before it resumes.
+SETTINGS = (
+    "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage",
+    "rank", "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a",
+    "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
+)  # fmt: skip
+CHOICE = {"coverage": None, "catcher": "warmup", "score": "count"}  # how experts are chosen
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """The command line. Every flag is listed once, here. description: the text above the flags."""
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_argument_group("what").add_argument
+    method = p.add_argument_group("method").add_argument
+    training = p.add_argument_group("training")
+    train, either = training.add_argument, training.add_mutually_exclusive_group().add_argument
+    run = p.add_argument_group("run").add_argument
+    suffixes = ", ".join(f"_{s}" for s in SUFFIXES)
+    # fmt: off
+    what("--model", default="tiny",
+         help=f"tiny, {', '.join(BACKBONES)}, a folder, or a Hub id[@REVISION]")
+    what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
+    what("--data", type=Path, metavar="FILE",
+         help="rows to train on, in place of the task's training split")
+    what("--eval-data", type=Path, metavar="FILE",
+         help="rows to score, in place of the task's test split")
+    what("--eval-limit", type=COUNT, default=500, metavar="N", help="rows to score (default 500)")
+    what("--no-eval", action="store_true", help="score nothing")
+    what("--template", metavar="NAME",
+         help="form of prompts: plain or lori for math; alpaca, lori or bare for others")
+    method("--method", default="hellora", help=f"{', '.join(METHODS)}, with suffixes {suffixes}")
+    method("--k", type=int,
+           help="adapted experts per layer (default: as many as a token visits)")
+    method("--rank", type=COUNT, help="rank of the updates (default: the recipe's)")
+    method("--alpha", type=number(float, above=0),
+           help="updates are scaled by alpha / rank (default: the recipe's)")
+    method("--coverage", type=SHARE,
+           help="in place of --k: the fewest experts with this share of visits")
+    method("--catcher", choices=["warmup", "forward"], default=CHOICE["catcher"],
+           help="count in a LoRA warm-up, or on the base model (default warmup)")
+    method("--score", choices=["count", "gate"], default=CHOICE["score"],
+           help="hot by visits, or by mean routing weight (default count)")
+    method("--hot-experts", type=Path, metavar="FILE",
+           help="a hot_experts.json to use; nothing is counted")
+    method("--mask-from", type=Path, metavar="RUN",
+           help="the D run that gives lori-s or hellori-s its mask")
+    method("--mask-scope", choices=["model", "layer", "matrix"], default="model",
+           help="within what the mask's entries compete (default model)")
+    method("--redraw-a", action="store_true",
+           help="lori-s, hellori-s: draw a new A, as LoRI's code does")
+    either("--epochs", type=COUNT, help="passes over the data (default: the recipe's)")
+    either("--steps", type=COUNT, help="optimizer steps, in place of --epochs")
+    train("--batch-size", type=COUNT,
+          help="examples in an optimizer step (default: the recipe's)")
+    train("--micro-batch", type=COUNT, default=16,
+          help="examples in one forward pass (default 16)")
+    train("--lr", type=number(float, above=0),
+          help="learning rate (default: the recipe's, which the warm-up always has)")
+    train("--balance", type=number(float, low=0), default=0.0, metavar="C",
+          help="factor of the balancing loss, Eq. 1 (default 0)")
+    train("--seed", type=SEED, default=0, help="of data order, A and catcher (default 0)")
+    run("--out", type=Path, metavar="DIR",
+        help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
+    run("--resume", action="store_true",
+        help="go on with an unfinished run, or fail if there is none")
+    run("--override", action="store_true",
+        help="go on with the unfinished run in --out under other settings")
+    run("--save-every", type=COUNT, default=50, metavar="N",
+        help="steps between saves (default 50)")
+    run("--experts", choices=MATMULS, default="grouped",
+        help="multiply experts in one call, or in a loop (default grouped)")
+    run("--shard", choices=["full", "none"], default="full",
+        help="with torchrun: cut up the model (full, the default), or not")
+    run("--recompute", action="store_true",
+        help="run layers again in the backward pass: less memory, slower")
+    # fmt: on
+    add_compute_flags(run)
+    return p.parse_args()
+
+
+def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
+    """Everything that decides a run's numbers, with a default where a flag was not given."""
+    if args.redraw_a and not args.mask_from:
+        raise ValueError("--redraw-a is for lori-s and hellori-s, with --mask-from RUN: omit it")
+    task = args.task or default_task(args.model)
+    defaults = {  # the recipe's, the task's or the model's
+        **vars(recipe(task, parse_method(args.method).train_base)),
+        "task": task,
+        "template": TASKS[task].template,
+        "k": default_k(cfg),
+        "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
+    }
+    if args.steps:
+        defaults["epochs"] = None  # --steps replaces it
+    settings = {}
+    for name in SETTINGS:
+        value = getattr(args, name)
+        if name in ("mask_scope", "redraw_a") and not args.mask_from:
+            value = None  # without a mask they say nothing
+        if name == "model" and value != "tiny" and Path(value).is_dir():
+            value = Path(value)
+        if isinstance(value, Path):
+            value = os.path.realpath(value)  # a run goes on from any working directory
+        settings[name] = defaults.get(name) if value is None else value
+    settings["decay"] = defaults["decay"]
+    check_k(settings["k"], cfg.n_experts)
+    return settings
+
+
+def scored_examples(settings: dict) -> list[Example]:
+    """What is scored before and after training: --eval-data, or else the task's test split.
+
+    Nothing, and a line that says so, if that would have to be downloaded although --data was given.
+    """
+    task = TASKS[settings["task"]]
+    if task.kind != "math":
+        if settings["eval_data"] and not Path(settings["eval_data"]).is_file():
+            raise FileNotFoundError(f"--eval-data {settings['eval_data']}: there is no such file")
+        print(f"nothing is scored in training; afterwards: {SCORED_BY[task.kind].format('DIR')}")
+        return []
+    if settings["data"] and not settings["eval_data"] and not task.test.cached().exists():
+        print("nothing is scored: give --eval-data FILE to score before and after")
+        return []
+    path = Path(settings["eval_data"]) if settings["eval_data"] else task.test.fetch()
+    return load_examples(settings["task"], path, settings["template"])[: settings["eval_limit"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, checked and ready. Nothing has been written for it yet."""
+
+    settings: dict  # what decides its numbers (resolve)
+    method: Method
+    cfg: MoEConfig
+    source: Path  # the model's folder
+    device: torch.device
+    tokenizer: Tokenizer
+    data: list[Encoded]
+    tests: list[Example]  # empty: nothing is scored
+    start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
+    micro_batch: int
+    matmul: str  # "grouped" or "loop" (MATMULS)
+    shard: str  # "full" or "none": what several ranks do, see ranks.py
+    recompute: bool
+    save_every: int
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        per_epoch = steps_per_epoch(len(self.data), self.settings["batch_size"])
+        return self.settings["steps"] or self.settings["epochs"] * per_epoch
+
+    @property
+    def all_experts(self) -> dict[int, list[int]]:
+        """{MoE layer: every expert's id}: what plain LoRA adapts."""
+        return {layer: list(range(self.cfg.n_experts)) for layer in self.cfg.moe_layers}
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Check everything that a user can get wrong, before anything is written, and read the data."""
+    device, dtype = compute(args.device, args.dtype)
+    method, source = parse_method(args.method), locate(args.model)
+    cfg, tokenizer = read_config(source), load_tokenizer(source)
+    check_weights(cfg, Checkpoint(source))
+    settings = resolve(args, cfg, dtype)
+    start = take_over(args.mask_from, method, settings)
+    check_choice(args, method)
+    if args.hot_experts:
+        check_hot_list(HotList.read(args.hot_experts, cfg), method, settings)
+
+    path = args.data or TASKS[settings["task"]].train.fetch()
+    examples = load_examples(settings["task"], path, settings["template"])
+    data = encode(examples, tokenizer, cfg.max_len)
+    tests = [] if args.no_eval else scored_examples(settings)
+    check_scorable(tests, tokenizer, cfg.max_len)
+    return Job(
+        settings=settings,
+        method=method,
+        cfg=cfg,
+        source=source,
+        device=device,
+        tokenizer=tokenizer,
+        data=data,
+        tests=tests,
+        start=start,
+        micro_batch=args.micro_batch,
+        matmul=args.experts,
+        shard=args.shard,
+        recompute=args.recompute,
+        save_every=args.save_every,
+    )
+
+
+def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[str, Tensor]:
+    """What a method with a mask starts from besides the base: a D run's mask, A and hot experts."""
+    name = settings["method"]
+    if mask_from is None and method.keep < 1:
+        raise ValueError(
+            f"{name} needs --mask-from RUN, a finished run of the same settings with B trained in "
+            f"full: make one with train.py --method {d_method(name)}"
+        )
+    if mask_from is not None and method.keep == 1:
+        raise ValueError(f"--mask-from is for lori-s and hellori-s, not for {name}: omit it")
+    if mask_from is None:
+        return {}
+    if settings["hot_experts"]:
+        raise ValueError("--hot-experts and --mask-from both name experts: omit --hot-experts")
+    if method.chooses:
+        settings["hot_experts"] = os.path.realpath(mask_from / "hot_experts.json")
+    return lori_start(mask_from, method, settings)
+
+
+def d_method(name: str) -> str:
+    """The method whose runs give "lori-s", or a method of its kind, the mask: "lori-d"."""
+    return name.replace("-s", "-d", 1)
+
+
+def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor]:
+    """What an S run (keep < 1) takes over from its D run in `folder`: B's mask, and A.
+
+    The same A by default, because an entry of B earned its place against D's row of A. With
+    --redraw-a the S run draws a new one, as LoRI's code does. Raises ValueError if the D run is not
+    finished, or is of another placement.
+    """
+    wanted = {name: settings[name] for name in ("model", "task", "k", "rank", "alpha")}
+    wanted |= {"method": d_method(settings["method"]), "finished": True}
+    saved = read_run(folder)
+    differ = [f"{n} is {saved.get(n)}, want {v}" for n, v in wanted.items() if saved.get(n) != v]
+    if differ:
+        raise ValueError(f"--mask-from {folder} does not fit: {'; '.join(differ)}")
+    trained = saves.read_adapter(folder)
+    trained_b = {name: t for name, t in trained.items() if name.endswith(".lora.B")}
+    masks = lori_masks(trained_b, method.keep, settings["mask_scope"])
+    start = {name.removesuffix("B") + "mask": mask for name, mask in masks.items()}
+    if not settings["redraw_a"]:
+        start |= {name: t for name, t in trained.items() if name.endswith(".lora.A")}
+    return start
+
+
+def check_choice(args: argparse.Namespace, method: Method) -> None:
+    """Raise ValueError for a flag about choosing experts where nothing is left to choose.
+
+    That is where all or none are adapted, or a list is given. With a list, --coverage says that its
+    layers may differ in length.
+    """
+    given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
+    if given and not method.chooses:
+        raise ValueError(
+            f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
+        )
+    listed = args.hot_experts or args.mask_from
+    if listed and given not in ([], ["coverage"]):
+        raise ValueError(f"--{given[-1]} is for choosing experts, but {listed} names them: omit it")
+
+
+def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
+    """Raise ValueError if a given list says other things than the flags."""
+    sizes = {len(ids) for ids in hot.experts.values()}
+    if method.rule != hot.rule:
+        raise ValueError(
+            f"--hot-experts lists {hot.rule} experts, but method {settings['method']} wants "
+            f"{method.rule}"
+        )
+    if sizes != {settings["k"]} and not (settings["mask_from"] or settings["coverage"]):
+        raise ValueError(
+            f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}"
+        )
+
+
+def hashes(source: Path, data: list[Encoded]) -> dict[str, str]:
+    """sha256 of what the numbers rest on: model, code, and training data as token ids."""
+    return {
+        "model": fingerprint(source),
+        "code": sha256(*sorted([*HERE.glob("*.py"), *HERE.glob("plumbing/*.py")])),
+        "data": hashlib.sha256(repr(data).encode()).hexdigest(),
+    }
+
+
+def open_record(job: Job, folder: Path) -> dict:
+    """The content of run.json, new or as it was saved.
+
+    Raises ValueError if the model or the data changed since.
+    """
+    now = hashes(job.source, job.data)
+    new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
+    new["compute"] = {
+        "micro_batch": job.micro_batch,
+        "experts": job.matmul,
+        "recompute": job.recompute,
+    }
+    if not (folder / "run.json").exists():
+        return new
+    saved = read_run(folder)
+    if saved["finished"]:
+        raise ValueError(
+            f"the run in {folder} has just been finished by another process: want another --out"
+        )
+    before = saved.get("hashes") or {}
+    changed = [what for what in ("model", "data") if before.get(what) != now[what]]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
+        )
+    last = saves.load(folder)
+    if last and last.step > job.n_steps:
+        raise ValueError(
+            f"{folder} is already at step {last.step}: want more --steps or --epochs than that"
+        )
+    if differ := differences(saved, job.settings):
+        new["overrides"] = [*(saved.get("overrides") or []), differ]
+    return saved | new
