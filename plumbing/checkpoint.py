@@ -197,7 +197,7 @@ def locate(model: str | Path) -> Path:
     """
     if model == "tiny":
         return Path(__file__).parent.parent / "tiny"
-    if Path(model).is_dir():
+    if model != "" and Path(model).is_dir():  # Path("") would be the working directory
         return Path(model)
     name = BACKBONES[model].repo if model in BACKBONES else str(model)
     repo, _, revision = name.partition("@")
