@@ -7,6 +7,7 @@ ranks.traffic had said, and the bytes that each rank read to load the model.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,3 +71,7 @@ if __name__ == "__main__":
     for words in json.loads(Path(sys.argv[1]).read_text()):
         sys.argv = ["train.py", *words]
         train.main()
+    ranks.stop()
+    # At exit gloo's threads sometimes abort a rank whose work is done ("terminate called").
+    sys.stdout.flush()
+    os._exit(0)
