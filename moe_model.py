@@ -98,10 +98,10 @@ def looped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     x [n, in] in E segments that end at `ends` [E]; weight [E, in, out] -> [n, out].
     """
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = zip(x.split(sizes), weight.unbind(0), strict=True)
     if len(x) == 0:
         return x @ weight[0]  # no row either, but weight gets a gradient of zero
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(x.split(sizes), weight.unbind(0), strict=True)
     return torch.cat([part @ w for part, w in parts if len(part)])
 
 

@@ -223,7 +223,10 @@ def read_config(folder: str | Path) -> MoEConfig:
 
 
 def read_object(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the path."""
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the path.
+
+    It is not files.read_json, so that a model can be loaded with this file and ranks.py alone.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, or no file: want {CHECKPOINT}")
     try:
