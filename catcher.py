@@ -37,29 +37,34 @@ from plumbing.tokenizer import load_tokenizer
 
 
 class Catcher:
-    """Visits of one task: (token, choice) pairs per layer and expert, over real tokens only."""
+    """Visits of one task: (token, choice) pairs per layer and expert, over real tokens only.
 
-    def __init__(self, n_experts: int):
+    count: "all" of them, as in the paper, or only the positions that predict "answers".
+    """
+
+    def __init__(self, n_experts: int, count: str = "all"):
         self.n_experts = n_experts
+        self.count = count
         self.counts: dict[int, Tensor] = {}  # {MoE layer: visits [E] int64}
         self.gates: dict[int, Tensor] = {}  # {MoE layer: summed router probabilities [E] float64}
         self.n_tokens: int | Tensor = 0
 
     @torch.no_grad()
-    def add(self, routing: dict[int, Routing], real: Tensor) -> None:
-        """Count one forward pass. real [B, T] is False on padding. The host never waits here."""
-        self.n_tokens = self.n_tokens + real.sum()
+    def add(self, routing: dict[int, Routing], counted: Tensor) -> None:
+        """Count one forward pass. counted [B, T]: see Batch.counted. The host never waits here."""
+        self.n_tokens = self.n_tokens + counted.sum()
         for layer, decided in routing.items():
             if layer not in self.counts:
                 self.counts[layer] = torch.zeros(
-                    self.n_experts, dtype=torch.long, device=real.device
+                    self.n_experts, dtype=torch.long, device=counted.device
                 )
                 self.gates[layer] = self.counts[layer].double()
-            # Padding adds 0. To leave it out, the host would have to wait for the number of rows.
+            # What is not counted adds 0: to leave it out, the host would have to wait for how many
+            # there are.
             ids = decided.expert_ids.flatten()  # [B*T*K]
-            counts = real[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 if real
-            self.counts[layer].index_add_(0, ids, counts.long())
-            self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * counts).double())
+            ones = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
+            self.counts[layer].index_add_(0, ids, ones.long())
+            self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * ones).double())
 
     def gather(self) -> "Catcher":
         """Add what all ranks have counted, on every rank. Returns itself."""
@@ -82,14 +87,16 @@ def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
 
 
 @torch.no_grad()
-def count_visits(model: MoEModel, data: list[Encoded], batch_size: int, label: str) -> Catcher:
+def count_visits(
+    model: MoEModel, data: list[Encoded], batch_size: int, label: str, count: str = "all"
+) -> Catcher:
     """Run `model` over `data` once and count. label: of the progress bar."""
-    catcher = Catcher(model.cfg.n_experts)
+    catcher = Catcher(model.cfg.n_experts, count)
     for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
         batch = collate(group, model.device)
         # Without any target no logits are made: routing is all that is wanted.
         _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))
-        catcher.add(routing, batch.real)
+        catcher.add(routing, batch.counted(count))
     return catcher.gather()
 
 
@@ -101,6 +108,7 @@ def visited_share(counts: dict[int, Tensor], experts: dict[int, list[int]]) -> d
 # ---- choosing ------------------------------------------------------------------------------------
 
 RULES = ("hot", "cold", "global-hot", "random", "all")
+COUNTS = ("all", "answers")  # which tokens' visits count: see Batch.counted
 
 
 def preference(rule: str, of_layer: Tensor, of_model: Tensor, draw: torch.Generator) -> Tensor:
@@ -182,6 +190,7 @@ class HotList:
     catcher: str = "file"  # "warmup" or "forward"; a list made by other means need not say
     rule: str = "hot"
     score: str = "count"
+    count: str = "all"  # of COUNTS
     k: int = 0  # the most that a layer has
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
@@ -201,7 +210,8 @@ class HotList:
             )
         lines.append(
             f"the {self.rule} {self.sizes()} experts of each layer by {self.score}, from "
-            f"{self.n_tokens:,} tokens of {self.task} ({self.catcher})"
+            f"{self.n_tokens:,} {'' if self.count == 'all' else 'answer '}tokens of {self.task} "
+            f"({self.catcher})"
         )
         return "\n".join(lines)
 
@@ -248,6 +258,7 @@ class HotListFile:
     catcher: str | None = None
     rule: str | None = None
     score: str | None = None
+    count: str | None = None
     k: int | None = None
     n_tokens: int | None = None
     counts: dict[str, list[int]] | None = None
@@ -273,6 +284,7 @@ def hot_list(
         catcher=catcher,
         rule=rule,
         score=score,
+        count=counted.count,
         k=max(len(ids) for ids in experts.values()),
         n_tokens=int(counted.n_tokens),
         experts=experts,
@@ -297,6 +309,8 @@ def parse_args() -> argparse.Namespace:
     add("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
     add("--score", choices=["count", "gate"], default="count",
         help="rank experts by visits, or by mean routing weight (default count)")
+    add("--count", choices=COUNTS, default="all",
+        help="count the visits of all tokens, or of those that predict an answer (default all)")
     add("--share", type=SHARE, default=0.1, help="share of the split to look at (default 0.1)")
     add("--seed", type=SEED, default=0, help="picks that share (default 0)")
     add("--batch-size", type=COUNT, default=16, help="examples in one pass (default 16)")
@@ -323,7 +337,7 @@ def main() -> None:
     model = MoEModel.from_pretrained(source, dtype, device)
     examples = load_examples(task, args.data or TASKS[task].train.fetch())
     data = sample(encode(examples, load_tokenizer(source), cfg.max_len), args.share, args.seed)
-    counted = count_visits(model, data, args.batch_size, "catch")
+    counted = count_visits(model, data, args.batch_size, "catch", args.count)
     hot = hot_list(
         counted, k=k, rule=args.rule, score=args.score, seed=args.seed, coverage=args.coverage,
         model=args.model, task=task, catcher="forward",

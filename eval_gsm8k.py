@@ -1,12 +1,17 @@
 """Exact-match accuracy on grade-school-math problems, of a run of train.py or of a model as it is.
 
     python eval_gsm8k.py --run runs/tiny-tiny-math-hellora-k8-s0
+    python eval_gsm8k.py --run runs/tiny-tiny-math-hellora-k8-s0 --loss
     python eval_gsm8k.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 5
 
 Decoding is greedy, and only generated text is scored. "accuracy" takes the number after the first
 "####", "flexible" the last number of any kind; both as in lm-evaluation-harness
 (tasks/gsm8k/gsm8k.yaml at 4e7e0d4). Results for fewer or other problems, or with other settings
 than the run's, are kept in results.json as TASK-part.
+
+--loss decodes nothing. It measures the cross-entropy of the given answers, of any task that has
+some, and keeps it as TASK-loss. A difference of models shows in it with far fewer problems, as each
+token tells how likely it was, and not only whether it was right.
 """
 
 import argparse
@@ -15,12 +20,24 @@ import re
 import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
 from generate import generate
 from hellora import load_run
-from moe_model import MoEModel
+from moe_model import IGNORE, MoEModel
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
-from plumbing.data import TASKS, Example, default_task, load_examples
+from plumbing.data import (
+    TASKS,
+    Encoded,
+    Example,
+    collate,
+    default_task,
+    encode,
+    load_examples,
+)
 from plumbing.files import write_atomically
 from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -105,6 +122,59 @@ def evaluate(
     }, records
 
 
+@torch.no_grad()
+def answer_losses(
+    model: MoEModel, data: list[Encoded], batch_size: int, label: str = "loss"
+) -> list[dict]:
+    """A record of each example: how likely its given answer, eos included, is to `model`.
+
+    loss: the sum of the cross-entropies of the answer's tokens, in nats. tokens: how many there
+    are. exact: whether each is the model's first choice, so that greedy decoding gives this answer.
+    """
+    records: list[dict] = [{}] * len(data)
+    ordered = sorted(range(len(data)), key=lambda i: len(data[i].ids))  # so there is little padding
+    for at in tqdm(range(0, len(ordered), batch_size), label, unit="batch", leave=False):
+        some = ordered[at : at + batch_size]
+        batch = collate([data[i] for i in some], model.device)
+        x, _ = model.trunk(batch.tokens)  # [B, T, D]
+        wanted = batch.targets != IGNORE  # [B, T]
+        logits = model.head(x[wanted]).float()  # [targets, V]
+        targets = batch.targets[wanted]  # [targets]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        first = logits.argmax(-1) == targets
+        sizes = wanted.sum(1).tolist()  # [B]
+        for i, loss, right in zip(some, losses.split(sizes), first.split(sizes), strict=True):
+            records[i] = {
+                "loss": loss.double().sum().item(),
+                "tokens": len(loss),
+                "exact": bool(right.all()),
+            }
+    return records
+
+
+def measure_loss(
+    model: MoEModel,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    batch_size: int,
+) -> tuple[dict, list[dict]]:
+    """results.json's entry TASK-loss for `examples`, and a record of each.
+
+    loss: nats per answer token, over the tokens of all answers. exact: a share of the problems.
+    """
+    began = time.perf_counter()
+    data = encode(examples, tokenizer, model.cfg.max_len)
+    records = answer_losses(model, data, batch_size)
+    tokens = sum(r["tokens"] for r in records)
+    return {
+        "loss": sum(r["loss"] for r in records) / tokens,
+        "exact": sum(r["exact"] for r in records) / len(records),
+        "tokens": tokens,
+        "total": len(records),
+        "seconds": round(time.perf_counter() - began, 2),
+    }, records
+
+
 def kept_in(folder: Path | None, args: argparse.Namespace) -> Path | None:
     """Where results are kept: in a run's own folder; of --model, in --out, or nowhere."""
     if folder and args.out:
@@ -122,7 +192,7 @@ def other_dtype(args: argparse.Namespace, run: dict) -> bool:
 
 
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
-    """answers-TASK.jsonl: what was generated for each problem."""
+    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(
         folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8")
@@ -153,6 +223,8 @@ def parse_args() -> argparse.Namespace:
     add("--max-new", type=COUNT,
         help="tokens generated at most (default: the task's; 512 for gsm8k)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
+    add("--loss", action="store_true",
+        help="measure the cross-entropy of the given answers, of any task; decode nothing")
     add("--factored", action="store_true", help="keep the adapters apart in place of merging them")
     # fmt: on
     add_compute_flags(add)
@@ -174,10 +246,11 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     the results are kept; None: nowhere.
     """
     task = args.task or run["task"]
-    if task not in TASKS or TASKS[task].kind != "math":
-        known = ", ".join(name for name, t in TASKS.items() if t.kind == "math")
+    known = [name for name, t in TASKS.items() if t.kind == "math" or (args.loss and t.test)]
+    if task not in known:
         raise ValueError(
-            f"task {task!r} has no '#### N' answers to score here: want one of {known}"
+            f"task {task!r} has no '{'answers' if args.loss else '#### N'}' to score here: "
+            f"want one of {', '.join(known)}"
         )
 
     # A flag comes first, then what was asked for at training, which holds for that task only.
@@ -190,21 +263,27 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source)
     examples = problems(task, template, Path(path), limit, args.shots)
-    check_scorable(examples, tokenizer, read_config(source).max_len)  # loading may take minutes
+    if not args.loss:
+        check_scorable(examples, tokenizer, read_config(source).max_len)  # loading may take minutes
     device, dtype = compute(args.device, args.dtype or run["dtype"])
     if folder:
         model, _, _ = load_run(folder, not args.factored, dtype, device)
     else:
         model = MoEModel.from_pretrained(source, dtype, device)
-    result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
+    if args.loss:
+        result, records = measure_loss(model, tokenizer, examples, args.batch_size)
+        shown = f"loss {result['loss']:.4f} nats per answer token, {result['exact']:.1%} exact"
+    else:
+        result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
+        shown = f"accuracy {result['accuracy']:.1%} (flexible {result['accuracy_flexible']:.1%})"
     print(
-        f"{folder or args.model}  {task}: accuracy {result['accuracy']:.1%} "
-        f"(flexible {result['accuracy_flexible']:.1%}) on {result['total']} problems "
+        f"{folder or args.model}  {task}: {shown} on {result['total']} problems "
         f"in {result['seconds']} s"
     )
     if kept:
         asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
-        kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
+        kept_as = f"{task}-loss" if args.loss else task
+        kept_as += "-part" if any(asked) or other_dtype(args, run) else ""
         update_results(kept, kept_as, result)
         write_answers(kept, kept_as, records)
 

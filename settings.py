@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from catcher import HotList, check_k, default_k
+from catcher import COUNTS, HotList, check_k, default_k
 from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, lori_masks, parse_method
 from moe_model import MATMULS, MoEConfig
@@ -79,10 +79,11 @@ SCORES = {  # kind of task -> what of results.json tells how it went, the first 
 # The flags that decide a run's numbers. They are kept in run.json, and compared before it resumes.
 SETTINGS = (
     "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage",
-    "rank", "alpha", "catcher", "score", "hot_experts", "mask_from", "mask_scope", "redraw_a",
-    "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
+    "rank", "alpha", "catcher", "score", "count", "hot_experts", "mask_from", "mask_scope",
+    "redraw_a", "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
 )  # fmt: skip
-CHOICE = {"coverage": None, "catcher": "warmup", "score": "count"}  # how experts are chosen
+# How experts are chosen, by default.
+CHOICE = {"coverage": None, "catcher": "warmup", "score": "count", "count": "all"}
 
 
 def parse_args(description: str) -> argparse.Namespace:
@@ -118,6 +119,8 @@ def parse_args(description: str) -> argparse.Namespace:
            help="count in a LoRA warm-up, or on the base model (default warmup)")
     method("--score", choices=["count", "gate"], default=CHOICE["score"],
            help="hot by visits, or by mean routing weight (default count)")
+    method("--count", choices=COUNTS, default=CHOICE["count"],
+           help="count the visits of all tokens, or of those that predict an answer (default all)")
     method("--hot-experts", type=Path, metavar="FILE",
            help="a hot_experts.json to use; nothing is counted")
     method("--mask-from", type=Path, metavar="RUN",

@@ -71,7 +71,7 @@ def train_step(
             share = 1 / (len(groups) * ranks.world())
             part = part + balance * share * load_balancing_loss(routing, batch.real)
         ranks.backward(part, model)  # gradients of all micro-batches add up
-        catcher.add(routing, batch.real)
+        catcher.add(routing, batch.counted(catcher.count))
     ranks.finish_gradients(trained, model)
 
     # Clip after all parts are there, so that the norm is that of the whole step.
@@ -157,7 +157,9 @@ def catch(job: Job) -> HotList:
     if settings["catcher"] == "warmup":
         counted = warm_up(job, some)
     else:
-        counted = count_visits(build_model(job), some, job.micro_batch, "catcher")
+        counted = count_visits(
+            build_model(job), some, job.micro_batch, "catcher", settings["count"]
+        )
     return hot_list(
         counted,
         k=settings["k"],
@@ -181,7 +183,7 @@ def warm_up(job: Job, some: list[Encoded]) -> Catcher:
     model = build_model(job, hellora.parse_method("lora"), job.all_experts)
     # The recipe's rate, and not --lr, which must not decide which experts are hot.
     optimizer = make_optimizer(model, recipe(settings["task"]).lr)
-    catcher = Catcher(job.cfg.n_experts)
+    catcher = Catcher(job.cfg.n_experts, settings["count"])
     n_steps = steps_per_epoch(len(some), settings["batch_size"])
     for step in tqdm(range(n_steps), "catcher warm-up", unit="step", leave=False):
         examples = examples_of_step(some, step, settings["batch_size"], settings["seed"])

@@ -51,9 +51,6 @@ TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --mode
 TASK-train.SUFFIX (gsm8k, code, safety) and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is
 gated, it wants a token or such a file)."""
 
-SECONDS = {"train.py": 130, "tiny.pretrain": 1200}  # on a laptop's core, of the embedded model
-SCORE_SECONDS = 20  # of what else there is
-
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")
 # all percents of parameters that the paper prints, and two that it gives as a ratio only
 PERCENTS = [
@@ -255,17 +252,12 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
 
 def show_plan(wanted: Wanted, jobs: int, tiny: bool) -> None:
     """What would be run, and on the embedded model about how long that takes."""
-    asked = commands(wanted)
+    asked, seconds = commands(wanted)
     for words in asked:
         print("python", shlex.join(words))
     end = f"{len(missing(wanted))} of {len(wanted)} runs are missing"
     if tiny:
-        hours = (
-            sum(SECONDS.get(words[words[0] == "-m"], SCORE_SECONDS) for words in asked)
-            / jobs
-            / 3600
-        )
-        end += f": about {hours:.1f} hours, {jobs} at a time"
+        end += f": about {seconds / jobs / 3600:.1f} hours, {jobs} at a time"
     print(end)
 
 

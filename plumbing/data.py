@@ -328,6 +328,13 @@ class Batch(NamedTuple):
     targets: Tensor  # [B, T] the next token where it belongs to the answer, else IGNORE
     real: Tensor  # [B, T] False on padding
 
+    def counted(self, count: str) -> Tensor:
+        """[B, T] the positions whose visits count: "all" tokens, or those that predict "answers".
+
+        The next token of such a position is a target, so its routing is what the loss trains.
+        """
+        return self.real if count == "all" else self.targets != IGNORE
+
 
 def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batch:
     """Pad a few examples to one length. The last token of each is only a target, never an input.

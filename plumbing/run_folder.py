@@ -127,8 +127,13 @@ OVERRIDABLE = {
 }  # what a run may go on with otherwise
 
 
+# Settings that are younger than some runs -> what a run that lacks them was trained with.
+YOUNGER = {"count": "all"}
+
+
 def differences(saved: dict, settings: dict) -> list[str]:
     """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
+    saved = YOUNGER | saved
     return [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v]
 
 

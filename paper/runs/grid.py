@@ -65,6 +65,8 @@ class Cell:
     #   command()  the arguments after "python" that make it
     #   rests_on() what its numbers rest on if made now; not the code, as few changes move any
     #   record()   what is kept of it besides scores
+    #   seconds    about how long it takes to make it, on a laptop's core
+    SCORE_SECONDS = 20  # and to score it on one task
 
     @property
     def trial(self) -> bool:
@@ -105,9 +107,17 @@ class Cell:
         """How an evaluation is told what to score."""
         return shlex.join(["--model", self.model, "--out", str(self.folder.relative_to(ROOT))])
 
+    def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
+        """The command that scores a run on `task` (as in SCORED_BY), and which scores are kept."""
+        if task == PRETRAINING:
+            kept = ("cross_entropy", "arithmetic")
+            return "python -m paper.studies.forgetting --run {}", kept
+        kind = KINDS[task]
+        return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
+
     def evaluation(self, task: str) -> list[str]:
         """The arguments after "python" that score it on `task`."""
-        command, _ = scoring(task)
+        command, _ = self.scoring(task)
         _, *words = shlex.split(command.replace("--run {}", self.scored_as))
         test = self.given(f"{task}-test")
         words += ["--data", str(test)] if test else []
@@ -146,6 +156,8 @@ class Cell:
 class Base(Cell):
     """A model as it is, downloaded or pretrained here."""
 
+    seconds = 1200
+
     @property
     def name(self) -> str:
         """See Cell."""
@@ -179,6 +191,8 @@ class Base(Cell):
 @dataclass(frozen=True)
 class Run(Cell):
     """A run of train.py: a method on a task, with a learning rate and a seed."""
+
+    seconds = 130
 
     method: str
     lr: float | None  # None: the recipe's
@@ -286,6 +300,8 @@ class Run(Cell):
 class Merged(Cell):
     """The updates of several runs on one base, added up in one checkpoint."""
 
+    seconds = 20
+
     runs: tuple[Run, ...]
 
     @property
@@ -370,14 +386,6 @@ def missing_tasks(cell: Cell, tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if task not in saved(cell).get("problems", {})]
 
 
-def scoring(task: str) -> tuple[str, tuple[str, ...]]:
-    """The command that scores a run on `task` (as in SCORED_BY), and which scores are kept."""
-    if task == PRETRAINING:
-        return "python -m paper.studies.forgetting --run {}", ("cross_entropy", "arithmetic")
-    kind = KINDS[task]
-    return f"{SCORED_BY[kind]} --task {task}", SCORES[kind]
-
-
 def so_far(cell: Cell) -> dict:
     """Its record now, and the scores that are kept of it.
 
@@ -404,7 +412,7 @@ def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
     for task in missing_tasks(cell, tasks):
         if not cell.scores(task):
             python(*cell.evaluation(task))
-        result, (_, scores) = cell.scores(task), scoring(task)
+        result, (_, scores) = cell.scores(task), cell.scoring(task)
         shown = so_far(cell)  # again: another process may have added to it meanwhile
         for score, of in (("problems", "total"), *((name, name) for name in scores)):
             shown[score] = shown.get(score, {}) | {task: result[of]}
@@ -425,11 +433,17 @@ def depth(cell: Cell) -> int:
     return max((1 + depth(other) for other in cell.needs()), default=0)
 
 
-def commands(wanted: Wanted) -> list[list[str]]:
-    """What `run_cells` runs, as arguments after "python"."""
+def commands(wanted: Wanted) -> tuple[list[list[str]], float]:
+    """What `run_cells` runs, as arguments after "python", and about how many seconds it takes."""
     todo = missing(wanted)
     cells = dict.fromkeys(chain(*(cell.needs() for cell in todo), todo))
-    return [words for cell in cells for words in cell.commands(todo.get(cell, ()))]
+    words, seconds = [], 0.0
+    for cell in cells:
+        own = cell.commands(todo.get(cell, ()))
+        words += own
+        made = not cell.finished
+        seconds += made * cell.seconds + (len(own) - made) * cell.SCORE_SECONDS
+    return words, seconds
 
 
 def run_cells(wanted: Wanted, jobs: int) -> None:
