@@ -8,7 +8,7 @@ runs/           grid: runs what is missing; parallel: several commands at a time
 studies/        tables: what the paper prints, as data; comparison: tables of ours, row by row
                 claims: what our runs say of the paper's; forgetting: what tuning costs elsewhere
                 merging: two tasks in one model; stability: how lists of hot experts differ
-                placement: do hot experts matter? (its plan: placement.md)
+                placement: do hot experts matter? placement_runs: its runs; placement.md: its plan
 scoring/        sandbox: programs that a model wrote; confined: its inner half
                 refusals: what counts as one
 bench/          __main__: python -m paper.bench; worlds: weights and batch; measure: time, memory

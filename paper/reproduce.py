@@ -6,6 +6,7 @@
     python -m paper.reproduce --table 4 --scale paper               on the paper's models and data
     python -m paper.reproduce --table all --scale paper --limit 64  a trial of all commands
     python -m paper.reproduce bases          hot, cold, random experts; also coverage, lists
+    python -m paper.reproduce placement      do hot experts matter? (its plan: studies/placement.md)
     python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
     python -m paper.reproduce claims         the paper's claims beside what finished runs say
     python -m paper.reproduce text           the numbers of its text, and what became of each
@@ -37,7 +38,15 @@ from moe_model import MoEModel
 from paper.plan import shapes
 from paper.runs import rates
 from paper.runs.grid import Wanted, commands, missing, run_cells
-from paper.studies import claims, comparison, forgetting, merging, stability, tables
+from paper.studies import (
+    claims,
+    comparison,
+    forgetting,
+    merging,
+    placement,
+    stability,
+    tables,
+)
 from plumbing.checkpoint import BACKBONES, parse_config
 from plumbing.cli import COUNT, SHARE, Parser, command
 
@@ -195,7 +204,8 @@ class Part(NamedTuple):
 
 
 MODULES = {  # parts that are a file each
-    "methods": rates, "forgetting": forgetting, "merge": merging, "stability": stability,
+    "methods": rates, "placement": placement, "forgetting": forgetting, "merge": merging,
+    "stability": stability,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Student's t is written out, as the packages we allow ourselves have no distribut
 closed form for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 """
 
+from functools import cache
 from math import atan, cos, pi, sin, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -37,12 +38,79 @@ def inside(t: float, df: int) -> float:
 
 
 def t_95(df: int) -> float:
-    """What |T| stays below 95 times in 100, by bisection."""
-    low, high = 0.0, 16.0  # 12.7 with one degree of freedom, less with more
-    for _ in range(60):
+    """What |T| stays below 95 times in 100."""
+    return t_quantile(0.95, df)
+
+
+@cache
+def t_quantile(share: float, df: int) -> float:
+    """What |T| stays below in this share of cases, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle, df) < 0.95 else (low, middle)
+        low, high = (middle, high) if inside(middle, df) < share else (low, middle)
     return high
+
+
+def above(t: float, df: int) -> float:
+    """The chance that T > t."""
+    tail = (1 - inside(abs(t), df)) / 2
+    return tail if t > 0 else 1 - tail
+
+
+class Comparison(NamedTuple):
+    """What paired differences say of their mean: whether it is 0, and whether it is small."""
+
+    mean: float
+    error: float  # standard error of the mean
+    n: int
+    low: float  # of the 95 % interval
+    high: float
+    p: float  # two-sided, of a mean of 0
+    p_equivalent: float  # of a mean outside +-margin: the larger p of two one-sided tests (TOST)
+    mde: float  # the smallest true mean that is found with a power of 80 %
+
+
+def compare(differences: list[float], margin: float) -> Comparison:
+    """The paired t-tests of at least two differences, drawn independently, about normal."""
+    n = len(differences)
+    df, center = n - 1, mean(differences)
+    error = max(stdev(differences), ROUNDING) / sqrt(n)
+    reach = t_95(df) * error
+    return Comparison(
+        mean=center,
+        error=error,
+        n=n,
+        low=center - reach,
+        high=center + reach,
+        p=1 - inside(abs(center) / error, df),
+        p_equivalent=max(
+            above((center + margin) / error, df), above((margin - center) / error, df)
+        ),
+        # beyond t_95 in 80 % of cases: the quantile that T exceeds in 20 %, so |T| in 40 %
+        mde=(t_95(df) + t_quantile(0.6, df)) * error,
+    )
+
+
+def holm(ps: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm, 1979): reject those below the level."""
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = highest
+    return corrected
+
+
+def verdict(of: Comparison, corrected: float, level: float = 0.05) -> str:
+    """What is said of a claim that the mean is positive. corrected: its p after `holm`."""
+    word = "holds" if of.mean > 0 else "fails"
+    if corrected < level:
+        return word
+    if of.p_equivalent < level:
+        return "equivalent"
+    if of.p < level:
+        return f"{word} unadjusted"
+    return "undecided"
 
 
 def spread(values: list[float]) -> Spread:

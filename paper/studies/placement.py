@@ -1,250 +1,295 @@
-"""Do hot experts matter? Runs that differ in nothing but the experts that get adapters.
+"""Do hot experts matter? What the runs of placement_runs.py say; the plan is placement.md.
 
-The plan is paper/studies/placement.md. It was written before the runs, and says what is compared,
-how, and what is said for each outcome. Here are its runs.
+    python -m paper.reproduce placement               what the finished runs say, after the others
+    python -m paper.reproduce placement --dry-run     what is missing, and about how long it takes
 
-The measure is the cross-entropy of the right answers of held-out problems, in nats per token of an
-answer. It tells more of a run than its accuracy does: every token counts, by how likely it was.
+A difference is the log ratio of two losses, other arm / hot, of two runs that share base, seed and
+rows. Positive: hot is better. On one base it is over seeds; on several it is over the means of
+bases.
 """
 
-import base64
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from itertools import groupby
+from math import exp, log
+from statistics import linear_regression, mean
 from typing import NamedTuple
 
 import numpy as np
 
-from paper.runs.grid import BASES, MODEL, ROOT, Run, Wanted, missing_tasks, saved
-from plumbing.files import write_atomically
-from plumbing.run_folder import read_results
-from tiny import tasks
-from tiny.tasks import draw
+from paper.runs.grid import MODEL, missing_tasks, saved
+from paper.runs.stats import Comparison, compare, holm, verdict
+from paper.studies.placement_runs import (
+    DEV,
+    N_REWORDED,
+    N_SCORED,
+    RATES,
+    REGIMES,
+    TEST,
+    Placed,
+    problems,
+    rate,
+    test_runs,
+    tuning,
+    unpack,
+    wanted,
+)
+from paper.studies.tables import printed
+from plumbing.checkpoint import locate
+from plumbing.tokenizer import load_tokenizer
 
-RUNS = Path("runs/placement")  # below the repository
-RESULTS = ROOT / "docs" / "results" / "placement"
-ROWS_SEED = 1  # of the problems that are scored; seed 0 gave the files of tiny/
-DEV, TEST = "placement-dev", "placement-test"
-N_REWORDED = 500  # the last of TEST's problems: in wordings that training never sees
-N_SCORED = {DEV: 500, TEST: 2000 + N_REWORDED}
+__all__ = ["results", "show", "wanted"]  # what paper.reproduce asks of a study
 
-
-class Regime(NamedTuple):
-    """How much is trained, and on how many rows."""
-
-    n_rows: int  # drawn anew for each seed
-    epochs: int
-    arms: dict[str, str]  # name of an arm -> its method; hot first, which the others are held to
-    seeds: int  # of the embedded base
-
-
-WITH_ATTENTION = {
-    "hot": "hellora",
-    "cold": "hellora_c",
-    "random": "hellora_r",
-    "model-level": "hellora_m",
-    "none": "hellora_none",
-    "all": "lora",
-}
-EXPERTS_ALONE = {
-    "hot": "hellora_pure",
-    "cold": "hellora_pure_c",
-    "random": "hellora_pure_r",
-    "model-level": "hellora_pure_m",
-    "all": "lora_pure",
-}
-ANSWERS = "answers"  # hot by the visits of the tokens that predict an answer: --count answers
-REGIMES = {
-    "A": Regime(200, 6, WITH_ATTENTION | {ANSWERS: "hellora"}, 20),
-    "P": Regime(200, 6, EXPERTS_ALONE | {ANSWERS: "hellora_pure"}, 12),
-    "O": Regime(60, 20, WITH_ATTENTION, 28),
-}
-RECIPE = ("--batch-size", "16", "--catcher", "forward")
-TUNING_SEEDS = (100, 101, 102)  # never used again
-OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained for this study
-BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
-BASE_SEEDS = 4
-
-# regime, arm -> the learning rates tried. The best on DEV is taken: see `rate`. Where it was the
-# lowest or the highest of the four, further ones a factor of two apart were tried.
-FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
-RATES = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
+MARGIN = log(1.1)
+PRIMARY = ("cold", "random", "none", "all")
+PLAIN = slice(0, N_SCORED[TEST] - N_REWORDED)  # of TEST's problems
+REWORDED = slice(N_SCORED[TEST] - N_REWORDED, N_SCORED[TEST])
+DRAWS, CHUNK = 10_000, 1_000  # of the bootstrap; at a time
+ONE, MANY = "one base", "bases"
 
 
-# ---- the runs ------------------------------------------------------------------------------------
+class Pair(NamedTuple):
+    """Two runs that share base, seed and rows: of each, the losses of all problems [2500]."""
+
+    model: str
+    other: np.ndarray
+    hot: np.ndarray
 
 
-@dataclass(frozen=True)
-class Placed(Run):
-    """A run of one arm. Its rows are drawn with its seed, so that each seed is a sample of all."""
-
-    regime: str = ""
-    arm: str = ""
-
-    seconds = 15
-    SCORE_SECONDS = 12
-
-    @property
-    def name(self) -> str:
-        """See Cell."""
-        base = () if self.model == MODEL else (Path(self.model).name,)
-        return "-".join((*base, self.regime, self.arm, f"lr{self.lr:g}", f"s{self.seed}"))
-
-    @property
-    def folder(self) -> Path:
-        """See Cell."""
-        return ROOT / RUNS / self.name
-
-    @property
-    def result(self) -> Path:
-        """See Cell."""
-        return RESULTS / f"{self.name}.json"
-
-    @property
-    def rows(self) -> Path:
-        """See Run."""
-        return RUNS / "problems" / f"{REGIMES[self.regime].n_rows}-rows-s{self.seed}.jsonl"
-
-    def drawn(self) -> str:
-        """The rows that it is trained on, as JSON lines."""
-        return as_lines("math_problem", "train", REGIMES[self.regime].n_rows, self.seed)
-
-    def prepare(self) -> None:
-        """Write the rows that it is trained on, and the problems that are scored."""
-        write_problems(self.rows, self.drawn())
-        for task in N_SCORED:
-            write_problems(problems_file(task), problems(task))
-
-    def rests_on(self) -> dict[str, str]:
-        """See Cell."""
-        about = super().rests_on() | {"drawn": digest(self.drawn(), *map(problems, N_SCORED))}
-        return {name: value for name, value in about.items() if name != "data"}
-
-    def record(self) -> dict:
-        """See Cell."""
-        return super().record() | {"drawn": self.rests_on()["drawn"]}
-
-    def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
-        """See Cell."""
-        command = f"python eval_gsm8k.py --run {{}} --loss --data {problems_file(task)}"
-        return f"{command} --limit {N_SCORED[task]}", ("loss", "exact", "items")
-
-    def scores(self, task: str) -> dict:
-        """See Cell. Of each problem too, packed: see `pack`."""
-        found = read_results(self.folder).get(f"{self.task}-loss-part", {})
-        if found.get("total") != N_SCORED[task]:
-            return {}
-        path = self.folder / f"answers-{self.task}-loss-part.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        return found | {"items": pack(records)}
-
-
-def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> Placed:
-    """The run of an arm."""
-    of = REGIMES[regime]
-    flags = ("--epochs", str(of.epochs), *RECIPE)
-    flags += ("--count", "answers") if arm == ANSWERS else ()
-    return Placed(of.arms[arm], lr, seed, flags=flags, model=model, regime=regime, arm=arm)
+# ---- the finished runs ---------------------------------------------------------------------------
 
 
 @cache
-def as_lines(make: str, split: str, n: int, seed: int) -> str:
-    """Rows by one of tiny.tasks' generators. No problem of a split can stand in another one."""
-    rows = draw(getattr(tasks, make), split, n, seed)
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def finished() -> dict[str, list[Placed]]:
+    """{regime: its runs whose test problems are scored}."""
+    found = {name: [] for name in REGIMES}
+    for run in test_runs():
+        if not missing_tasks(run, [TEST]):
+            found[run.regime].append(run)
+    return found
 
 
-def problems(task: str) -> str:
-    """The problems of DEV or TEST, as JSON lines."""
-    if task == DEV:
-        return as_lines("math_problem", "dev", N_SCORED[DEV], ROWS_SEED)
-    plain = as_lines("math_problem", "test", N_SCORED[TEST] - N_REWORDED, ROWS_SEED)
-    return plain + as_lines("reworded_problem", "test", N_REWORDED, ROWS_SEED)
+@cache
+def losses(run: Placed) -> np.ndarray:
+    """The loss of each of TEST's problems [2500], in nats."""
+    return unpack(saved(run)["items"][TEST])[0]
 
 
-def digest(*texts: str) -> str:
-    """sha256 of some texts, one after another."""
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
+def pairs(regime: str, arm: str, bases: str) -> list[Pair]:
+    """The pairs of an arm and hot that are finished, of one base or of all, in their order."""
+    runs = {(run.model, run.seed, run.arm): run for run in finished()[regime]}
+    found = []
+    for (model, seed, of), run in runs.items():
+        hot = runs.get((model, seed, "hot"))
+        if of == arm and hot and (bases == MANY or model == MODEL):
+            found.append(Pair(model, losses(run), losses(hot)))
+    return sorted(found, key=lambda pair: pair.model)
 
 
-def problems_file(task: str) -> Path:
-    """Where they are written for eval_gsm8k.py."""
-    return RUNS / "problems" / f"{task}.jsonl"
+# ---- what they say -------------------------------------------------------------------------------
 
 
-def write_problems(path: Path, text: str) -> None:
-    """Below the repository, unless the file is there."""
-    path = ROOT / path
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+def units(values: list[float], models: list[str], bases: str) -> list[float]:
+    """The numbers that a test is over: one a seed, or one a base, the mean of its seeds."""
+    if bases == ONE:
+        return values
+    by_base = groupby(zip(models, values, strict=True), key=lambda pair: pair[0])
+    return [mean(value for _, value in of) for _, of in by_base]
 
 
-def pack(records: list[dict]) -> dict[str, str]:
-    """What --loss says of each problem, small: base64 of its loss as float16, and of bits."""
-    losses = np.array([r["loss"] for r in records], "<f2")
-    exact = np.packbits([r["exact"] for r in records])
-    return {
-        "loss": base64.b64encode(losses.tobytes()).decode(),
-        "exact": base64.b64encode(exact.tobytes()).decode(),
-    }
+def bootstrap(some: list[Pair], part: slice, bases: str) -> tuple[float, float]:
+    """The 95 % interval of the mean log ratio, seeds (or bases) and problems both drawn again.
 
-
-def unpack(items: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each problem: the summed loss of its answer in nats, and whether all of it is exact."""
-    losses = np.frombuffer(base64.b64decode(items["loss"]), "<f2").astype(float)
-    exact = np.unpackbits(np.frombuffer(base64.b64decode(items["exact"]), np.uint8))
-    return losses, exact[: len(losses)].astype(bool)
-
-
-# ---- which runs ----------------------------------------------------------------------------------
-
-
-def tuning(regime: str, arm: str) -> dict[float, list[Placed]]:
-    """{learning rate: the runs that it is judged by}."""
-    return {
-        lr: [placed(regime, arm, seed, lr) for seed in TUNING_SEEDS] for lr in RATES[regime, arm]
-    }
-
-
-def rate(regime: str, arm: str) -> float | None:
-    """The learning rate with the lowest mean loss on DEV; None as long as a run is missing.
-
-    Raises ValueError if it is the lowest or the highest that was tried.
+    It does not assume that differences are normal, nor that these problems are all there are.
     """
-    runs = tuning(regime, arm)
-    if any(missing_tasks(run, [DEV]) for of in runs.values() for run in of):
+    draw = np.random.default_rng(0)
+    other, hot = (np.stack([pair[i][part] for pair in some]) for i in (1, 2))  # [runs, problems]
+    n_problems = other.shape[1]
+    _, group = np.unique([p.model for p in some], return_inverse=True)
+    group = np.arange(len(some)) if bases == ONE else group
+    average = (group == np.arange(group.max() + 1)[:, None]).astype(float)  # [units, runs]
+    average /= average.sum(1, keepdims=True)
+    n_units, means = len(average), []
+    for _ in range(DRAWS // CHUNK):
+        times = draw.multinomial(
+            n_problems, [1 / n_problems] * n_problems, CHUNK
+        ).T  # [problems, C]
+        ratios = average @ np.log((other @ times) / (hot @ times))  # [units, C]
+        weights = (
+            draw.multinomial(n_units, [1 / n_units] * n_units, CHUNK).T / n_units
+        )  # [units, C]
+        means.append((ratios * weights).sum(0))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def planned(regime: str, arm: str, bases: str) -> int:
+    """How many pairs the plan has."""
+    runs = [run for run in test_runs() if (run.regime, run.arm) == (regime, arm)]
+    return sum(bases == MANY or run.model == MODEL for run in runs)
+
+
+def compare_arms(
+    some: dict[str, list[Pair]], bases: str, part: slice
+) -> dict[str, tuple[Comparison, float]]:
+    """{arm: what its pairs say, and p corrected for the number of primary arms}.
+
+    Arms with fewer than two seeds, or bases, are left out. Only PLAIN problems have primary arms.
+    """
+    tests = {}
+    for arm, of in some.items():
+        ratios = [log(pair.other[part].sum() / pair.hot[part].sum()) for pair in of]
+        over = units(ratios, [pair.model for pair in of], bases)
+        if len(over) > 1:
+            tests[arm] = compare(over, MARGIN)
+    corrected = {arm: test.p for arm, test in tests.items()}
+    if part == PLAIN:
+        first = [arm for arm in tests if arm in PRIMARY]
+        corrected |= zip(first, holm([tests[arm].p for arm in first]), strict=True)
+    return {arm: (test, corrected[arm]) for arm, test in tests.items()}
+
+
+def family(regime: str, bases: str, part: slice) -> list[dict]:
+    """The comparisons of a regime."""
+    some = {arm: pairs(regime, arm, bases) for arm in REGIMES[regime].arms if arm != "hot"}
+    return [
+        {
+            "regime": regime,
+            "bases": bases,
+            "problems": "plain" if part == PLAIN else "reworded",
+            "arm": arm,
+            "primary": arm in PRIMARY and part == PLAIN,
+            "runs": len(some[arm]),
+            "planned": planned(regime, arm, bases),
+            **test._asdict(),
+            "p_corrected": corrected,
+            "verdict": verdict(test, corrected),
+            "bootstrap": bootstrap(some[arm], part, bases),
+        }
+        for arm, (test, corrected) in compare_arms(some, bases, part).items()
+    ]
+
+
+def papers_effect(regime: str) -> dict | None:
+    """What the paper's hot - cold on GSM8K would be here, as a log ratio of losses.
+
+    In logits of accuracy it is the same everywhere. How many log units of loss a logit is, a line
+    through all runs of the regime on the embedded base tells. None with fewer than three of them.
+    """
+    hot, cold = (printed(*of, "gsm8k") / 100 for of in (("2", "hellora"), ("4", "hellora_c")))
+    logits = logit(hot) - logit(cold)
+    runs = [(run, TEST) for run in finished()[regime] if run.model == MODEL]
+    for name, arm in RATES:
+        tuned = [run for of in tuning(name, arm).values() for run in of if name == regime]
+        runs += [(run, DEV) for run in tuned if not missing_tasks(run, [DEV])]
+    points = [(saved(run)["exact"][task], saved(run)["loss"][task]) for run, task in runs]
+    points = [(logit(share), log(loss)) for share, loss in points if 0 < share < 1]
+    if len(points) < 3:
         return None
-    means = {lr: np.mean([saved(run)["loss"][DEV] for run in of]) for lr, of in runs.items()}
-    best = min(means, key=means.get)
-    if best in (min(means), max(means)):
-        raise ValueError(
-            f"regime {regime}, {arm}: {best:g} is the best rate, and the last that was tried on "
-            "that side: add the next one to RATES in paper/studies/placement.py"
+    slope, _ = linear_regression(*zip(*points, strict=True))
+    return {"logits": logits, "log_loss_per_logit": slope, "log_ratio": -slope * logits}
+
+
+def logit(share: float) -> float:
+    """log odds."""
+    return log(share / (1 - share))
+
+
+@cache
+def n_tokens() -> dict[str, int]:
+    """Tokens of the answers of TEST's problems, eos included."""
+    tokenizer = load_tokenizer(locate(MODEL))
+    rows = [json.loads(line) for line in problems(TEST).splitlines()]
+    sizes = [len(tokenizer.encode(" " + row["answer"])) + 1 for row in rows]
+    return {"plain": sum(sizes[PLAIN]), "reworded": sum(sizes[REWORDED])}
+
+
+def level(regime: str, arm: str) -> dict | None:
+    """What an arm reaches on the embedded base: means over its seeds."""
+    runs = [r for r in finished()[regime] if (r.arm, r.model) == (arm, MODEL)]
+    if not runs:
+        return None
+    return {
+        "regime": regime,
+        "arm": arm,
+        "method": runs[0].method,
+        "lr": rate(regime, arm),
+        "runs": len(runs),
+        "trained": saved(runs[0])["trained"],
+        "final_loss": mean(saved(run)["final_loss"] for run in runs),
+        "loss": mean(float(losses(run)[PLAIN].sum()) / n_tokens()["plain"] for run in runs),
+        "reworded": mean(
+            float(losses(run)[REWORDED].sum()) / n_tokens()["reworded"] for run in runs
+        ),
+        "exact": mean(float(exact(run)[PLAIN].mean()) for run in runs),
+    }
+
+
+def exact(run: Placed) -> np.ndarray:
+    """Whether the whole answer of each of TEST's problems [2500] is the model's first choice."""
+    return unpack(saved(run)["items"][TEST])[1]
+
+
+def results() -> dict:
+    """Levels, comparisons and the paper's effect, of the runs that are finished."""
+    parts = (PLAIN, REWORDED)
+    return {
+        "margin": MARGIN,
+        "levels": [found for name, arm in RATES if (found := level(name, arm))],
+        "effect": {name: papers_effect(name) for name in REGIMES},
+        "rows": [
+            row
+            for name in REGIMES
+            for bases in (ONE, MANY)
+            if bases == ONE or any(run.model != MODEL for run in finished()[name])
+            for part in parts
+            for row in family(name, bases, part)
+        ],
+    }
+
+
+# ---- how it is shown -----------------------------------------------------------------------------
+
+
+def says(row: dict) -> str:
+    """A verdict in words, with what it rests on."""
+    word = row["verdict"]
+    inner = row["p_equivalent"] < 0.05
+    if word == "equivalent":
+        return f"equivalent within {exp(MARGIN) - 1:.0%}"
+    if word == "undecided":
+        return f"undecided (an effect of {row['mde']:.3f} would be found)"
+    return f"{word}, less than {exp(MARGIN) - 1:.0%}" if inner else word
+
+
+def show(found: dict) -> None:
+    """Levels, then a block of comparisons for each regime."""
+    print("what each arm reaches on the embedded base, mean over seeds")
+    print(f"{'':3s}{'arm':13s}{'method':16s}{'rate':>7s}{'trained':>11s}{'runs':>6s}"
+          f"{'training':>10s}{'held out':>10s}{'reworded':>10s}{'exact':>8s}")  # fmt: skip
+    for of in found["levels"]:
+        print(
+            f"{of['regime']:3s}{of['arm']:13s}{of['method']:16s}{of['lr']:7g}{of['trained']:11,}"
+            f"{of['runs']:6d}{of['final_loss']:10.4f}{of['loss']:10.4f}{of['reworded']:10.4f}"
+            f"{of['exact']:8.1%}"
         )
-    return best
-
-
-def test_runs() -> Iterator[Placed]:
-    """The runs that are compared, as far as their rates are known. All arms of a seed together."""
-    known = {(name, arm): rate(name, arm) for name, arm in RATES}
-    for seed in range(max(regime.seeds for regime in REGIMES.values())):
-        for name, regime in REGIMES.items():
-            for arm in regime.arms if seed < regime.seeds else ():
-                if lr := known[name, arm]:
-                    yield placed(name, arm, seed, lr)
-    for model in OTHER_BASES:
-        for seed in range(BASE_SEEDS):
-            for name, regime in REGIMES.items():
-                for arm in BASE_ARMS:
-                    if name != "O" and arm in regime.arms and (lr := known[name, arm]):
-                        yield placed(name, arm, seed, lr, model)
-
-
-def wanted() -> Wanted:
-    """All runs, those for the learning rates first."""
-    tuned = [run for name, arm in RATES for of in tuning(name, arm).values() for run in of]
-    return {run: {DEV} for run in tuned} | {run: {TEST} for run in test_runs()}
+    print("\nlog loss of the other arm, less that of hot (positive: hot is better)")
+    head = None
+    for row in found["rows"]:
+        block = (row["regime"], row["bases"], row["problems"])
+        if block != head:
+            head = block
+            about = f"regime {block[0]}, {block[1]}, {block[2]} problems"
+            effect = found["effect"][block[0]]
+            if effect and block[2] == "plain":
+                about += f" (the paper's hot - cold would be {effect['log_ratio']:+.3f})"
+            print(f"\n{about}")
+        units = f"{row['n']} {'seeds' if row['bases'] == ONE else 'bases'}"
+        part = "" if row["runs"] == row["planned"] else f", {row['runs']} of {row['planned']} runs"
+        low, high = row["bootstrap"]
+        print(
+            f"  {row['arm'] + (' *' if row['primary'] else ''):14s}{row['mean']:+.3f} "
+            f"({row['low']:+.3f} to {row['high']:+.3f}; bootstrap {low:+.3f} to {high:+.3f}; "
+            f"p {row['p_corrected']:.2g})  {says(row)}; {units}{part}"
+        )
+    print("\n* primary: p is corrected for the number of these (Holm)")

@@ -1,0 +1,250 @@
+"""Do hot experts matter? Runs that differ in nothing but the experts that get adapters.
+
+The plan is paper/studies/placement.md. It was written before the runs, and says what is compared,
+how, and what is said for each outcome. Here are its runs.
+
+The measure is the cross-entropy of the right answers of held-out problems, in nats per token of an
+answer. It tells more of a run than its accuracy does: every token counts, by how likely it was.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from paper.runs.grid import BASES, MODEL, ROOT, Run, Wanted, missing_tasks, saved
+from plumbing.files import write_atomically
+from plumbing.run_folder import read_results
+from tiny import tasks
+from tiny.tasks import draw
+
+RUNS = Path("runs/placement")  # below the repository
+RESULTS = ROOT / "docs" / "results" / "placement"
+ROWS_SEED = 1  # of the problems that are scored; seed 0 gave the files of tiny/
+DEV, TEST = "placement-dev", "placement-test"
+N_REWORDED = 500  # the last of TEST's problems: in wordings that training never sees
+N_SCORED = {DEV: 500, TEST: 2000 + N_REWORDED}
+
+
+class Regime(NamedTuple):
+    """How much is trained, and on how many rows."""
+
+    n_rows: int  # drawn anew for each seed
+    epochs: int
+    arms: dict[str, str]  # name of an arm -> its method; hot first, which the others are held to
+    seeds: int  # of the embedded base
+
+
+WITH_ATTENTION = {
+    "hot": "hellora",
+    "cold": "hellora_c",
+    "random": "hellora_r",
+    "model-level": "hellora_m",
+    "none": "hellora_none",
+    "all": "lora",
+}
+EXPERTS_ALONE = {
+    "hot": "hellora_pure",
+    "cold": "hellora_pure_c",
+    "random": "hellora_pure_r",
+    "model-level": "hellora_pure_m",
+    "all": "lora_pure",
+}
+ANSWERS = "answers"  # hot by the visits of the tokens that predict an answer: --count answers
+REGIMES = {
+    "A": Regime(200, 6, WITH_ATTENTION | {ANSWERS: "hellora"}, 20),
+    "P": Regime(200, 6, EXPERTS_ALONE | {ANSWERS: "hellora_pure"}, 12),
+    "O": Regime(60, 20, WITH_ATTENTION, 28),
+}
+RECIPE = ("--batch-size", "16", "--catcher", "forward")
+TUNING_SEEDS = (100, 101, 102)  # never used again
+OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained for this study
+BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
+BASE_SEEDS = 4
+
+# regime, arm -> the learning rates tried. The best on DEV is taken: see `rate`. Where it was the
+# lowest or the highest of the four, further ones a factor of two apart were tried.
+FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+RATES = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placed(Run):
+    """A run of one arm. Its rows are drawn with its seed, so that each seed is a sample of all."""
+
+    regime: str = ""
+    arm: str = ""
+
+    seconds = 15
+    SCORE_SECONDS = 12
+
+    @property
+    def name(self) -> str:
+        """See Cell."""
+        base = () if self.model == MODEL else (Path(self.model).name,)
+        return "-".join((*base, self.regime, self.arm, f"lr{self.lr:g}", f"s{self.seed}"))
+
+    @property
+    def folder(self) -> Path:
+        """See Cell."""
+        return ROOT / RUNS / self.name
+
+    @property
+    def result(self) -> Path:
+        """See Cell."""
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def rows(self) -> Path:
+        """See Run."""
+        return RUNS / "problems" / f"{REGIMES[self.regime].n_rows}-rows-s{self.seed}.jsonl"
+
+    def drawn(self) -> str:
+        """The rows that it is trained on, as JSON lines."""
+        return as_lines("math_problem", "train", REGIMES[self.regime].n_rows, self.seed)
+
+    def prepare(self) -> None:
+        """Write the rows that it is trained on, and the problems that are scored."""
+        write_problems(self.rows, self.drawn())
+        for task in N_SCORED:
+            write_problems(problems_file(task), problems(task))
+
+    def rests_on(self) -> dict[str, str]:
+        """See Cell."""
+        about = super().rests_on() | {"drawn": digest(self.drawn(), *map(problems, N_SCORED))}
+        return {name: value for name, value in about.items() if name != "data"}
+
+    def record(self) -> dict:
+        """See Cell."""
+        return super().record() | {"drawn": self.rests_on()["drawn"]}
+
+    def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
+        """See Cell."""
+        command = f"python eval_gsm8k.py --run {{}} --loss --data {problems_file(task)}"
+        return f"{command} --limit {N_SCORED[task]}", ("loss", "exact", "items")
+
+    def scores(self, task: str) -> dict:
+        """See Cell. Of each problem too, packed: see `pack`."""
+        found = read_results(self.folder).get(f"{self.task}-loss-part", {})
+        if found.get("total") != N_SCORED[task]:
+            return {}
+        path = self.folder / f"answers-{self.task}-loss-part.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        return found | {"items": pack(records)}
+
+
+def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> Placed:
+    """The run of an arm."""
+    of = REGIMES[regime]
+    flags = ("--epochs", str(of.epochs), *RECIPE)
+    flags += ("--count", "answers") if arm == ANSWERS else ()
+    return Placed(of.arms[arm], lr, seed, flags=flags, model=model, regime=regime, arm=arm)
+
+
+@cache
+def as_lines(make: str, split: str, n: int, seed: int) -> str:
+    """Rows by one of tiny.tasks' generators. No problem of a split can stand in another one."""
+    rows = draw(getattr(tasks, make), split, n, seed)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def problems(task: str) -> str:
+    """The problems of DEV or TEST, as JSON lines."""
+    if task == DEV:
+        return as_lines("math_problem", "dev", N_SCORED[DEV], ROWS_SEED)
+    plain = as_lines("math_problem", "test", N_SCORED[TEST] - N_REWORDED, ROWS_SEED)
+    return plain + as_lines("reworded_problem", "test", N_REWORDED, ROWS_SEED)
+
+
+def digest(*texts: str) -> str:
+    """sha256 of some texts, one after another."""
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def problems_file(task: str) -> Path:
+    """Where they are written for eval_gsm8k.py."""
+    return RUNS / "problems" / f"{task}.jsonl"
+
+
+def write_problems(path: Path, text: str) -> None:
+    """Below the repository, unless the file is there."""
+    path = ROOT / path
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def pack(records: list[dict]) -> dict[str, str]:
+    """What --loss says of each problem, small: base64 of its loss as float16, and of bits."""
+    losses = np.array([r["loss"] for r in records], "<f2")
+    exact = np.packbits([r["exact"] for r in records])
+    return {
+        "loss": base64.b64encode(losses.tobytes()).decode(),
+        "exact": base64.b64encode(exact.tobytes()).decode(),
+    }
+
+
+def unpack(items: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each problem: the summed loss of its answer in nats, and whether all of it is exact."""
+    losses = np.frombuffer(base64.b64decode(items["loss"]), "<f2").astype(float)
+    exact = np.unpackbits(np.frombuffer(base64.b64decode(items["exact"]), np.uint8))
+    return losses, exact[: len(losses)].astype(bool)
+
+
+# ---- which runs ----------------------------------------------------------------------------------
+
+
+def tuning(regime: str, arm: str) -> dict[float, list[Placed]]:
+    """{learning rate: the runs that it is judged by}."""
+    return {
+        lr: [placed(regime, arm, seed, lr) for seed in TUNING_SEEDS] for lr in RATES[regime, arm]
+    }
+
+
+def rate(regime: str, arm: str) -> float | None:
+    """The learning rate with the lowest mean loss on DEV; None as long as a run is missing.
+
+    Raises ValueError if it is the lowest or the highest that was tried.
+    """
+    runs = tuning(regime, arm)
+    if any(missing_tasks(run, [DEV]) for of in runs.values() for run in of):
+        return None
+    means = {lr: np.mean([saved(run)["loss"][DEV] for run in of]) for lr, of in runs.items()}
+    best = min(means, key=means.get)
+    if best in (min(means), max(means)):
+        raise ValueError(
+            f"regime {regime}, {arm}: {best:g} is the best rate, and the last that was tried on "
+            "that side: add the next one to RATES in paper/studies/placement_runs.py"
+        )
+    return best
+
+
+def test_runs() -> Iterator[Placed]:
+    """The runs that are compared, as far as their rates are known. All arms of a seed together."""
+    known = {(name, arm): rate(name, arm) for name, arm in RATES}
+    for seed in range(max(regime.seeds for regime in REGIMES.values())):
+        for name, regime in REGIMES.items():
+            for arm in regime.arms if seed < regime.seeds else ():
+                if lr := known[name, arm]:
+                    yield placed(name, arm, seed, lr)
+    for model in OTHER_BASES:
+        for seed in range(BASE_SEEDS):
+            for name, regime in REGIMES.items():
+                for arm in BASE_ARMS:
+                    if name != "O" and arm in regime.arms and (lr := known[name, arm]):
+                        yield placed(name, arm, seed, lr, model)
+
+
+def wanted() -> Wanted:
+    """All runs, those for the learning rates first."""
+    tuned = [run for name, arm in RATES for of in tuning(name, arm).values() for run in of]
+    return {run: {DEV} for run in tuned} | {run: {TEST} for run in test_runs()}
