@@ -7,6 +7,7 @@
     python -m paper.reproduce --table all --scale paper --limit 64  a trial of all commands
     python -m paper.reproduce bases          hot, cold, random experts; also coverage, lists
     python -m paper.reproduce placement      do hot experts matter? (its plan: studies/placement.md)
+    python -m paper.reproduce mechanism      what hot, cold, none and all change besides the task
     python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
     python -m paper.reproduce claims         the paper's claims beside what finished runs say
     python -m paper.reproduce text           the numbers of its text, and what became of each
@@ -42,6 +43,7 @@ from paper.studies import (
     claims,
     comparison,
     forgetting,
+    mechanism,
     merging,
     placement,
     stability,
@@ -204,8 +206,8 @@ class Part(NamedTuple):
 
 
 MODULES = {  # parts that are a file each
-    "methods": rates, "placement": placement, "forgetting": forgetting, "merge": merging,
-    "stability": stability,
+    "methods": rates, "placement": placement, "mechanism": mechanism,
+    "forgetting": forgetting, "merge": merging, "stability": stability,
 }  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from conftest import ROOT, small_run, write_rows
 from catcher import Catcher
 from eval_gsm8k import answer_losses
 from generate import generate
-from moe_model import IGNORE, MoEModel
+from moe_model import IGNORE, MoEModel, Routing
 from paper.runs.grid import saved
 from paper.runs.stats import compare, holm, verdict
-from paper.studies import placement_runs
+from paper.studies import mechanism, placement_runs
 from paper.studies.placement import MANY, MARGIN, ONE, PLAIN, Pair, bootstrap, compare_arms
 from plumbing.data import collate, encode, load_examples
 from plumbing.run_folder import read_run
@@ -249,3 +249,42 @@ def test_no_result_rests_on_other_settings_than_the_plan_has_now():
     assert set(kept) <= planned.keys()
     for name in kept:
         assert saved(planned[name])  # raises ValueError if the run would be another one now
+
+
+def test_each_arms_rate_is_the_best_on_dev_and_lies_inside_those_tried():
+    for (regime, arm), lr in placement_runs.RATES.items():
+        assert placement_runs.best_rate(regime, arm) == lr
+
+
+# ---- the mechanism -------------------------------------------------------------------------------
+
+
+def test_kept_choices_and_shares_by_hand():
+    before = Routing(torch.tensor([[[0, 1], [2, 3], [0, 1]]]), None, None)
+    after = Routing(torch.tensor([[[1, 0], [3, 4], [5, 4]]]), None, None)
+    real = torch.tensor([[True, True, False]])
+    assert mechanism.kept_choices(before, after, real) == pytest.approx(3 / 4)
+    assert mechanism.share(before, real, [0, 2]) == pytest.approx(2 / 4)
+    assert mechanism.hottest(before, torch.tensor([[True, False, True]]), 6)[:2] == [0, 1]
+
+
+def test_numbers_are_read_off_between_the_rates_up_to_the_best():
+    points = [(1.0, {"rise": 4.0}), (2.0, {"rise": 2.0}), (3.0, {"rise": 1.0})]
+    assert mechanism.at_loss(points, 1.5) == {"rise": 3.0}
+    assert mechanism.at_loss(points, 3.0) == {"rise": 1.0}
+    assert mechanism.at_loss(points, 9.0) == {"rise": 1.0}  # no rate tried was that bad
+    assert mechanism.at_loss(points, 0.0) == {"rise": 4.0}
+
+
+def test_a_model_merged_with_the_base_itself_is_itself(tiny):
+    model, _, data = tiny
+    tuned = MoEModel.from_pretrained(ROOT / "tiny")
+    with torch.no_grad():
+        tuned.head.weight *= 1.5
+    before = answer_losses(tuned, data[:4], 4)
+    mechanism.add_update(tuned, model, model)
+    assert answer_losses(tuned, data[:4], 4) == before
+    mechanism.add_update(model, tuned, MoEModel.from_pretrained(ROOT / "tiny"))
+    losses = [r["loss"] for r in answer_losses(model, data[:4], 4)]
+    # base + (tuned - base) rounds twice in fp32
+    assert losses == pytest.approx([r["loss"] for r in before], rel=1e-4)

@@ -23,12 +23,11 @@ from paper.studies.placement_runs import (
     DEV,
     N_REWORDED,
     N_SCORED,
-    RATES,
     REGIMES,
     TEST,
+    TRIED,
     Placed,
     problems,
-    rate,
     test_runs,
     tuning,
     unpack,
@@ -179,7 +178,7 @@ def papers_effect(regime: str) -> dict | None:
     hot, cold = (printed(*of, "gsm8k") / 100 for of in (("2", "hellora"), ("4", "hellora_c")))
     logits = logit(hot) - logit(cold)
     runs = [(run, TEST) for run in finished()[regime] if run.model == MODEL]
-    for name, arm in RATES:
+    for name, arm in TRIED:
         tuned = [run for of in tuning(name, arm).values() for run in of if name == regime]
         runs += [(run, DEV) for run in tuned if not missing_tasks(run, [DEV])]
     points = [(saved(run)["exact"][task], saved(run)["loss"][task]) for run, task in runs]
@@ -213,7 +212,7 @@ def level(regime: str, arm: str) -> dict | None:
         "regime": regime,
         "arm": arm,
         "method": runs[0].method,
-        "lr": rate(regime, arm),
+        "lr": runs[0].lr,
         "runs": len(runs),
         "trained": saved(runs[0])["trained"],
         "final_loss": mean(saved(run)["final_loss"] for run in runs),
@@ -235,7 +234,7 @@ def results() -> dict:
     parts = (PLAIN, REWORDED)
     return {
         "margin": MARGIN,
-        "levels": [found for name, arm in RATES if (found := level(name, arm))],
+        "levels": [found for name, arm in TRIED if (found := level(name, arm))],
         "effect": {name: papers_effect(name) for name in REGIMES},
         "rows": [
             row

@@ -27,6 +27,8 @@ from tiny.tasks import draw
 RUNS = Path("runs/placement")  # below the repository
 RESULTS = ROOT / "docs" / "results" / "placement"
 ROWS_SEED = 1  # of the problems that are scored; seed 0 gave the files of tiny/
+TASK = "tiny-math"
+GENERATOR = {"tiny-math": "math_problem", "tiny-code": "code_problem"}  # of tiny.tasks
 DEV, TEST = "placement-dev", "placement-test"
 N_REWORDED = 500  # the last of TEST's problems: in wordings that training never sees
 N_SCORED = {DEV: 500, TEST: 2000 + N_REWORDED}
@@ -68,10 +70,12 @@ OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained fo
 BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
 BASE_SEEDS = 4
 
-# regime, arm -> the learning rates tried. The best on DEV is taken: see `rate`. Where it was the
-# lowest or the highest of the four, further ones a factor of two apart were tried.
+# (regime, arm) -> the learning rates that are tried, and the one with the lowest mean loss on DEV.
+# Where that was the lowest or the highest of the four, further ones a factor of two apart were
+# tried.
 FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
-RATES = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
+TRIED = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
+RATES: dict[tuple[str, str], float] = {}  # not known yet
 
 
 # ---- the runs ------------------------------------------------------------------------------------
@@ -91,7 +95,8 @@ class Placed(Run):
     def name(self) -> str:
         """See Cell."""
         base = () if self.model == MODEL else (Path(self.model).name,)
-        return "-".join((*base, self.regime, self.arm, f"lr{self.lr:g}", f"s{self.seed}"))
+        task = () if self.task == TASK else (self.task,)
+        return "-".join((*base, *task, self.regime, self.arm, f"lr{self.lr:g}", f"s{self.seed}"))
 
     @property
     def folder(self) -> Path:
@@ -106,11 +111,13 @@ class Placed(Run):
     @property
     def rows(self) -> Path:
         """See Run."""
-        return RUNS / "problems" / f"{REGIMES[self.regime].n_rows}-rows-s{self.seed}.jsonl"
+        task = "" if self.task == TASK else f"{self.task}-"
+        name = f"{task}{REGIMES[self.regime].n_rows}-rows-s{self.seed}.jsonl"
+        return RUNS / "problems" / name
 
     def drawn(self) -> str:
         """The rows that it is trained on, as JSON lines."""
-        return as_lines("math_problem", "train", REGIMES[self.regime].n_rows, self.seed)
+        return as_lines(GENERATOR[self.task], "train", REGIMES[self.regime].n_rows, self.seed)
 
     def prepare(self) -> None:
         """Write the rows that it is trained on, and the problems that are scored."""
@@ -142,12 +149,17 @@ class Placed(Run):
         return found | {"items": pack(records)}
 
 
-def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> Placed:
-    """The run of an arm."""
+def settings(regime: str, arm: str) -> dict:
+    """What makes a run one of this arm."""
     of = REGIMES[regime]
     flags = ("--epochs", str(of.epochs), *RECIPE)
     flags += ("--count", "answers") if arm == ANSWERS else ()
-    return Placed(of.arms[arm], lr, seed, flags=flags, model=model, regime=regime, arm=arm)
+    return {"method": of.arms[arm], "flags": flags, "regime": regime, "arm": arm}
+
+
+def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> Placed:
+    """The run of an arm."""
+    return Placed(**settings(regime, arm), lr=lr, seed=seed, model=model)
 
 
 @cache
@@ -206,11 +218,11 @@ def unpack(items: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
 def tuning(regime: str, arm: str) -> dict[float, list[Placed]]:
     """{learning rate: the runs that it is judged by}."""
     return {
-        lr: [placed(regime, arm, seed, lr) for seed in TUNING_SEEDS] for lr in RATES[regime, arm]
+        lr: [placed(regime, arm, seed, lr) for seed in TUNING_SEEDS] for lr in TRIED[regime, arm]
     }
 
 
-def rate(regime: str, arm: str) -> float | None:
+def best_rate(regime: str, arm: str) -> float | None:
     """The learning rate with the lowest mean loss on DEV; None as long as a run is missing.
 
     Raises ValueError if it is the lowest or the highest that was tried.
@@ -223,28 +235,27 @@ def rate(regime: str, arm: str) -> float | None:
     if best in (min(means), max(means)):
         raise ValueError(
             f"regime {regime}, {arm}: {best:g} is the best rate, and the last that was tried on "
-            "that side: add the next one to RATES in paper/studies/placement_runs.py"
+            "that side: add the next one to TRIED in paper/studies/placement_runs.py"
         )
     return best
 
 
 def test_runs() -> Iterator[Placed]:
     """The runs that are compared, as far as their rates are known. All arms of a seed together."""
-    known = {(name, arm): rate(name, arm) for name, arm in RATES}
     for seed in range(max(regime.seeds for regime in REGIMES.values())):
         for name, regime in REGIMES.items():
             for arm in regime.arms if seed < regime.seeds else ():
-                if lr := known[name, arm]:
+                if lr := RATES.get((name, arm)):
                     yield placed(name, arm, seed, lr)
     for model in OTHER_BASES:
         for seed in range(BASE_SEEDS):
             for name, regime in REGIMES.items():
                 for arm in BASE_ARMS:
-                    if name != "O" and arm in regime.arms and (lr := known[name, arm]):
+                    if name != "O" and arm in regime.arms and (lr := RATES.get((name, arm))):
                         yield placed(name, arm, seed, lr, model)
 
 
 def wanted() -> Wanted:
     """All runs, those for the learning rates first."""
-    tuned = [run for name, arm in RATES for of in tuning(name, arm).values() for run in of]
+    tuned = [run for name, arm in TRIED for of in tuning(name, arm).values() for run in of]
     return {run: {DEV} for run in tuned} | {run: {TEST} for run in test_runs()}
