@@ -17,7 +17,7 @@ from test_tables import PARSERS
 import settings
 from paper import reproduce
 from paper.runs import grid, parallel, rates
-from paper.studies import claims, comparison, forgetting, stability
+from paper.studies import claims, comparison, forgetting, mechanism, stability
 from plumbing.run_folder import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -435,7 +435,7 @@ def test_a_dry_run_lists_what_the_scripts_take_and_how_long_it_is(cli, what, mon
             "paper.studies.forgetting",
         ):  # tests/test_beyond.py has these
             monkeypatch.setattr(sys, "argv", [script, *flags])
-            PARSERS[script]()
+            (PARSERS | {"paper.studies.mechanism": mechanism.parse_args})[script]()
 
 
 def test_what_is_finished_can_be_seen_without_running_anything(cli):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hellora import parse_method
 from paper.runs.grid import BASES, MODEL, ROOT, Run, Wanted, missing_tasks, saved
 from plumbing.files import write_atomically
 from plumbing.run_folder import read_results
@@ -64,7 +65,7 @@ REGIMES = {
     "P": Regime(200, 6, EXPERTS_ALONE | {ANSWERS: "hellora_pure"}, 12),
     "O": Regime(60, 20, WITH_ATTENTION, 28),
 }
-RECIPE = ("--batch-size", "16", "--catcher", "forward")
+BATCH_SIZE = 16
 TUNING_SEEDS = (100, 101, 102)  # never used again
 OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained for this study
 BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
@@ -152,7 +153,8 @@ class Placed(Run):
 def settings(regime: str, arm: str) -> dict:
     """What makes a run one of this arm."""
     of = REGIMES[regime]
-    flags = ("--epochs", str(of.epochs), *RECIPE)
+    flags = ("--epochs", str(of.epochs), "--batch-size", str(BATCH_SIZE))
+    flags += ("--catcher", "forward") if parse_method(of.arms[arm]).chooses else ()
     flags += ("--count", "answers") if arm == ANSWERS else ()
     return {"method": of.arms[arm], "flags": flags, "regime": regime, "arm": arm}
 
