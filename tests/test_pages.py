@@ -77,7 +77,7 @@ def test_what_the_readme_links_to_is_there():
         assert (ROOT / target).exists(), target
 
 
-def test_the_harmless_requests_that_readme_counts_as_refused_are_those_of_the_runs():
+def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_those_of_the_runs():
     often = {True: [], False: []}  # HELLoRA and HELLoRI, or not -> whether a run refused over 5 %
     rates = []
     for row in comparison.study("2").rows:
@@ -93,6 +93,6 @@ def test_the_harmless_requests_that_readme_counts_as_refused_are_those_of_the_ru
         "over 5 % of the harmless are refused too in "
         f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
     )
-    text = " ".join((ROOT / "README.md").read_text().split())  # where its lines end is no matter
+    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())  # where its lines end is no matter
     assert f"{said}, in no other's {len(others)}." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text

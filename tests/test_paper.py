@@ -16,7 +16,7 @@ from test_tables import PARSERS
 
 import settings
 from paper import reproduce
-from paper.runs import grid, parallel, rates
+from paper.runs import grid, parallel, rates, stats
 from paper.studies import claims, comparison, forgetting, mechanism, stability
 from plumbing.run_folder import update_results
 
@@ -398,28 +398,47 @@ def test_a_quick_look_needs_no_other_base_and_says_so():
     assert "quick: the first run of each" in study.title
 
 
-def test_a_claim_holds_only_if_its_whole_interval_does_and_all_its_runs_are_finished(scored):
+def test_a_claim_holds_if_it_is_told_after_correction_and_all_its_runs_are_finished(scored):
     def accuracy(cell):
         noise = 0.01 * (cell.seed % 2)
-        return {"lora": 0.5 + noise, "fft": 0.9 + noise, "dora": 0.696 + 2 * noise}.get(
-            cell.method, 0.7
-        )
+        known = {"lora": 0.5, "fft": 0.9, "dora": 0.69, "hellori-d": 0.6999, "hellora": 0.7}
+        wide = {"dora": 4, "hellora": 0.2, "hellori-d": 0.2}.get(cell.method, 1)
+        return known.get(cell.method, 0.7) + wide * noise
 
     scored(accuracy)
     said = {c["says"]: c for c in claims.results()}
     assert said["HELLoRA beats LoRA on word problems"]["verdict"] == "holds"
     assert said["HELLoRA beats LoRA on word problems"]["paper"] == pytest.approx(3.12)
-    assert said["HELLoRA beats full fine-tuning on word problems"]["verdict"] == "does not hold"
-    assert said["HELLoRA beats DoRA on word problems"]["verdict"] == "cannot be told"
+    assert said["HELLoRA beats full fine-tuning on word problems"]["verdict"] == "fails"
+    assert said["HELLoRA beats DoRA on word problems"]["verdict"] == "undecided"
+    assert said["HELLoRA beats HELLoRI-D on word problems"]["verdict"] == "equivalent"
     scored(lambda cell: None if cell.seed == 4 else accuracy(cell))
     said = {c["says"]: c["verdict"] for c in claims.results()}
     assert said["HELLoRA beats LoRA on word problems"] == "not finished"
-    assert said["8 experts beat 2"] == "cannot be told"  # three seeds are all it wants
+    assert said["8 experts beat 2"] == "equivalent"  # three seeds are all it wants
 
 
 def test_every_comparison_of_the_papers_tables_has_the_papers_difference():
     for claim in claims.results():
-        assert (claim["paper"] is None) == (claim["where"] == ""), claim
+        assert (claim["paper"] is None) == ("Table" not in claim["where"]), claim
+
+
+def test_two_groups_are_compared_by_their_pooled_spread():
+    a, b = [0.0, 1.0, 0.0, 1.0, -2.0], [5.0, 3.0, 7.0, 5.0, 5.0]
+    found = stats.compare_groups(a, b, margin=1.0)
+    assert found.df == 8
+    assert found.mean == -5
+    # by hand: squares of 6 and 8 around the means, over 8 degrees of freedom; then 1/5 + 1/5
+    assert found.error == pytest.approx(((6 + 8) / 8 * 2 / 5) ** 0.5)
+    assert stats.compare_groups(b, a, margin=1.0).p == pytest.approx(found.p)
+
+
+def test_a_model_that_refuses_everything_is_half_right_if_balanced(monkeypatch):
+    kept = {"harmless_refused": {"tiny-safety": 120}, "harmless_total": {"tiny-safety": 120}}
+    monkeypatch.setattr(
+        comparison, "saved", lambda cell: kept | {"refusal_rate": {"tiny-safety": 1.0}}
+    )
+    assert comparison.score(grid.Base(), ("balanced", "tiny-safety")) == 0.5
 
 
 @pytest.mark.parametrize("what", [("--table", "4"), ("bases",), ("all",), ("all", "--quick")])

@@ -204,7 +204,7 @@ def test_several_bases_are_compared_by_their_means():
     test, _ = compare_arms(some, MANY, PLAIN)["cold"]
     ratios = [log(pair.other.sum() / pair.hot.sum()) for pair in some["cold"]]
     means = [float(np.mean(ratios[i : i + 5])) for i in range(0, N_SEEDS, 5)]
-    assert test.n == 4
+    assert test.df == 3
     assert test.mean == pytest.approx(np.mean(means))
     assert test.error == pytest.approx(np.std(means, ddof=1) / 2)
 

@@ -59,11 +59,11 @@ def above(t: float, df: int) -> float:
 
 
 class Comparison(NamedTuple):
-    """What paired differences say of their mean: whether it is 0, and whether it is small."""
+    """What a difference's sample says of it: whether it is 0, and whether it is small."""
 
     mean: float
     error: float  # standard error of the mean
-    n: int
+    df: int  # degrees of freedom
     low: float  # of the 95 % interval
     high: float
     p: float  # two-sided, of a mean of 0
@@ -74,13 +74,29 @@ class Comparison(NamedTuple):
 def compare(differences: list[float], margin: float) -> Comparison:
     """The paired t-tests of at least two differences, drawn independently, about normal."""
     n = len(differences)
-    df, center = n - 1, mean(differences)
     error = max(stdev(differences), ROUNDING) / sqrt(n)
+    return tested(mean(differences), error, n - 1, margin)
+
+
+def compare_groups(ours: list[float], theirs: list[float], margin: float) -> Comparison:
+    """The t-tests of two groups' difference, drawn independently, of about the same spread.
+
+    For runs whose pairing says nothing: it would only cost degrees of freedom.
+    """
+    n, m = len(ours), len(theirs)
+    df = n + m - 2
+    pooled = ((n - 1) * stdev(ours) ** 2 + (m - 1) * stdev(theirs) ** 2) / df
+    error = max(sqrt(pooled), ROUNDING) * sqrt(1 / n + 1 / m)
+    return tested(mean(ours) - mean(theirs), error, df, margin)
+
+
+def tested(center: float, error: float, df: int, margin: float) -> Comparison:
+    """A difference with its standard error, held against 0 and against the margin."""
     reach = t_95(df) * error
     return Comparison(
         mean=center,
         error=error,
-        n=n,
+        df=df,
         low=center - reach,
         high=center + reach,
         p=1 - inside(abs(center) / error, df),

@@ -283,7 +283,7 @@ def show(found: dict) -> None:
             if effect and block[2] == "plain":
                 about += f" (the paper's hot - cold would be {effect['log_ratio']:+.3f})"
             print(f"\n{about}")
-        units = f"{row['n']} {'seeds' if row['bases'] == ONE else 'bases'}"
+        units = f"{row['df'] + 1} {'seeds' if row['bases'] == ONE else 'bases'}"
         part = "" if row["runs"] == row["planned"] else f", {row['runs']} of {row['planned']} runs"
         low, high = row["bootstrap"]
         print(
