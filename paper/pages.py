@@ -1,4 +1,4 @@
-"""Fills in the blocks of README.md and docs/ that say where their text comes from.
+"""Fills in the blocks of docs/ that say where their text comes from.
 
     python -m paper.pages
 

@@ -93,6 +93,6 @@ def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_tho
         "over 5 % of the harmless are refused too in "
         f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
     )
-    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())  # where its lines end is no matter
+    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())  # however lines end
     assert f"{said}, in no other's {len(others)}." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
