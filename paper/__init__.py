@@ -9,6 +9,7 @@ studies/        tables: what the paper prints, as data; comparison: tables of ou
                 claims: what our runs say of the paper's; forgetting: what tuning costs elsewhere
                 merging: two tasks in one model; stability: how lists of hot experts differ
                 placement: do hot experts matter? placement_runs: its runs; placement.md: its plan
+                routing: how skewed OLMoE's real routing is
                 mechanism: what the arms change besides the task, at equal task loss
 scoring/        sandbox: programs that a model wrote; confined: its inner half
                 refusals: what counts as one

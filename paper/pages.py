@@ -17,7 +17,7 @@ from paper.bench import report
 from paper.runs.parallel import ROOT
 from plumbing.cli import Parser, command
 
-PAGES = [ROOT / name for name in ("docs/claims.md", "docs/speed.md", "docs/tables.md")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("claims", "routing", "speed", "tables")]
 BLOCK = re.compile(
     r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
 )

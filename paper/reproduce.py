@@ -10,6 +10,7 @@
     python -m paper.reproduce mechanism      what hot, cold, none and all change besides the task
     python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
     python -m paper.reproduce claims         the paper's claims beside what finished runs say
+    python -m paper.reproduce routing        how skewed OLMoE's real routing is, beside ours
     python -m paper.reproduce text           the numbers of its text, and what became of each
     python -m paper.reproduce forgetting     what tuning costs of what pretraining taught
     python -m paper.reproduce merge          two tasks' adapters in one model: what each keeps
@@ -46,6 +47,7 @@ from paper.studies import (
     mechanism,
     merging,
     placement,
+    routing,
     stability,
     tables,
 )
@@ -253,6 +255,7 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
         **{name: study_part(name, args.quick) for name in comparison.OTHERS},
         "claims": Part(dict, claims.results, claims.show),
         "text": Part(dict, text, show_text),
+        "routing": Part(dict, routing.results, routing.show),
         **{
             name: Part(dict if args.quick else of.wanted, of.results, of.show)
             for name, of in MODULES.items()
@@ -280,7 +283,8 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     what = p.add_mutually_exclusive_group(required=True).add_argument
     add = p.add_argument
     what("what", nargs="?",
-         choices=["all", "params", "flops", "claims", "text", *MODULES, *comparison.OTHERS])
+         choices=["all", "params", "flops", "claims", "text", "routing", *MODULES,
+                  *comparison.OTHERS])
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
     add("--quick", action="store_true", help="one seed of one base, fewer rows and columns")

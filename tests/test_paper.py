@@ -12,12 +12,13 @@ from itertools import combinations, pairwise
 from threading import Timer, main_thread
 
 import pytest
+import torch
 from test_tables import PARSERS
 
 import settings
 from paper import reproduce
 from paper.runs import grid, parallel, rates, stats
-from paper.studies import claims, comparison, forgetting, mechanism, stability
+from paper.studies import claims, comparison, forgetting, mechanism, routing, stability
 from plumbing.run_folder import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -481,3 +482,19 @@ def test_overlaps_compare_tasks_within_a_seed_and_a_task_with_its_own_other_seed
     assert stability.overlap_row("a", "b", hot)["overlaps"] == pytest.approx([1 / 3, 1 / 3])
     assert sorted(stability.overlap_row("a", "a", hot)["overlaps"]) == [0, 0, 1]
     assert stability.overlap_row("a", "c", hot | {"c": {}})["overlaps"] == []
+
+
+# ---- real routing --------------------------------------------------------------------------------
+
+
+def test_what_is_read_off_counts_is_what_they_say(tmp_path):
+    counts = torch.tensor([10.0] * 8 + [1.0] * 48 + [0.0] * 8)  # 80 + 48 visits
+    assert routing.shares(counts) == {"hot": 0.625, "cold": 0.0}
+    even = torch.ones(64)
+    assert routing.shares(even) == {"hot": 0.125, "cold": 0.125}
+    assert routing.stability({0: counts}, 2000) == 1.0  # the gap is many standard errors wide
+    assert 0.05 < routing.stability({0: even}, 50) < 0.2  # by chance .07
+
+
+def test_the_share_behind_the_papers_flops_saves_what_the_paper_says():
+    assert routing.saved_flops(routing.NEEDED) == pytest.approx(0.387, abs=5e-4)

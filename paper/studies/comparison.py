@@ -222,6 +222,7 @@ OTHERS = {
             "P = 0.25": ("k = 8", hellora("--coverage", "0.25")),
             "P = 0.4": ("k = 8", hellora("--coverage", "0.4")),
             "P = 0.6": ("k = 8", hellora("--coverage", "0.6")),
+            "k = 16, of the base": ("k = 8", hellora("--catcher", "forward", k=16)),  # MoE-Sieve
         },
         3,
     ),
