@@ -24,7 +24,7 @@ from paper.bench.report import REGIMES
 from paper.runs.grid import LAST_STEPS, missing_tasks, saved
 from paper.runs.parallel import ROOT
 from paper.runs.rates import CONTROLS, DEV, MAIN, RATES, TASK, cell, tried
-from paper.studies import comparison
+from paper.studies import comparison, placement
 from plumbing.cli import Parser, command
 from plumbing.files import read_json
 
@@ -258,6 +258,41 @@ def losses(plt: ModuleType) -> Figure:
     return fig
 
 
+def forest(plt: ModuleType) -> Figure:
+    """Hot experts against each other choice: log ratios of held-out loss, by regime."""
+    found = placement.results()
+    if not found["rows"]:
+        raise FileNotFoundError("no run of the placement study is finished")
+    titles = {
+        "A": "with attention and router",
+        "P": "experts alone",
+        "O": "few rows, many epochs",
+    }
+    arms = [arm for arm in placement.ORDER if any(r["arm"] == arm for r in found["rows"])]
+    fig, axes = plt.subplots(1, len(titles), figsize=(7.2, 2.8), sharey=True)
+    for ax, (regime, title) in zip(axes, titles.items(), strict=True):
+        ax.axvspan(-found["margin"], found["margin"], color=GREY, alpha=0.2, linewidth=0)
+        ax.axvline(0, color="black", linewidth=0.8)
+        if effect := found["effect"][regime]:
+            ax.axvline(effect["log_ratio"], color=GREEN, linewidth=1, linestyle="--")
+        for bases, color, shift in ((placement.ONE, BLUE, 0.12), (placement.MANY, ORANGE, -0.12)):
+            rows = [
+                r
+                for r in found["rows"]
+                if (r["regime"], r["bases"], r["problems"]) == (regime, bases, "plain")
+            ]
+            for i, r in enumerate(rows):
+                at = len(arms) - 1 - arms.index(r["arm"]) + shift
+                ax.plot([r["low"], r["high"]], [at, at], color=color, linewidth=1.2)
+                ax.plot(r["mean"], at, MARKERS[color], color=color, label=None if i else bases)
+        ax.set(title=f"{regime}: {title}", xlabel="log(loss / loss of hot)")
+        ax.set_yticks(range(len(arms)), arms[::-1])
+        ax.set_xscale("symlog", linthresh=0.2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2)
+    return fig
+
+
 FIGURES: dict[str, Callable[[ModuleType], Figure]] = {
     "activation": activation,  # Figure 1 of the paper
     "jaccard": jaccard,  # 3
@@ -265,6 +300,7 @@ FIGURES: dict[str, Callable[[ModuleType], Figure]] = {
     "throughput": throughput,  # 5
     "accuracy": accuracy,
     "losses": losses,
+    "placement": forest,
 }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from paper.runs.grid import MODEL, missing_tasks, saved
 from paper.runs.stats import Comparison, compare, holm, verdict
 from paper.studies.placement_runs import (
+    ANSWERS,
     DEV,
     N_REWORDED,
     N_SCORED,
@@ -41,6 +42,7 @@ __all__ = ["results", "show", "wanted"]  # what paper.reproduce asks of a study
 
 MARGIN = log(1.1)
 PRIMARY = ("cold", "random", "none", "all")
+ORDER = (*PRIMARY, "model-level", ANSWERS)  # of arms in a figure
 PLAIN = slice(0, N_SCORED[TEST] - N_REWORDED)  # of TEST's problems
 REWORDED = slice(N_SCORED[TEST] - N_REWORDED, N_SCORED[TEST])
 DRAWS, CHUNK = 10_000, 1_000  # of the bootstrap; at a time
