@@ -6,6 +6,7 @@
     python -m paper.reproduce --table 4 --scale paper               on the paper's models and data
     python -m paper.reproduce --table all --scale paper --limit 64  a trial of all commands
     python -m paper.reproduce bases          hot, cold, random experts; also coverage, lists
+    python -m paper.reproduce placement --scale paper               the same on OLMoE and GSM8K
     python -m paper.reproduce placement      do hot experts matter? (its plan: studies/placement.md)
     python -m paper.reproduce mechanism      what hot, cold, none and all change besides the task
     python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
@@ -27,7 +28,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ from paper.studies import (
     mechanism,
     merging,
     placement,
+    placement_runs,
     routing,
     stability,
     tables,
@@ -216,10 +218,13 @@ MODULES = {  # parts that are a file each
 def scale(args: argparse.Namespace) -> comparison.Scale:
     """What the paper's tables are run on. Raises ValueError for flags that do not go with it."""
     trial = {name: getattr(args, name) for name in ("model", "data", "limit", "seeds")}
+    if args.what == "placement" and not any(trial.values()):
+        return comparison.TINY  # it has a scale of its own
     if args.scale == "paper":
         if not args.table:
             raise ValueError(
-                "--scale paper is for the paper's tables: want --table N or --table all with it"
+                "--scale paper is for the paper's tables and the placement study: "
+                "want --table N, --table all or placement with it"
             )
         return comparison.paper_scale(**trial)
     if given := [f"--{name}" for name, value in trial.items() if value]:
@@ -247,6 +252,12 @@ def printed_part(number: str) -> Part:
     )
 
 
+def real_placement() -> dict[str, Part]:
+    """The placement study on the paper's model and data."""
+    results = partial(placement.results, placement.PAPER)
+    return {"placement": Part(placement_runs.real_wanted, results, placement.show)}
+
+
 def parts(args: argparse.Namespace) -> dict[str, Part]:
     """All that can be asked for, in the order in which "all" shows it."""
     numbers, on = [str(n) for n in range(1, 9)], scale(args)
@@ -260,19 +271,20 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
             name: Part(dict if args.quick else of.wanted, of.results, of.show)
             for name, of in MODULES.items()
         },
+        **(real_placement() if args.scale == "paper" else {}),
         "params": Part(dict, params, show_params),
         "flops": Part(dict, lambda: flops(args.share), show_flops),
     }
 
 
-def show_plan(wanted: Wanted, jobs: int, tiny: bool) -> None:
-    """What would be run, and on the embedded model about how long that takes."""
+def show_plan(wanted: Wanted, jobs: int, where: str | None) -> None:
+    """What would be run, and about how long that takes. where: on what; None: not known."""
     asked, seconds = commands(wanted)
     for words in asked:
         print("python", shlex.join(words))
     end = f"{len(missing(wanted))} of {len(wanted)} runs are missing"
-    if tiny:
-        end += f": about {seconds / jobs / 3600:.1f} hours, {jobs} at a time"
+    if where is not None:
+        end += f": about {seconds / jobs / 3600:.1f} hours{where}, {jobs} at a time"
     print(end)
 
 
@@ -327,7 +339,8 @@ def main(words: list[str] | None = None) -> None:
         for cell, tasks in part.wanted().items():
             wanted[cell] = wanted.get(cell, set()) | tasks
     if args.dry_run:
-        show_plan(wanted, jobs, args.scale == "tiny")
+        on_gpu = " of an H100, an estimate" if asked == "placement" else None
+        show_plan(wanted, jobs, "" if args.scale == "tiny" else on_gpu)
         return
     if not args.finished:
         run_cells(wanted, jobs)

@@ -1,6 +1,7 @@
 """The placement study: its measure, its runs, and its analysis on data whose truth is known."""
 
 import json
+import sys
 from itertools import pairwise
 from math import log
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, small_run, write_rows
+from test_tables import PARSERS
 
 from catcher import Catcher
 from eval_gsm8k import answer_losses
@@ -288,3 +290,21 @@ def test_a_model_merged_with_the_base_itself_is_itself(tiny):
     losses = [r["loss"] for r in answer_losses(model, data[:4], 4)]
     # base + (tuned - base) rounds twice in fp32
     assert losses == pytest.approx([r["loss"] for r in before], rel=1e-4)
+
+
+# ---- on the paper's model ------------------------------------------------------------------------
+
+
+def test_the_same_arms_are_planned_on_the_papers_model(cli, monkeypatch):
+    code, out, _ = cli("paper.reproduce", "placement", "--scale", "paper", "--dry-run")
+    assert code == 0
+    *commands, total = out.splitlines()
+    trained = [line for line in commands if line.startswith("python train.py")]
+    methods = {line.split("--method ")[1].split()[0] for line in trained}
+    small = {run.method for run in placement_runs.wanted()}
+    assert methods == small
+    assert all("--model olmoe-1b-7b" in line and "--task gsm8k" in line for line in trained)
+    assert f"{len(trained)} of {len(trained)} runs are missing" in total
+    for line in commands:
+        monkeypatch.setattr(sys, "argv", line.split()[1:])
+        PARSERS[sys.argv[0]]()  # each is one that the script takes

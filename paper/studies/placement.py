@@ -9,6 +9,7 @@ bases.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import groupby
 from math import exp, log
@@ -24,18 +25,22 @@ from paper.studies.placement_runs import (
     DEV,
     N_REWORDED,
     N_SCORED,
+    REAL,
     REGIMES,
+    TASK,
     TEST,
-    TRIED,
     Placed,
     problems,
+    real_test_runs,
+    real_tuning_runs,
     test_runs,
-    tuning,
+    tuning_runs,
     unpack,
     wanted,
 )
 from paper.studies.tables import printed
 from plumbing.checkpoint import locate
+from plumbing.data import TASKS, TEMPLATES, load_examples
 from plumbing.tokenizer import load_tokenizer
 
 __all__ = ["results", "show", "wanted"]  # what paper.reproduce asks of a study
@@ -57,14 +62,27 @@ class Pair(NamedTuple):
     hot: np.ndarray
 
 
+class Scale(NamedTuple):
+    """What the study is run on."""
+
+    base: str  # the model that "one base" is about
+    compared: Callable[[], Iterable[Placed]]  # the runs that are compared
+    tuned: Callable[[], Iterable[Placed]]  # those that were tried for their learning rate
+    reworded: bool  # whether REWORDED problems are scored too
+
+
+TINY = Scale(MODEL, test_runs, tuning_runs, reworded=True)
+PAPER = Scale(REAL, real_test_runs, real_tuning_runs, reworded=False)
+
+
 # ---- the finished runs ---------------------------------------------------------------------------
 
 
 @cache
-def finished() -> dict[str, list[Placed]]:
+def finished(on: Scale) -> dict[str, list[Placed]]:
     """{regime: its runs whose test problems are scored}."""
     found = {name: [] for name in REGIMES}
-    for run in test_runs():
+    for run in on.compared():
         if not missing_tasks(run, [TEST]):
             found[run.regime].append(run)
     return found
@@ -76,13 +94,13 @@ def losses(run: Placed) -> np.ndarray:
     return unpack(saved(run)["items"][TEST])[0]
 
 
-def pairs(regime: str, arm: str, bases: str) -> list[Pair]:
+def pairs(on: Scale, regime: str, arm: str, bases: str) -> list[Pair]:
     """The pairs of an arm and hot that are finished, of one base or of all, in their order."""
-    runs = {(run.model, run.seed, run.arm): run for run in finished()[regime]}
+    runs = {(run.model, run.seed, run.arm): run for run in finished(on)[regime]}
     found = []
     for (model, seed, of), run in runs.items():
         hot = runs.get((model, seed, "hot"))
-        if of == arm and hot and (bases == MANY or model == MODEL):
+        if of == arm and hot and (bases == MANY or model == on.base):
             found.append(Pair(model, losses(run), losses(hot)))
     return sorted(found, key=lambda pair: pair.model)
 
@@ -124,10 +142,10 @@ def bootstrap(some: list[Pair], part: slice, bases: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def planned(regime: str, arm: str, bases: str) -> int:
+def planned(on: Scale, regime: str, arm: str, bases: str) -> int:
     """How many pairs the plan has."""
-    runs = [run for run in test_runs() if (run.regime, run.arm) == (regime, arm)]
-    return sum(bases == MANY or run.model == MODEL for run in runs)
+    runs = [run for run in on.compared() if (run.regime, run.arm) == (regime, arm)]
+    return sum(bases == MANY or run.model == on.base for run in runs)
 
 
 def compare_arms(
@@ -150,9 +168,9 @@ def compare_arms(
     return {arm: (test, corrected[arm]) for arm, test in tests.items()}
 
 
-def family(regime: str, bases: str, part: slice) -> list[dict]:
+def family(on: Scale, regime: str, bases: str, part: slice) -> list[dict]:
     """The comparisons of a regime."""
-    some = {arm: pairs(regime, arm, bases) for arm in REGIMES[regime].arms if arm != "hot"}
+    some = {arm: pairs(on, regime, arm, bases) for arm in REGIMES[regime].arms if arm != "hot"}
     return [
         {
             "regime": regime,
@@ -161,7 +179,7 @@ def family(regime: str, bases: str, part: slice) -> list[dict]:
             "arm": arm,
             "primary": arm in PRIMARY and part == PLAIN,
             "runs": len(some[arm]),
-            "planned": planned(regime, arm, bases),
+            "planned": planned(on, regime, arm, bases),
             **test._asdict(),
             "p_corrected": corrected,
             "verdict": verdict(test, corrected),
@@ -171,18 +189,17 @@ def family(regime: str, bases: str, part: slice) -> list[dict]:
     ]
 
 
-def papers_effect(regime: str) -> dict | None:
+def papers_effect(on: Scale, regime: str) -> dict | None:
     """What the paper's hot - cold on GSM8K would be here, as a log ratio of losses.
 
     In logits of accuracy it is the same everywhere. How many log units of loss a logit is, a line
-    through all runs of the regime on the embedded base tells. None with fewer than three of them.
+    through all runs of the regime on one base tells. None with fewer than three of them.
     """
     hot, cold = (printed(*of, "gsm8k") / 100 for of in (("2", "hellora"), ("4", "hellora_c")))
     logits = logit(hot) - logit(cold)
-    runs = [(run, TEST) for run in finished()[regime] if run.model == MODEL]
-    for name, arm in TRIED:
-        tuned = [run for of in tuning(name, arm).values() for run in of if name == regime]
-        runs += [(run, DEV) for run in tuned if not missing_tasks(run, [DEV])]
+    runs = [(run, TEST) for run in finished(on)[regime] if run.model == on.base]
+    tuned = [run for run in on.tuned() if run.regime == regime]
+    runs += [(run, DEV) for run in tuned if not missing_tasks(run, [DEV])]
     points = [(saved(run)["exact"][task], saved(run)["loss"][task]) for run, task in runs]
     points = [(logit(share), log(loss)) for share, loss in points if 0 < share < 1]
     if len(points) < 3:
@@ -196,18 +213,9 @@ def logit(share: float) -> float:
     return log(share / (1 - share))
 
 
-@cache
-def n_tokens() -> dict[str, int]:
-    """Tokens of the answers of TEST's problems, eos included."""
-    tokenizer = load_tokenizer(locate(MODEL))
-    rows = [json.loads(line) for line in problems(TEST).splitlines()]
-    sizes = [len(tokenizer.encode(" " + row["answer"])) + 1 for row in rows]
-    return {"plain": sum(sizes[PLAIN]), "reworded": sum(sizes[REWORDED])}
-
-
-def level(regime: str, arm: str) -> dict | None:
-    """What an arm reaches on the embedded base: means over its seeds."""
-    runs = [r for r in finished()[regime] if (r.arm, r.model) == (arm, MODEL)]
+def level(on: Scale, regime: str, arm: str) -> dict | None:
+    """What an arm reaches on one base: means over its seeds."""
+    runs = [r for r in finished(on)[regime] if (r.arm, r.model) == (arm, on.base)]
     if not runs:
         return None
     return {
@@ -218,12 +226,30 @@ def level(regime: str, arm: str) -> dict | None:
         "runs": len(runs),
         "trained": saved(runs[0])["trained"],
         "final_loss": mean(saved(run)["final_loss"] for run in runs),
-        "loss": mean(float(losses(run)[PLAIN].sum()) / n_tokens()["plain"] for run in runs),
-        "reworded": mean(
-            float(losses(run)[REWORDED].sum()) / n_tokens()["reworded"] for run in runs
-        ),
+        "loss": mean(per_token(run, PLAIN) for run in runs),
+        "reworded": mean(per_token(run, REWORDED) for run in runs) if on.reworded else None,
         "exact": mean(float(exact(run)[PLAIN].mean()) for run in runs),
     }
+
+
+def per_token(run: Placed, part: slice) -> float:
+    """The loss of some of TEST's problems, nats per token of an answer."""
+    return float(losses(run)[part].sum()) / sum(answer_sizes(run.model, run.task)[part])
+
+
+@cache
+def answer_sizes(model: str, task: str) -> list[int]:
+    """Tokens of the answer of each of TEST's problems, eos included.
+
+    All tiny bases have one tokenizer.
+    """
+    if task == TASK:
+        model, rows = MODEL, [json.loads(line) for line in problems(TEST).splitlines()]
+        examples = [TEMPLATES["math", "plain"](row) for row in rows]
+    else:
+        examples = [example[:2] for example in load_examples(task, TASKS[task].test.fetch())]
+    tokenizer = load_tokenizer(locate(model))
+    return [len(tokenizer.encode(answer)) + 1 for _, answer in examples]
 
 
 def exact(run: Placed) -> np.ndarray:
@@ -231,21 +257,21 @@ def exact(run: Placed) -> np.ndarray:
     return unpack(saved(run)["items"][TEST])[1]
 
 
-def results() -> dict:
+def results(on: Scale = TINY) -> dict:
     """Levels, comparisons and the paper's effect, of the runs that are finished."""
-    parts = (PLAIN, REWORDED)
+    parts = (PLAIN, REWORDED) if on.reworded else (PLAIN,)
+    levels = [level(on, name, arm) for name, regime in REGIMES.items() for arm in regime.arms]
+    rows = []
+    for name in REGIMES:
+        several = any(run.model != on.base for run in finished(on)[name])
+        for bases in (ONE, MANY) if several else (ONE,):
+            for part in parts:
+                rows += family(on, name, bases, part)
     return {
         "margin": MARGIN,
-        "levels": [found for name, arm in TRIED if (found := level(name, arm))],
-        "effect": {name: papers_effect(name) for name in REGIMES},
-        "rows": [
-            row
-            for name in REGIMES
-            for bases in (ONE, MANY)
-            if bases == ONE or any(run.model != MODEL for run in finished()[name])
-            for part in parts
-            for row in family(name, bases, part)
-        ],
+        "levels": [found for found in levels if found],
+        "effect": {name: papers_effect(on, name) for name in REGIMES},
+        "rows": rows,
     }
 
 
@@ -265,13 +291,14 @@ def says(row: dict) -> str:
 
 def show(found: dict) -> None:
     """Levels, then a block of comparisons for each regime."""
-    print("what each arm reaches on the embedded base, mean over seeds")
+    print("what each arm reaches on one base, mean over seeds")
     print(f"{'':3s}{'arm':13s}{'method':16s}{'rate':>7s}{'trained':>11s}{'runs':>6s}"
           f"{'training':>10s}{'held out':>10s}{'reworded':>10s}{'exact':>8s}")  # fmt: skip
     for of in found["levels"]:
+        reworded = "-" if of["reworded"] is None else f"{of['reworded']:.4f}"
         print(
             f"{of['regime']:3s}{of['arm']:13s}{of['method']:16s}{of['lr']:7g}{of['trained']:11,}"
-            f"{of['runs']:6d}{of['final_loss']:10.4f}{of['loss']:10.4f}{of['reworded']:10.4f}"
+            f"{of['runs']:6d}{of['final_loss']:10.4f}{of['loss']:10.4f}{reworded:>10s}"
             f"{of['exact']:8.1%}"
         )
     print("\nlog loss of the other arm, less that of hot (positive: hot is better)")

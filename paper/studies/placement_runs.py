@@ -20,6 +20,7 @@ import numpy as np
 
 from hellora import parse_method
 from paper.runs.grid import BASES, MODEL, ROOT, Run, Wanted, missing_tasks, saved
+from plumbing.data import TASKS
 from plumbing.files import write_atomically
 from plumbing.run_folder import read_results
 from tiny import tasks
@@ -142,8 +143,12 @@ class Placed(Run):
 
     def scores(self, task: str) -> dict:
         """See Cell. Of each problem too, packed: see `pack`."""
+        return self.packed(N_SCORED[task])
+
+    def packed(self, n_problems: int) -> dict:
+        """The last scores of its folder, {} unless they are of so many problems."""
         found = read_results(self.folder).get(f"{self.task}-loss-part", {})
-        if found.get("total") != N_SCORED[task]:
+        if found.get("total") != n_problems:
             return {}
         path = self.folder / f"answers-{self.task}-loss-part.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -257,7 +262,86 @@ def test_runs() -> Iterator[Placed]:
                         yield placed(name, arm, seed, lr, model)
 
 
+def tuning_runs() -> list[Placed]:
+    """The runs that learning rates are judged by."""
+    return [run for name, arm in TRIED for of in tuning(name, arm).values() for run in of]
+
+
 def wanted() -> Wanted:
     """All runs, those for the learning rates first."""
-    tuned = [run for name, arm in TRIED for of in tuning(name, arm).values() for run in of]
-    return {run: {DEV} for run in tuned} | {run: {TEST} for run in test_runs()}
+    return {run: {DEV} for run in tuning_runs()} | {run: {TEST} for run in test_runs()}
+
+
+# ---- the same on the paper's model ---------------------------------------------------------------
+
+REAL = "olmoe-1b-7b"
+REAL_RATES, REAL_SEEDS = (1e-4, 2e-4, 4e-4, 8e-4), range(5)
+RECIPE_RATE = 4e-4  # Table 1
+REAL_CHOSEN: dict[tuple[str, str], float] = {}  # regime, arm -> the best of REAL_RATES; not known
+REAL_ARMS = [(name, arm) for name in ("A", "P") for arm in REGIMES[name].arms]
+N_HELD_OUT = 500  # the last rows of GSM8K's training split: DEV; its test split is TEST
+
+
+@dataclass(frozen=True)
+class RealPlaced(Placed):
+    """A run of an arm of regime A or P on OLMoE-1B-7B and GSM8K, by the recipe of Table 1.
+
+    All training rows but the held-out ones are trained on. The times are what an H100 should need
+    by its memory and arithmetic (docs/scaling.md). None has been run.
+    """
+
+    seconds = 300
+    SCORE_SECONDS = 60
+
+    @property
+    def rows(self) -> Path:
+        """See Run."""
+        return RUNS / "problems" / "gsm8k-train.jsonl"
+
+    def prepare(self) -> None:
+        """Cut the held-out rows off the training split, after a download if need be."""
+        split = TASKS[self.task].train.fetch().read_text(encoding="utf-8").splitlines(True)
+        write_problems(self.rows, "".join(split[:-N_HELD_OUT]))
+        write_problems(problems_file(f"gsm8k-{DEV}"), "".join(split[-N_HELD_OUT:]))
+
+    def rests_on(self) -> dict[str, str]:
+        """See Cell."""
+        return {"command": "python " + " ".join(self.command())}
+
+    def record(self) -> dict:
+        """See Cell."""
+        return Run.record(self)
+
+    def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
+        """See Cell."""
+        data = f" --data {problems_file(f'gsm8k-{DEV}')}" if task == DEV else ""
+        kept = ("loss", "exact", "items")
+        return f"python eval_gsm8k.py --run {{}} --loss{data} --limit 2000", kept
+
+    def scores(self, task: str) -> dict:
+        """See Cell."""
+        return self.packed(N_HELD_OUT if task == DEV else 1319)
+
+
+def real_placed(regime: str, arm: str, seed: int, lr: float) -> RealPlaced:
+    """The run of an arm."""
+    about = settings(regime, arm)
+    flags = tuple(about["flags"][4:])  # epochs and batch size are the recipe's
+    return RealPlaced(**about | {"flags": flags}, lr=lr, seed=seed, model=REAL, task="gsm8k")
+
+
+def real_wanted() -> Wanted:
+    """All runs, those for the rates first. Until rates are chosen, all have the recipe's."""
+    return {run: {DEV} for run in real_tuning_runs()} | {run: {TEST} for run in real_test_runs()}
+
+
+def real_tuning_runs() -> list[RealPlaced]:
+    """The runs that learning rates are judged by."""
+    return [real_placed(*of, TUNING_SEEDS[0], lr) for of in REAL_ARMS for lr in REAL_RATES]
+
+
+def real_test_runs() -> Iterator[RealPlaced]:
+    """The runs that are compared."""
+    for seed in REAL_SEEDS:
+        for of in REAL_ARMS:
+            yield real_placed(*of, seed, REAL_CHOSEN.get(of, RECIPE_RATE))
