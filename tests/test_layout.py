@@ -77,6 +77,11 @@ def test_the_house_imports_nothing_of_its_wings():
         assert not {name.partition(".")[0] for name in imported(path)} & set(WINGS), path
 
 
+def test_the_method_in_one_file_needs_nothing_else():
+    outside = {name.partition(".")[0] for name in imported(ROOT / "examples" / "one_file.py")}
+    assert outside - set(sys.stdlib_module_names) == {"torch", "safetensors", "tiktoken"}
+
+
 def test_no_framework_stands_between_the_reader_and_a_step():
     ours = {"plumbing", *WINGS, *(path.stem for path in ROOT.glob("*.py"))}
     for path in files("plumbing", "tiny", "paper"):
