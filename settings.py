@@ -122,7 +122,7 @@ def parse_args(description: str) -> argparse.Namespace:
     method("--count", choices=COUNTS, default=CHOICE["count"],
            help="count the visits of all tokens, or of those that predict an answer (default all)")
     method("--hot-experts", type=Path, metavar="FILE",
-           help="a hot_experts.json to use; nothing is counted")
+           help="a hot_experts.json to use, also ESFT's; nothing is counted")
     method("--mask-from", type=Path, metavar="RUN",
            help="the D run that gives lori-s or hellori-s its mask")
     method("--mask-scope", choices=["model", "layer", "matrix"], default="model",
@@ -247,7 +247,10 @@ def prepare(args: argparse.Namespace) -> Job:
     start = take_over(args.mask_from, method, settings)
     check_choice(args, method)
     if args.hot_experts:
-        check_hot_list(HotList.read(args.hot_experts, cfg), method, settings)
+        hot = HotList.read(args.hot_experts, cfg)
+        if args.k is None and not args.coverage:  # the list says how many; its layers may differ
+            settings["k"] = check_k(max(map(len, hot.experts.values())), cfg.n_experts)
+        check_hot_list(hot, args, settings)
 
     path = args.data or TASKS[settings["task"]].train.fetch()
     examples = load_examples(settings["task"], path, settings["template"])
@@ -321,8 +324,8 @@ def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor
 def check_choice(args: argparse.Namespace, method: Method) -> None:
     """Raise ValueError for a flag about choosing experts where nothing is left to choose.
 
-    That is where all or none are adapted, or a list is given. With a list, --coverage says that its
-    layers may differ in length.
+    That is where all or none are adapted, or a list is given. --coverage is let through beside a
+    list, as old commands have it.
     """
     given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
     if given and not method.chooses:
@@ -334,17 +337,17 @@ def check_choice(args: argparse.Namespace, method: Method) -> None:
         raise ValueError(f"--{given[-1]} is for choosing experts, but {listed} names them: omit it")
 
 
-def check_hot_list(hot: HotList, method: Method, settings: dict) -> None:
+def check_hot_list(hot: HotList, args: argparse.Namespace, settings: dict) -> None:
     """Raise ValueError if a given list says other things than the flags."""
-    sizes = {len(ids) for ids in hot.experts.values()}
-    if method.rule != hot.rule:
+    wanted = parse_method(args.method).rule
+    if wanted != hot.rule:
         raise ValueError(
-            f"--hot-experts lists {hot.rule} experts, but method {settings['method']} wants "
-            f"{method.rule}"
+            f"--hot-experts lists {hot.rule} experts, but method {args.method} wants {wanted}"
         )
-    if sizes != {settings["k"]} and not (settings["mask_from"] or settings["coverage"]):
+    listed = {len(ids) for ids in hot.experts.values()}
+    if args.k is not None and listed != {settings["k"]} and not settings["coverage"]:
         raise ValueError(
-            f"--hot-experts lists {sorted(sizes)} experts a layer, but --k is {settings['k']}"
+            f"--hot-experts lists {hot.sizes()} experts a layer, but --k is {args.k}: omit --k"
         )
 
 

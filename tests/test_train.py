@@ -188,6 +188,27 @@ def test_a_given_list_of_experts_is_used_as_it_is(cli, quick, tmp_path):
         assert says in one_line(err)
 
 
+@pytest.mark.parametrize("sizes", [(1, 3), (4, 0), (8, 2)])
+def test_a_given_list_may_have_layers_of_unequal_length(cli, quick, tmp_path, sizes):
+    """As ESFT's files have them, with keys of its own beside."""
+    experts = {str(layer): list(range(n)) for layer, n in enumerate(sizes)}
+    (tmp_path / "hot.json").write_text(json.dumps({"experts": experts, "shared_experts": False}))
+    flags = [*quick[: quick.index("--k")], *quick[quick.index("--k") + 2 :], "--steps", 1]
+    flags += ["--no-eval", "--hot-experts", "hot.json", "--out", "r"]
+    code, _, err = cli("train.py", *flags)
+    assert code == 0, err
+    saved = load_file(tmp_path / "r" / "adapter.safetensors")
+    for layer, n in enumerate(sizes):
+        b = saved.get(f"layers.{layer}.moe.experts.down.lora.B", torch.zeros(0))
+        assert len(b) == n
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert (run["adapted"], run["k"]) == (experts, max(sizes))
+    code, _, err = cli("train.py", *flags[:-1], "other", "--k", max(sizes))
+    assert code == 2
+    assert f"{min(sizes)} to {max(sizes)}" in one_line(err)
+    assert "omit --k" in err
+
+
 def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quick, tmp_path):
     assert cli("train.py", *quick, "--steps", 60, "--no-eval", "--out", "whole")[0] == 0
     command = [
