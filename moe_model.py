@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts decoder in plain PyTorch: OLMoE-1B-7B, Mixtral-8x7B, DeepSeekMoE-16B.
+"""A Mixture-of-Experts decoder in plain PyTorch: OLMoE, Mixtral, DeepSeekMoE, Qwen3-MoE.
 
 Read it from top to bottom: sizes, the experts, the router, attention, a layer, the whole model.
 It knows nothing of adapters. Its one seam is that any module may be replaced by another that is
@@ -47,6 +47,9 @@ class MoEConfig:
     max_len: int  # the context: tokens
     rope_theta: float
     norm_eps: float
+    own_head_dim: int = 0  # C where it is not D / H; 0: it is
+    head_norm: bool = False  # RMSNorm on the query and key of each head
+    tied: bool = False  # the output layer is the embedding, transposed
     linear_router: bool = True  # False: the Hub's router is a bare parameter, no linear module
     n_shared: int = 0  # experts that every token visits, kept as one MLP of width n_shared * F
     n_dense: int = 0  # leading layers with one MLP of width dense_dim in place of the experts
@@ -55,7 +58,7 @@ class MoEConfig:
     @property
     def head_dim(self) -> int:
         """C"""
-        return self.dim // self.n_heads
+        return self.own_head_dim or self.dim // self.n_heads
 
     @property
     def moe_layers(self) -> range:
@@ -337,13 +340,15 @@ class Attention(nn.Module):
     def __init__(self, cfg: MoEConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, cfg.head_dim
-        kv_dim = cfg.n_kv_heads * cfg.head_dim
-        self.q = Linear(cfg.dim, cfg.dim)
+        q_dim, kv_dim = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        self.q = Linear(cfg.dim, q_dim)
         self.k = Linear(cfg.dim, kv_dim)
         self.v = Linear(cfg.dim, kv_dim)
-        self.o = Linear(cfg.dim, cfg.dim)
-        self.q_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.o = Linear(q_dim, cfg.dim)
+        self.q_norm = RMSNorm(q_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(kv_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.head_norm else nn.Identity()
+        self.k_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.head_norm else nn.Identity()
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -351,9 +356,10 @@ class Attention(nn.Module):
         def heads(t: Tensor) -> Tensor:  # [B, T, H*C] -> [B, H, T, C]
             return t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        # Norm on the whole vector (OLMoE), then heads, then rotation: the Hub's order.
-        q = rotate(heads(self.q_norm(self.q(x))), at)
-        k = rotate(heads(self.k_norm(self.k(x))), at)
+        # Norm on the whole vector (OLMoE), then heads, a norm on each head (Qwen3-MoE), then
+        # rotation: the Hub's order.
+        q = rotate(self.q_head_norm(heads(self.q_norm(self.q(x)))), at)
+        k = rotate(self.k_head_norm(heads(self.k_norm(self.k(x)))), at)
         v = heads(self.v(x))
         if cache is not None:  # decoding: the new tokens look at all before them
             k, v = cache.extend(self.layer, k, v)
@@ -398,12 +404,12 @@ class MoEModel(nn.Module):
         self.embed = nn.Embedding.from_pretrained(words, freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i, MATMULS[matmul]) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = Linear(cfg.dim, cfg.vocab_size)
+        self.head = None if cfg.tied else Linear(cfg.dim, cfg.vocab_size)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.head.weight.device
+        return self.embed.weight.device
 
     def trunk(
         self, tokens: Tensor, cache: KVCache | None = None
@@ -440,7 +446,13 @@ class MoEModel(nn.Module):
         x, routing = self.trunk(tokens, cache)
         if targets is not None:
             return self.summed_loss(x, targets), routing
-        return self.head(x if cache is None else x[:, -1:]), routing
+        return self.logits(x if cache is None else x[:, -1:]), routing
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]"""
+        if self.head is None:
+            return F.linear(x, self.embed.weight.to(x.dtype))
+        return self.head(x)
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Hidden states [B, T, D], targets [B, T] -> sum of cross-entropies, a scalar in fp32.
@@ -450,7 +462,7 @@ class MoEModel(nn.Module):
         """
 
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n] -> scalar
-            return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
+            return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
         wanted = targets != IGNORE
         chunks = zip(x[wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True)
