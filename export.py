@@ -17,17 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
-from moe_model import MoEModel
+from moe_model import MoEConfig, MoEModel
 from plumbing.checkpoint import (
     BACKBONES,
     BESIDE,
+    FAMILIES,
+    INDEX,
+    SINGLE,
     Checkpoint,
     base_parameters,
     empty_model,
     hub_names,
     locate,
-    names_in,
     read_config,
+    read_object,
     shard_paths,
 )
 from plumbing.cli import Parser, command, compute
@@ -77,16 +80,19 @@ def write_hub(folders: list[Path], out: Path) -> None:
     """The base checkpoint with every run's update added, shard by shard, as the Hub has it.
 
     A changed tensor is computed in fp32 and rounded once, to the dtype that it had. All others are
-    copied. One shard is in memory at a time.
+    copied. One shard is in memory at a time. Experts that were stacked get a tensor each, as the
+    Hub has them; what is no weight is left out.
     """
     source = locate(read_run(folders[0])["model"])
     in_full = parse_method(read_run(folders[0])["method"]).train_base
     replaced = trained_in_full(folders[0]) if in_full else {}
     changes = [] if in_full else [updates(adapters_alone(folder)) for folder in folders]
     base, worst = Checkpoint(source), 0.0
+    names = [n for _, tensors in base_parameters(read_config(source)).values() for n in tensors]
+    shard_of = {name: base.find(name).path for name in names}
     for path in tqdm(shard_paths(source), "write", unit="shard", leave=False):
         shard = {}
-        for name in names_in(path):
+        for name in (name for name in names if shard_of[name] == path):
             shard[name] = stored = base.read(name)
             of_it = [change[name] for change in changes if name in change]
             if of_it or name in replaced:
@@ -99,7 +105,26 @@ def write_hub(folders: list[Path], out: Path) -> None:
     for pattern in BESIDE:
         for file in source.glob(pattern):
             shutil.copy(file, out)
+    (out / INDEX).unlink(missing_ok=True)  # the copy: it may be left over, or name stacks
+    if (source / SINGLE) not in shard_of.values():
+        weight_map = {name: path.name for name, path in sorted(shard_of.items())}
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_older_names(out / "config.json", read_config(source))
     print(f"merged; rounding to the checkpoint's dtype moved a weight by at most {worst:.1e}")
+
+
+def write_older_names(path: Path, cfg: MoEConfig) -> None:
+    """Add to a config.json what transformers 5 keeps in other places than transformers 4 looks.
+
+    Where transformers 4 finds nothing, it takes its own default in silence.
+    """
+    hub = read_object(path)
+    for field in ("rope_theta", "n_experts"):
+        key, _ = FAMILIES[cfg.family][field]
+        if hub.get(key) is None:
+            hub[key] = getattr(cfg, field)
+            write_json(path, hub)
 
 
 def write_peft(folder: Path, out: Path, partial: bool) -> None:

@@ -1,13 +1,31 @@
 """A model as the Hub stores it: config.json, tensor names, safetensors. It is read here alone.
 
 moe_model.py holds what is computed with them. Sizes have the letters that are defined there.
+
+Where two files, or two places of one, say the same thing, one rule holds. If they agree, all is
+well. If one of them is plainly left over from an older save, transformers passes over it, and so do
+we. Else nothing tells which is right: ValueError, which names both. Nothing is picked in silence.
+
+    weights      model.safetensors is read if it is there. An index beside it whose shards are gone
+                 is left over. With all of its shards there, it is a second model: refused.
+                 (transformers reads the single file then, although it may be the older one: it
+                 stays where shards are saved over it.)                            `shard_paths`
+    experts      one tensor for each expert's matrix, or a layer's stacked as transformers 5 has
+                 them. Both for one matrix: refused.                            `Checkpoint.find`
+    config.json  rope_theta, or the same in rope_parameters (transformers 5) or rope_scaling;
+                 num_experts or num_local_experts. Two values that differ: refused, as
+                 transformers 4 and 5 would take different ones.                         `agreed`
+    head         lm_head.weight beside tied embeddings: refused unless it is equal to them.
+                                                                                  `check_weights`
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 from reprlib import repr as short
@@ -35,14 +53,15 @@ LARGEST = {
     "n_experts": 1000,
     "n_shared": 1000,
 }  # more would only take time and memory
-MAY_BE_0 = ("n_shared", "n_dense", "dense_dim")
+MAY_BE_0 = ("n_shared", "n_dense", "dense_dim", "own_head_dim")
 
 # ---- config.json ---------------------------------------------------------------------------------
 
 
 # Our field -> (key of config.json, the default of the family's class for a config.json without it).
-# The key "" says that the value is fixed. Sources: transformers' OlmoeConfig and MixtralConfig, and
-# configuration_deepseek.py of deepseek-moe-16b-base.
+# The key "" says that the value is fixed. "window" is no field: it bounds max_len. Sources:
+# transformers' OlmoeConfig, MixtralConfig and Qwen3MoeConfig, and configuration_deepseek.py of
+# deepseek-moe-16b-base.
 FAMILIES = {
     "olmoe": {
         "vocab_size": ("vocab_size", 50304), "dim": ("hidden_size", 2048),
@@ -60,7 +79,18 @@ FAMILIES = {
         "top_k": ("num_experts_per_tok", 2), "expert_dim": ("intermediate_size", 14336),
         "norm_topk": ("", True), "qk_norm": ("", False),
         "max_len": ("max_position_embeddings", 131072), "rope_theta": ("rope_theta", 1e6),
-        "norm_eps": ("rms_norm_eps", 1e-5),
+        "norm_eps": ("rms_norm_eps", 1e-5), "own_head_dim": ("head_dim", 0),
+        "window": ("sliding_window", None),
+    },
+    "qwen3_moe": {
+        "vocab_size": ("vocab_size", 151936), "dim": ("hidden_size", 2048),
+        "n_layers": ("num_hidden_layers", 24), "n_heads": ("num_attention_heads", 32),
+        "n_kv_heads": ("num_key_value_heads", 4), "n_experts": ("num_experts", 128),
+        "top_k": ("num_experts_per_tok", 8), "expert_dim": ("moe_intermediate_size", 768),
+        "norm_topk": ("norm_topk_prob", False), "qk_norm": ("", False), "head_norm": ("", True),
+        "max_len": ("max_position_embeddings", 32768), "rope_theta": ("rope_theta", 1e4),
+        "norm_eps": ("rms_norm_eps", 1e-6), "own_head_dim": ("head_dim", 0),
+        "tied": ("tie_word_embeddings", False),
     },
     "deepseek": {
         "vocab_size": ("vocab_size", 102400), "dim": ("hidden_size", 4096),
@@ -75,15 +105,29 @@ FAMILIES = {
     },
 }  # fmt: skip
 
+# Where else config.json may say what a key says: the names of transformers 4, then of 5.
+PLACES = {
+    "rope_theta": ("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "num_local_experts": ("num_local_experts", "num_experts"),
+}
+
 # Keys of config.json that would change the computation in a way that moe_model.py does not follow
-# -> the values that change nothing. Neither do null, false and 0.
+# -> the values that change nothing. Neither do null, false and 0, nor a key that the family reads.
 UNSUPPORTED = {
-    "attention_bias": (), "clip_qkv": (), "hidden_act": ("silu",), "mlp_bias": (),
-    "moe_layer_freq": (1,),
-    "partial_rotary_factor": (1,), "pretraining_tp": (1,), "quantization_config": (),
+    "attention_bias": (), "clip_qkv": (), "decoder_sparse_step": (1,), "hidden_act": ("silu",),
+    "mlp_bias": (), "mlp_only_layers": (), "moe_layer_freq": (1,),
+    "partial_rotary_factor": (1,), "pretraining_tp": (1,),
     "router_jitter_noise": (), "routed_scaling_factor": (1,), "scoring_func": ("softmax",),
     "sliding_window": (), "tie_word_embeddings": (), "topk_method": ("greedy",),
+    "transformers_weights": ("model.safetensors",), "use_sliding_window": (),
 }  # fmt: skip
+IGNORED = {"qwen3_moe": {"sliding_window"}}  # it says nothing unless use_sliding_window is set
+
+QUANTISED = (
+    "quantised weights cannot be trained here: want the same model in bf16, fp16 or fp32, "
+    "such as the one that was quantised"
+)
 
 
 def parse_config(hub: dict) -> MoEConfig:
@@ -97,32 +141,66 @@ def parse_config(hub: dict) -> MoEConfig:
         raise ValueError(
             f"config.json: model_type is {family!r}, want one of {', '.join(FAMILIES)}"
         )
-    rope = {}
-    for part in (hub.get("rope_scaling"), hub.get("rope_parameters")):  # transformers 4; 5
-        if part and not isinstance(part, dict):
-            raise ValueError(f"config.json: rope settings are {part!r}, want an object or null")
-        if part and (part.get("rope_type") or part.get("type") or "default") != "default":
-            raise ValueError(
-                f"config.json: rope scaling {part!r} is not implemented, want 'default' or none"
-            )
-        rope |= part or {}
-    found = {key: value for key, value in (hub | rope).items() if value is not None}
-    for key, harmless in UNSUPPORTED.items():
-        if (value := found.get(key)) and value not in harmless:
-            raise ValueError(
-                f"config.json: {key} is {value!r}, which moe_model.py does not implement"
-            )
+    check_supported(hub, family)
 
-    sizes = {ours: found.get(key, default) for ours, (key, default) in FAMILIES[family].items()}
+    sizes = {}
+    for ours, (key, default) in FAMILIES[family].items():
+        value = agreed(hub, *PLACES.get(key, (key,))) if key else None
+        sizes[ours] = default if value is None else value
     if sizes["n_kv_heads"] is None:
         sizes["n_kv_heads"] = sizes["n_heads"]
+    # A token sees only as many tokens as the window is long, itself counted. In rows up to that
+    # length these are all there are. So the window is the context.
+    window = sizes.pop("window", None) or sizes["max_len"]
     cfg = MoEConfig(family=family, **sizes)
     check_sizes(cfg)
-    if (head_dim := found.get("head_dim", cfg.head_dim)) != cfg.head_dim:
+    check_sizes(replace(cfg, max_len=window))
+    if (head_dim := hub.get("head_dim") or cfg.head_dim) != cfg.head_dim:
         raise ValueError(
             f"config.json: head_dim is {head_dim}, want hidden size / heads = {cfg.head_dim}"
         )
-    return cfg
+    return replace(cfg, max_len=min(cfg.max_len, window))
+
+
+def check_supported(hub: dict, family: str) -> None:
+    """Raise ValueError for what would change the computation, and is not followed here."""
+    rope = [hub.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # transformers 4; 5
+    for part in rope:
+        if not isinstance(part, dict):
+            raise ValueError(f"config.json: rope settings are {part!r}, want an object or null")
+        if any((part.get(key) or "default") != "default" for key in ("rope_type", "type")):
+            raise ValueError(
+                f"config.json: rope scaling {part!r} is not implemented, want 'default' or none"
+            )
+    if quantised := hub.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"config.json: quantization_config is {short(how)}, but {QUANTISED}")
+    followed = {key for key, _ in FAMILIES[family].values()} | IGNORED.get(family, set())
+    for key, harmless in UNSUPPORTED.items():
+        for value in (place.get(key) for place in (hub, *rope)):
+            if value and value not in harmless and key not in followed:
+                raise ValueError(
+                    f"config.json: {key} is {value!r}, which moe_model.py does not implement"
+                )
+
+
+def agreed(hub: dict, *places: str) -> object:
+    """What config.json says in these places, "rope_parameters.rope_theta" for one in an object.
+
+    None if it says it nowhere. Raises ValueError if two places differ.
+    """
+    said = {}
+    for place in places:
+        value = hub
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            said[place] = value
+    values = [*said.values()]
+    if any(value != values[0] for value in values[1:]):
+        both = ", but ".join(f"{place} is {short(value)}" for place, value in said.items())
+        raise ValueError(f"config.json: {both}: want one value, take out the wrong one")
+    return values[0] if values else None
 
 
 def check_sizes(cfg: MoEConfig) -> None:
@@ -133,7 +211,8 @@ def check_sizes(cfg: MoEConfig) -> None:
             raise ValueError(
                 f"config.json: {field.name} is {short(value)}, want a sensible {kind.__name__}"
             )
-    for whole, part in ((cfg.dim, 2 * cfg.n_heads), (cfg.n_heads, cfg.n_kv_heads)):
+    heads = (cfg.own_head_dim, 2) if cfg.own_head_dim else (cfg.dim, 2 * cfg.n_heads)
+    for whole, part in (heads, (cfg.n_heads, cfg.n_kv_heads)):
         if whole % part:  # rotary embedding turns pairs of channels, hence the 2
             raise ValueError(f"config.json: {whole} is no multiple of {part}, the heads need that")
     if cfg.family == "deepseek" and cfg.norm_topk and cfg.top_k == 1:
@@ -157,7 +236,7 @@ def is_sensible(value: object, kind: type, name: str) -> bool:
 
 
 class Backbone(NamedTuple):
-    """A model of the paper: where its weights are, and what its config.json sets."""
+    """A model with a short name: where its weights are, and what its config.json sets."""
 
     repo: str
     hub: dict
@@ -183,6 +262,13 @@ BACKBONES = {
             "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
             "num_experts_per_tok": 6, "first_k_dense_replace": 1,
             "max_position_embeddings": 4096,
+        },
+    ),
+    "qwen3-30b-a3b": Backbone(  # not of the paper, but the MoE that many fine-tune
+        "Qwen/Qwen3-30B-A3B",
+        {
+            "model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128,
+            "norm_topk_prob": True, "rope_theta": 1e6,
         },
     ),
 }  # fmt: skip
@@ -251,7 +337,10 @@ NAMES = [
     (r"layers\.(\d+)\.attn_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
     (r"layers\.(\d+)\.mlp_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
     (r"layers\.(\d+)\.attn\.([qkvo])\.weight", r"model.layers.\1.self_attn.\2_proj.weight"),
-    (r"layers\.(\d+)\.attn\.([qk])_norm\.weight", r"model.layers.\1.self_attn.\2_norm.weight"),
+    (
+        r"layers\.(\d+)\.attn\.([qk])(?:_head)?_norm\.weight",
+        r"model.layers.\1.self_attn.\2_norm.weight",
+    ),
     (r"layers\.(\d+)\.moe\.router\.weight", r"model.layers.\1.mlp.gate.weight"),
     (
         r"layers\.(\d+)\.moe\.experts\.(\w+)\.weight",
@@ -297,74 +386,124 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 
 MOST_DIMENSIONS = 8  # of a stored tensor; weights have 2, or 3 where experts are stacked
 
+# transformers 5 stacks a layer's experts, and may also write them so (save_original_format=False):
+# gate_up_proj [E, 2 F, D] and down_proj [E, D, F]. One matrix of the Hub's -> its stack there, into
+# how many pieces an expert's rows are cut, and which piece it is.
+STACKS = [
+    (r"(.*)\.experts\.(\d+)\.(?:gate_proj|w1)\.weight", r"\1.experts.gate_up_proj", 2, 0),
+    (r"(.*)\.experts\.(\d+)\.(?:up_proj|w3)\.weight", r"\1.experts.gate_up_proj", 2, 1),
+    (r"(.*)\.experts\.(\d+)\.(?:down_proj|w2)\.weight", r"\1.experts.down_proj", 1, 0),
+]
+
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint, not yet read."""
+    """A tensor of a checkpoint, not yet read: a whole one of a file, or one matrix of a stack."""
 
     path: Path  # of its shard
-    dtype: torch.dtype
+    name: str  # in that file
+    dtype: str  # as the file names it: "BF16"
     shape: tuple[int, ...]
+    part: tuple[int | slice, ...] = ()  # of a stack [E, ...]: the expert, and which of its rows
 
 
 class Checkpoint:
-    """All tensors of a folder of safetensors, single or sharded. Each is read when asked for."""
+    """All tensors of a folder of safetensors, single or sharded. Each is read when asked for.
+
+    It is asked by the names of the family's own layout (hub_names), however it was saved.
+    """
 
     def __init__(self, folder: Path):
         """Read the headers. Raises FileNotFoundError or ValueError that name the shard."""
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, Stored] = {}  # as they are in the files
         for path in shard_paths(folder):
             found = stored_in(path)
             if both := self.tensors.keys() & found.keys():
-                raise ValueError(
-                    f"{path}: tensor {min(both)} is in another shard as well: download it again"
-                )
+                other = self.tensors[min(both)].path.name
+                raise ValueError(f"{path}: tensor {min(both)} is in {other} as well: want it once")
             self.tensors |= found
 
+    def find(self, name: str) -> Stored | None:
+        """Where the tensor `name` is: in a file by itself, or in a stack of experts."""
+        # transformers 5 also has one name for the part of a layer that Mixtral calls otherwise.
+        for wanted in (name, name.replace(".block_sparse_moe.", ".mlp.")):
+            if wanted in self.tensors:
+                return self.tensors[wanted]
+            for single, stack, n_pieces, piece in STACKS:
+                match = re.fullmatch(single, wanted)
+                stored = self.tensors.get(match.expand(stack)) if match else None
+                if stored and len(stored.shape) == 3 and int(match[2]) < stored.shape[0]:
+                    rows = stored.shape[1] // n_pieces
+                    part = (int(match[2]), slice(piece * rows, (piece + 1) * rows))
+                    return stored._replace(shape=(rows, stored.shape[2]), part=part)
+        return None
+
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes."""
-        # Old checkpoints hold the rotary angles as well, which are computed here.
-        found = {name for name in self.tensors if not name.endswith("rotary_emb.inv_freq")}
-        for names, what in (
-            (wanted.keys() - found, "lacks"),
-            (found - wanted.keys(), "has unexpected"),
-        ):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(
-                    f"{self.folder} {what} tensor {min(names)}{more}: "
-                    "want the config.json and the weights of one model that moe_model.py knows"
-                )
+        """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes.
+
+        What is no weight is passed over: integers, truth values, and the rotary angles of old
+        checkpoints, which are computed here.
+        """
+        unused = Counter()  # {stored tensor: how many of its numbers nobody wanted}
+        for name, stored in self.tensors.items():
+            if stored.dtype in DTYPES and not name.endswith("rotary_emb.inv_freq"):
+                unused[name] = math.prod(stored.shape)
+        found = {name: self.find(name) for name in wanted}
+        self.refuse("lacks", [name for name, stored in found.items() if stored is None])
         for name, shape in wanted.items():
-            if (got := self.tensors[name].shape) != shape:
+            stored = found[name]
+            if stored.dtype not in DTYPES:
                 raise ValueError(
-                    f"{self.folder}: tensor {name} is {got}, but config.json makes it {shape}"
+                    f"{stored.path}: tensor {name} is {stored.dtype}, want {', '.join(DTYPES)}"
                 )
+            if stored.shape != shape:
+                raise ValueError(
+                    f"{self.folder}: tensor {name} is {stored.shape}, "
+                    f"but config.json makes it {shape}"
+                )
+            unused[stored.name] -= math.prod(shape)
+        self.refuse("has unexpected", [name for name, numbers in unused.items() if numbers > 0])
+
+    def refuse(self, what: str, names: list[str]) -> None:
+        """Raise ValueError about these tensors, if there are any."""
+        if not names:
+            return
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        if (self.folder / SINGLE).is_file() and (self.folder / INDEX).is_file():
+            more += f" (read from {SINGLE}, and not by the {INDEX} beside it)"
+        raise ValueError(
+            f"{self.folder} {what} tensor {min(names):.200}{more}: "
+            "want the config.json and the weights of one model that moe_model.py knows"
+        )
 
     def dtypes(self) -> set[torch.dtype]:
-        """The dtypes in which tensors are stored."""
-        return {stored.dtype for stored in self.tensors.values()}
+        """The dtypes in which weights are stored."""
+        return {DTYPES[stored.dtype] for stored in self.tensors.values() if stored.dtype in DTYPES}
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` as it is stored: a view of its file, which is mapped into memory."""
-        with opened(self.tensors[name].path) as file:
-            return file.get_tensor(name)
+        """The tensor `name` as it is stored."""
+        return next(self.read_all([name]))
 
-    def read_all(self, names: list[str]) -> Iterator[Tensor]:
+    def read_all(self, names: Iterable[str]) -> Iterator[Tensor]:
         """These tensors, one after the other. Neighbours in one shard share one opening of it.
 
         What was read of a file stays in memory until it is closed, so it is not kept open for all.
         An opening parses the header again, so it is not opened for each.
         """
-        for path, group in groupby(names, key=lambda name: self.tensors[name].path):
+        found = map(self.find, names)
+        for path, group in groupby(found, key=lambda stored: stored.path):
             with opened(path) as file:
-                for name in group:
-                    yield file.get_tensor(name)
+                for stored in group:
+                    if stored.part:
+                        yield file.get_slice(stored.name)[stored.part]
+                    else:  # a view of the file, which is mapped into memory
+                        yield file.get_tensor(stored.name)
 
     def read_rows(self, name: str, first: int, n: int) -> Tensor:
         """Rows of the tensor `name`, from `first` on, likewise [n, ...]. No other row is read."""
-        with opened(self.tensors[name].path) as file:
-            return file.get_slice(name)[first : first + n]
+        stored = self.find(name)
+        with opened(stored.path) as file:
+            return file.get_slice(stored.name)[first : first + n]
 
 
 @contextmanager
@@ -378,42 +517,54 @@ def opened(path: Path) -> Iterator[safe_open]:
             yield file
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is truncated or corrupt, or not of a model ({error!s:.200}): download it again"
+            f"{path} cannot be read ({error!s:.200}): want a whole safetensors file of a model"
         ) from error
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file by name. Raises ValueError for a dtype of no weights."""
+    """The tensors of one safetensors file by name. Raises ValueError if they are quantised."""
     found = {}
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_slice(name)
-            dtype = tensor.get_dtype()
-            if dtype not in DTYPES:
-                raise ValueError(f"tensor {name!r:.80} is {dtype}, want {', '.join(DTYPES)}")
             shape = tuple(tensor.get_shape())
             if len(shape) > MOST_DIMENSIONS:
                 raise ValueError(f"tensor {name!r:.80} has {len(shape)} dimensions")
-            found[name] = Stored(path, DTYPES[dtype], shape)
+            found[name] = Stored(path, name, tensor.get_dtype(), shape)
+    for name, stored in found.items():
+        if stored.dtype.startswith(("F8", "F6_", "F4")):
+            raise ValueError(f"{path}: tensor {name!r:.80} is {stored.dtype}, but {QUANTISED}")
     return found
 
 
-def names_in(path: Path) -> list[str]:
-    """The names of the tensors of one safetensors file."""
-    return [*stored_in(path)]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or model.safetensors."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a checkpoint: model.safetensors, or else those of its index.
+
+    Raises ValueError if both are there in full: see the rule at the top of this file.
+    """
+    single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
-        return [folder / "model.safetensors"]
+        return [single]
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in weight_map.values()
     ):
-        raise ValueError(f"{index} has no weight_map from tensors to file names: download it again")
-    return [folder / shard for shard in sorted(set(weight_map.values()))]
+        raise ValueError(
+            f"{index} has no weight_map from tensors to file names: want what was saved with the "
+            "shards"
+        )
+    shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+    if not single.is_file() or shards == [single]:
+        return shards
+    if all(shard.is_file() for shard in shards):
+        raise ValueError(
+            f"{folder} holds two models, one in {SINGLE}, one in the {len(shards)} shards of "
+            f"{INDEX}, and nothing says which is the newer: remove the older one"
+        )
+    return [single]
 
 
 # ---- a model from them ---------------------------------------------------------------------------
@@ -432,9 +583,20 @@ def base_parameters(cfg: MoEConfig) -> dict[str, tuple[torch.Size, list[str]]]:
 
 
 def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
-    """Raise ValueError unless `source` holds just the tensors of such a model. Reads no values."""
+    """Raise ValueError unless `source` holds just the tensors of such a model.
+
+    No values are read, but for an output layer beside tied embeddings.
+    """
     base = base_parameters(cfg).values()
-    source.check({tensor: tuple(shape[-2:]) for shape, tensors in base for tensor in tensors})
+    wanted = {tensor: tuple(shape[-2:]) for shape, tensors in base for tensor in tensors}
+    head, words = "lm_head.weight", "model.embed_tokens.weight"
+    beside = cfg.tied and source.find(head) is not None
+    source.check(wanted | ({head: wanted[words]} if beside else {}))
+    if beside and not torch.equal(*source.read_all([head, words])):
+        raise ValueError(
+            f"{source.folder}: config.json has tie_word_embeddings, but {head} differs from "
+            f"{words}: set that to false, or take out the wrong tensor"
+        )
 
 
 @torch.no_grad()

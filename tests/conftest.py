@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from plumbing.checkpoint import base_parameters, parse_config
 from plumbing.cli import command
@@ -37,6 +37,12 @@ HUB = {
         "first_k_dense_replace": 1,
         "max_position_embeddings": 64,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "vocab_size": 96, "hidden_size": 32, "head_dim": 12,
+        "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 3,
+        "norm_topk_prob": True, "rope_theta": 1e6, "max_position_embeddings": 64,
+    },
 }  # fmt: skip
 
 
@@ -54,6 +60,27 @@ def write_checkpoint(folder, hub, seed=0, dtype=torch.float32):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hub))
     return folder
+
+
+def stacked(folder):
+    """The checkpoint as transformers 5 writes it with save_original_format=False, in place."""
+    tensors, stacks = load_file(folder / "model.safetensors"), {}
+    for name in sorted(tensors):
+        block, is_expert, rest = name.partition(".experts.")
+        if is_expert and ".shared_" not in name:
+            expert, leaf = rest.split(".")[:2]
+            stacks.setdefault(block, {}).setdefault(int(expert), {})[leaf] = tensors.pop(name)
+    for block, of in stacks.items():
+        experts, new = [of[e] for e in range(len(of))], block.replace("block_sparse_moe", "mlp")
+        gate, up, down = (
+            ("w1", "w3", "w2") if "w1" in experts[0] else ("gate_proj", "up_proj", "down_proj")
+        )
+        halves = [torch.cat([one[gate], one[up]]) for one in experts]
+        tensors[f"{new}.experts.gate_up_proj"] = torch.stack(halves)  # [E, 2 F, D]
+        tensors[f"{new}.experts.down_proj"] = torch.stack([one[down] for one in experts])
+    tensors = {name.replace("block_sparse_moe", "mlp"): t for name, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
 
 
 @pytest.fixture(params=list(HUB))

@@ -98,13 +98,23 @@ def peer_logits(family, folder, batch):
     return in_transformers(folder)(input_ids=batch).logits
 
 
-QUICK = [("olmoe", "hellora"), ("mixtral", "hellori-s"), ("deepseek", "lora"), ("olmoe", "dora")]
+QUICK = [
+    ("olmoe", "hellora"),
+    ("mixtral", "hellori-s"),
+    ("deepseek", "lora"),
+    ("olmoe", "dora"),
+    ("qwen3_moe", "hellora"),
+]
 REST = [
     (family, method)
     for family in HUB
     for method in ("lora", "hellora", "hellori-s", "dora", "fft")
     if (family, method) not in QUICK
 ]
+# every placement once, on the family whose heads are widest apart from hidden size / heads
+PLACEMENTS = ["m", "c", "r", "none", "pure", "gate", "attn", "pure_c", "gate_m", "attn_r"]
+REST += [("qwen3_moe", f"hellora_{suffix}") for suffix in PLACEMENTS]
+REST += [("qwen3_moe", method) for method in ("lori-d", "lori-s", "hellori-d", "hellori-s_pure")]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +139,7 @@ def test_a_merged_checkpoint_is_the_live_model(cli, trained, family, method):
     [  # the oracle is a plain loop in float64 without a cache: fewer tokens of it
         ("olmoe", 50, 12),
         ("mixtral", 50, 12),
+        ("qwen3_moe", 50, 12),
         ("deepseek", 5, 12),
         pytest.param("deepseek", 50, 3, marks=pytest.mark.slow),
     ],
@@ -149,7 +160,86 @@ def test_prompts_are_continued_alike(cli, trained, family, n, new):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+SAVES = {  # how transformers 5 may write a model: the settings of each save_pretrained in turn
+    "original": [{}],
+    "original, in shards": [{"max_shard_size": "300KB"}],
+    "stacked": [{"save_original_format": False}],
+    "stacked, in shards": [{"save_original_format": False, "max_shard_size": "300KB"}],
+    "in one over shards": [{"max_shard_size": "200KB"}, {}],
+    "stacked in one over shards": [{"max_shard_size": "200KB"}, {"save_original_format": False}],
+    "in shards over more shards": [{"max_shard_size": "150KB"}, {"max_shard_size": "300KB"}],
+}
+QUICK_SAVES = [("olmoe", "in one over shards"), ("mixtral", "stacked, in shards")]
+QUICK_SAVES += [("qwen3_moe", "stacked")]
+
+
+def saved_by_transformers(family, saves, folder):
+    """A random model, saved as `saves` say, each time with other weights: the last is returned."""
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    size = {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023}
+    config = transformers.AutoConfig.for_model(**HUB[family] | size)
+    for seed, how in enumerate(saves):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder, **how)
+    (folder / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        pytest.param(f, w, marks=[] if (f, w) in QUICK_SAVES else pytest.mark.slow)
+        for f in ("olmoe", "mixtral", "qwen3_moe")
+        for w in SAVES
+    ],
+)
+def test_what_transformers_saved_is_trained_and_goes_back(cli, trained, tmp_path, family, way):
+    """2e-5: fp32, and another library's order of sums. Logits are of size 1 at random weights."""
+    peer = saved_by_transformers(family, SAVES[way], tmp_path / family)
+    batch = tokens(3, 17)
+    with torch.no_grad():
+        theirs = peer(input_ids=batch).logits
+    base = logits_of(MoEModel.from_pretrained(tmp_path / family), batch)
+    torch.testing.assert_close(base, theirs, rtol=0, atol=2e-5)
+
+    folder = trained("hellora", family=family)
+    code, _, err = cli("export.py", "--run", folder, "--format", "hub")
+    assert code == 0, err
+    live = logits_of(load_run(folder, merged=False)[0], batch)
+    assert (live - base).abs().max() > 0.05
+    out = folder / "hub"
+    torch.testing.assert_close(peer_logits(family, out, batch), live, rtol=0, atol=2e-5)
+    # the family's own layout, in files that say one thing
+    names = [name for path in out.glob("*.safetensors") for name in load_file(path)]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if "gate_up_proj" in name]
+    single = (out / "model.safetensors").exists()
+    assert single != (out / "model.safetensors.index.json").exists() == ("in shards" in way)
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    experts = {config[key] for key in ("num_experts", "num_local_experts") if key in config}
+    assert len(experts) == 1
+
+
+def test_shards_saved_over_a_single_file_are_refused_until_one_is_removed(cli, tmp_path):
+    """transformers leaves the older single file there, and then reads that one."""
+    folder = tmp_path / "base"
+    peer = saved_by_transformers("olmoe", [{}, {"max_shard_size": "300KB"}], folder)
+    code, _, err = cli("train.py", "--model", folder, "--steps", 1, "--out", tmp_path / "r")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "model.safetensors," in err
+    assert "model.safetensors.index.json" in err
+    (folder / "model.safetensors").unlink()
+    batch = tokens(3, 17)
+    with torch.no_grad():
+        want = peer(input_ids=batch).logits
+    got = logits_of(MoEModel.from_pretrained(folder), batch)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)  # fp32
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method", ["hellora", "hellora_pure", "hellora_none", "lora", "hellori-s"])
 def test_peft_loads_the_adapter_and_it_does_something(cli, trained, family, method):
     peft = pytest.importorskip("peft", reason=NEEDS)

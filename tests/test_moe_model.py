@@ -1,14 +1,17 @@
 """The decoder against oracles: a three-line MoE, its uncached self, transformers' numbers."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HUB, ROOT, write_checkpoint
+from conftest import HUB, ROOT, stacked, write_checkpoint
 from oracle import deepseek_logits
 from safetensors.torch import load_file, save_file
 
+from generate import generate
 from moe_model import IGNORE, KVCache, MoEModel, Routing, load_balancing_loss
 from plumbing.checkpoint import (
     BACKBONES,
@@ -195,7 +198,21 @@ SHAPES = [
     ),
     ("mixtral", {}),
     ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_attention_heads": 8}),
-]
+    ("mixtral", {"head_dim": 12, "sliding_window": 11}),  # as long as the rows: it hides nothing
+    ("qwen3_moe", {}),  # head_dim 12 in place of 8, GQA, norm_topk_prob
+    ("qwen3_moe", {"head_dim": 4, "norm_topk_prob": False, "num_key_value_heads": 1}),
+    ("qwen3_moe", {"tie_word_embeddings": True, "sliding_window": 2, "use_sliding_window": False}),
+    ("qwen3_moe", {"tie_word_embeddings": True, "norm_topk_prob": False, "head_dim": 32}),
+    (
+        "qwen3_moe",
+        {"num_experts": 32, "num_experts_per_tok": 8, "hidden_size": 48, "num_hidden_layers": 3},
+    ),
+    (
+        "qwen3_moe",
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "num_experts_per_tok": 1,
+         "rope_theta": 100.0, "rms_norm_eps": 1e-3},
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "change"), SHAPES)
@@ -220,6 +237,8 @@ def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
             "rope_theta": written.pop("rope_parameters")["rope_theta"],
             "rope_scaling": None,
         }
+        if family == "qwen3_moe":
+            written["num_experts"] = written.pop("num_local_experts")
         (tmp_path / "config.json").write_text(json.dumps(written))
     batch, real = tokens(3, 11), torch.ones(3, 11, dtype=torch.bool)
     real[1, 8:] = real[2, 3:] = False
@@ -258,6 +277,32 @@ def test_deepseek_logits_equal_an_oracle_that_shares_no_code(change, tmp_path):
     torch.testing.assert_close(got.double(), deepseek_logits(folder, batch), rtol=0, atol=2e-5)
 
 
+def test_tied_embeddings_get_the_gradient_of_both_uses_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="dev requirement; a peer")
+    folder = write_checkpoint(tmp_path, HUB["qwen3_moe"] | {"tie_word_embeddings": True})
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours, batch, targets = MoEModel.from_pretrained(folder), tokens(2, 9), tokens(2, 9, seed=2)
+    ours(batch, targets=targets)[0].backward()
+    logits = peer(input_ids=batch).logits
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    want = peer.model.embed_tokens.weight.grad
+    # fp32 sums, gradients up to 8
+    torch.testing.assert_close(ours.embed.weight.grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_prompts_of_uneven_length_are_continued_as_transformers_does(family, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="dev requirement; a peer")
+    folder = write_checkpoint(tmp_path, HUB[family])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = [tokens(n, seed=n).tolist() for n in (1, 2, 5, 9, 20, 31)]
+    ids = torch.tensor([[0] * (31 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (31 - len(p)) + [1] * len(p) for p in prompts])
+    want = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = peer.generate(ids, attention_mask=mask, **want)[:, 31:].tolist()
+    assert generate(MoEModel.from_pretrained(folder), prompts, 20, (), 6) == theirs
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -287,9 +332,10 @@ def test_olmoe_asks_for_exactly_its_hub_tensors_on_meta():
         ("olmoe-1b-7b", 6_919_161_856),
         ("mixtral-8x7b", 46_702_792_704),
         ("deepseekmoe-16b", 16_375_728_128),
+        ("qwen3-30b-a3b", 30_532_122_624),
     ],
 )
-def test_backbones_have_the_paper_s_sizes(name, total):
+def test_backbones_have_their_known_sizes(name, total):
     model = empty_model(BACKBONES[name].cfg, torch.float32)
     assert sum(p.numel() for p in model.parameters()) == total
 
@@ -344,6 +390,230 @@ def test_a_broken_checkpoint_is_refused_by_name(olmoe, how):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         MoEModel.from_pretrained(olmoe)
     assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "deepseek"])
+def test_experts_stacked_by_transformers_5_are_the_same_model(family, dtype, tmp_path):
+    folder = write_checkpoint(tmp_path, HUB[family], dtype=dtype)
+    want = MoEModel.from_pretrained(folder).state_dict()
+    assert any(t.dim() == 3 for t in stacked(folder).values())
+    got = MoEModel.from_pretrained(folder).state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("more experts", "layers.0.mlp.experts.gate_up_proj"),
+        ("fewer experts", "layers.0.mlp.experts.7."),
+        ("a matrix beside", "layers.0.mlp.experts.gate_up_proj"),
+        ("an odd row", "layers.0.mlp.experts"),
+        ("two dimensions", "layers.0.mlp.experts"),
+    ],
+)
+def test_a_stack_that_is_not_the_configs_is_refused_by_name(how, wanted, olmoe):
+    tensors = stacked(olmoe)
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    whole = tensors[stack]
+    if how == "a matrix beside":
+        for leaf in ("gate", "up"):
+            name = f"model.layers.0.mlp.experts.{{}}.{leaf}_proj.weight"
+            tensors |= {name.format(e): torch.zeros(16, 32) for e in range(8)}
+    else:
+        tensors[stack] = {
+            "more experts": torch.cat([whole, whole[:1]]),
+            "fewer experts": whole[:7].clone(),
+            "an odd row": torch.cat([whole, whole[:, :1]], dim=1),
+            "two dimensions": whole.flatten(1),
+        }[how]
+    save_file(tensors, olmoe / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        MoEModel.from_pretrained(olmoe)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.int32])
+def test_what_is_no_weight_is_passed_over_unless_a_weight_is_wanted_there(dtype, olmoe):
+    path = olmoe / "model.safetensors"
+    want, tensors = MoEModel.from_pretrained(olmoe).state_dict(), load_file(path)
+    save_file(tensors | {"model.position_ids": torch.ones(4, dtype=dtype)}, path)
+    got = MoEModel.from_pretrained(olmoe).state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    kind = {"int64": "I64", "bool": "BOOL", "uint8": "U8", "int32": "I32"}[str(dtype)[6:]]
+    save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=dtype)}, path)
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight is {kind}"):
+        MoEModel.from_pretrained(olmoe)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "scale"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_refused_by_name_with_what_to_do(dtype, name, olmoe):
+    path = olmoe / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors.get(name, torch.ones(4)).to(dtype)}, path)
+    with pytest.raises(ValueError, match=rf"{name}.* is F8_E.*quantised.*want.*bf16"):
+        MoEModel.from_pretrained(olmoe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"quant_method": "fp8"}, "fp8"), ({"quant_method": "gptq", "bits": 4}, "gptq"), (["x"], "x")],
+)
+def test_a_quantised_model_is_refused_by_its_config_with_what_to_do(settings, named):
+    with pytest.raises(ValueError, match=rf"quantization_config.*{named}.*want.*bf16"):
+        parse_config(HUB["qwen3_moe"] | {"quantization_config": settings})
+
+
+# ---- where two files, or two places in one, say the same thing -----------------------------------
+
+
+def in_shards(folder, n=3):
+    """Cut model.safetensors into n files with an index, beside it."""
+    tensors = load_file(folder / "model.safetensors")
+    of = {name: f"model-{i % n + 1:05d}-of-{n:05d}.safetensors" for i, name in enumerate(tensors)}
+    for path in set(of.values()):
+        save_file({name: t for name, t in tensors.items() if of[name] == path}, folder / path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": of}))
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_an_index_left_over_from_an_older_save_is_passed_over(left, olmoe, tmp_path):
+    """As transformers does, which deletes the shards and leaves their index."""
+    want = MoEModel.from_pretrained(olmoe).state_dict()
+    older = write_checkpoint(tmp_path / "older", HUB["olmoe"], seed=1)
+    in_shards(older)
+    for file in [*older.glob("*.index.json"), *sorted(older.glob("model-*"))[:left]]:
+        shutil.copy(file, olmoe)
+    got = MoEModel.from_pretrained(olmoe).state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_models_in_one_folder_are_refused_and_both_named(seed, olmoe, tmp_path):
+    """transformers would read the single file, also where it is the older one."""
+    other = write_checkpoint(tmp_path / "other", HUB["olmoe"], seed=seed)
+    in_shards(other)
+    shutil.copy(other / "model.safetensors", olmoe)
+    for file in other.glob("model*"):
+        shutil.copy(file, olmoe)
+    with pytest.raises(ValueError, match=r"model\.safetensors,.*model\.safetensors\.index\.json"):
+        MoEModel.from_pretrained(olmoe)
+    (olmoe / "model.safetensors").unlink()
+    MoEModel.from_pretrained(olmoe)
+
+
+def test_an_index_of_the_single_file_is_no_contradiction(olmoe):
+    of = dict.fromkeys(load_file(olmoe / "model.safetensors"), "model.safetensors")
+    (olmoe / "model.safetensors.index.json").write_text(json.dumps({"weight_map": of}))
+    MoEModel.from_pretrained(olmoe)
+
+
+def test_a_single_file_that_lacks_tensors_names_the_index_beside_it(olmoe):
+    path = olmoe / "model.safetensors"
+    in_shards(olmoe)
+    (olmoe / "model-00002-of-00003.safetensors").unlink()
+    corrupt(olmoe, "missing tensor")
+    assert path.is_file()
+    with pytest.raises(ValueError, match=r"lacks.*mlp\.gate.*index\.json"):
+        MoEModel.from_pretrained(olmoe)
+
+
+AGREE = [  # what config.json says, and the angles' base of it
+    ({"rope_theta": 7.0}, 7.0),
+    ({"rope_parameters": {"rope_theta": 9.0, "rope_type": "default"}}, 9.0),
+    ({"rope_theta": 9, "rope_parameters": {"rope_theta": 9.0, "rope_type": "default"}}, 9.0),
+    ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}}, 7.0),
+    ({"rope_theta": 7.0, "rope_parameters": None, "rope_scaling": None}, 7.0),
+    ({"rope_scaling": {"rope_theta": 5.0, "type": "default"}}, 5.0),
+]
+
+
+@pytest.mark.parametrize(("says", "theta"), AGREE)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_the_angles_base_is_read_where_transformers_reads_it(family, says, theta):
+    hub = {key: value for key, value in HUB[family].items() if key != "rope_theta"} | says
+    assert parse_config(hub).rope_theta == theta
+    if transformers := pytest.importorskip("transformers", reason="the values say it as well"):
+        config = transformers.AutoConfig.for_model(**json.loads(json.dumps(hub)))
+        assert config.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(
+    ("says", "both"),
+    [
+        (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}},
+            ("rope_theta is 7.0", "rope_parameters.rope_theta is 9.0"),
+        ),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"rope_theta": 9.0, "type": "default"}},
+            ("rope_theta is 7.0", "rope_scaling.rope_theta is 9.0"),
+        ),
+        (
+            {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 1e6}},
+            ("rope_scaling.rope_theta is 10000.0", "rope_parameters.rope_theta is 1000000.0"),
+        ),
+        (
+            {"num_experts": 8, "num_local_experts": 4},
+            ("num_experts is 8", "num_local_experts is 4"),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}},
+            ("rope", "linear"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_two_places_that_differ_are_refused_and_both_named(family, says, both):
+    hub = {key: value for key, value in HUB[family].items() if key != "rope_theta"} | says
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        parse_config(hub)
+    assert all(part in str(caught.value) for part in both)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_the_number_of_experts_has_two_names(family):
+    """transformers 5 writes num_local_experts for Qwen3-MoE, and 4 num_experts."""
+    n = parse_config(HUB[family]).n_experts
+    for key in ("num_experts", "num_local_experts"):
+        hub = {k: v for k, v in HUB[family].items() if not k.endswith("experts")} | {key: n}
+        assert parse_config(hub) == parse_config(HUB[family])
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_an_output_layer_beside_tied_embeddings_must_be_equal_to_them(differ, tmp_path):
+    folder = write_checkpoint(tmp_path, HUB["qwen3_moe"] | {"tie_word_embeddings": True})
+    path = folder / "model.safetensors"
+    tensors, want = load_file(path), MoEModel.from_pretrained(folder)(tokens(1, 5))[0]
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + differ}, path)
+    if not differ:
+        assert torch.equal(MoEModel.from_pretrained(folder)(tokens(1, 5))[0], want)
+        return
+    with pytest.raises(ValueError, match=r"tie_word_embeddings.*lm_head.*embed_tokens"):
+        MoEModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "says", "context"),
+    [
+        ("mixtral", {"sliding_window": 40}, 40),
+        ("mixtral", {"sliding_window": 4096}, 64),
+        ("mixtral", {"sliding_window": None}, 64),
+        ("qwen3_moe", {"sliding_window": 40, "use_sliding_window": False}, 64),
+        ("qwen3_moe", {"sliding_window": 40}, 64),
+    ],
+)
+def test_a_window_only_bounds_the_length_of_rows(family, says, context, tmp_path):
+    """Up to its length it hides nothing, so longer rows alone are refused."""
+    model = MoEModel.from_pretrained(write_checkpoint(tmp_path, HUB[family] | says))
+    assert model.cfg.max_len == context
+    generate(model, [[1] * (context - 1)], 1, (), 1)
+    with pytest.raises(ValueError, match=str(context)):
+        generate(model, [[1] * context], 1, (), 1)
+
+
+# ---- hostile files -------------------------------------------------------------------------------
 
 
 def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
@@ -446,6 +716,8 @@ def test_an_index_cannot_point_out_of_its_folder(olmoe):
         ("attention_bias", True), ("sliding_window", 4096), ("tie_word_embeddings", True),
         ("rope_scaling", {"type": "linear", "factor": 2}),
         ("rope_parameters", {"rope_type": "yarn"}), ("rope_parameters", 7),
+        ("rope_parameters", {"rope_type": ["default"]}), ("partial_rotary_factor", 0.5),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("model_type", []), ("head_dim", 5), ("hidden_size", 33), ("hidden_size", 36),
         ("hidden_size", "32"), ("hidden_size", -32), ("num_experts", 10**12),
         ("num_experts_per_tok", 9),
@@ -455,6 +727,22 @@ def test_an_index_cannot_point_out_of_its_folder(olmoe):
 def test_a_setting_we_would_get_wrong_is_refused(key, value):
     with pytest.raises(ValueError, match=r"config\.json"):
         parse_config(HUB["olmoe"] | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mlp_only_layers", [0]), ("mlp_only_layers", [1]), ("decoder_sparse_step", 2),
+        ("use_sliding_window", True), ("head_dim", 7), ("attention_bias", True),
+        ("tie_word_embeddings", "yes"), ("num_key_value_heads", 3),
+        ("transformers_weights", "adapter.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_qwen3_we_would_get_wrong_is_refused(key, value):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        parse_config(HUB["qwen3_moe"] | {key: value})
+    harmless = {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": False}
+    assert parse_config(HUB["qwen3_moe"] | harmless) == parse_config(HUB["qwen3_moe"])
 
 
 def test_harmless_settings_are_never_refused():

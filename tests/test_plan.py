@@ -38,7 +38,12 @@ def test_what_a_gpu_holds_is_what_the_parameters_take(method):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [("mixtral-8x7b", "hellora"), ("olmoe-1b-7b", "dora"), ("olmoe-1b-7b", "fft")],
+    [
+        ("mixtral-8x7b", "hellora"),
+        ("olmoe-1b-7b", "dora"),
+        ("olmoe-1b-7b", "fft"),
+        ("qwen3-30b-a3b", "hellora"),
+    ],
 )
 def test_a_gpu_of_16_holds_what_fsdp2_gives_it(model, method):
     """PyTorch's own cut, for the first of 16 ranks: Mixtral has but 8 experts."""

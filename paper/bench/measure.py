@@ -63,7 +63,8 @@ def step_flops(
     the head on every token; weight gradients only of what is trained. model: with the method's
     adapters, or None.
     """
-    attention = 2 * cfg.dim * (cfg.dim + cfg.n_kv_heads * cfg.head_dim)  # q, o; k, v
+    q_dim = cfg.n_heads * cfg.head_dim
+    attention = 2 * cfg.dim * (q_dim + cfg.n_kv_heads * cfg.head_dim)  # q, o; k, v
     experts = 3 * cfg.dim * cfg.expert_dim * (cfg.top_k + cfg.n_shared) + cfg.dim * cfg.n_experts
     n_moe = len(cfg.moe_layers)
     matrices = (
@@ -71,7 +72,7 @@ def step_flops(
     )
     forward = 2 * (matrices + cfg.vocab_size * cfg.dim)
     # Queries by keys, and their products with the values.
-    scores = cfg.n_layers * 2 * cfg.dim * (length + 1)
+    scores = cfg.n_layers * 2 * q_dim * (length + 1)
     extra = adapter_flops(model, shares) if model is not None else 0.0
     passes = 3 if method.train_a else 2.5  # LoRI: of A no gradient
     return (3 if method.train_base else 2) * forward + 3 * scores + passes * extra
