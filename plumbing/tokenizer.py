@@ -1,4 +1,4 @@
-"""Text <-> token ids for the three backbones and the tiny model, from their own files, on tiktoken.
+"""Text <-> token ids, from a model's own files, on tiktoken.
 
 All are byte-pair encodings (BPE): text is cut into pieces, a piece into characters, and of
 neighbours the pair that stands first in the file's list of merges is joined, again and again.
@@ -8,30 +8,58 @@ ranks follow the list and BPE, given a token's own characters, ends at that toke
 that could become t have felt nothing of what is around t, so they are the very pair listed for t.
 Each file is checked for this, or refused. Families differ in data alone: how text is normalised,
 how it is cut into pieces, and which bytes have which rank.
+
+Several files of a folder may say the same thing. This is the one rule. transformers is 5.23.
+
+1. Pieces and their ids: tokenizer.model if it is there, else tokenizer.json. If both are there,
+   they must have the same pieces, because transformers reads the .json.
+2. How a blank becomes ▁: tokenizer.json if it is there, as in transformers.
+3. Added tokens: all of tokenizer.json, and all of tokenizer_config.json's added_tokens_decoder. A
+   folder without that decoder may have them in added_tokens.json. This is as in transformers. A
+   token that is listed twice must have one id; the first list says how it is matched in a text.
+   The tokens that a tokenizer.model has itself, such as </s>, are plain text in a text, as in
+   SentencePiece.
+4. What ends a text: eos_token of tokenizer_config.json, eos_token_id of config.json and of
+   generation_config.json. Some may be absent. The others must have a token in common: it ends a
+   training example. Generation stops at each id of generation_config.json, as transformers'
+   generate does; if that file names none, at each id of config.json. If no file names a token, the
+   first of EOS that is there is taken.
+5. What begins a text: the template in tokenizer.json's post_processor, as in transformers. If there
+   is none: add_bos_token of tokenizer_config.json, as in transformers 4 (5.23 ignores it where
+   tokenizer.json is there). If both are there, they must agree. If neither is: nothing.
+
+A folder whose files contradict each other is refused, with a line that names both files.
 """
 
 import json
 import re
 import struct
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from reprlib import repr as short
+from typing import Any, Literal, NamedTuple
 
 import tiktoken
 
 Vocab = dict[str, int]
-Normaliser = Callable[[str], str]
 Merges = list[tuple[str, str]]
+# Where a part of a text stands: at its start, behind a special token, or where it goes on from
+# another text.
+Place = Literal["start", "behind", "inside"]
+Shaper = Callable[[str, Place], str]  # a part, and where it stands -> its form
 
 EOS = ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")  # the families' names for what ends a text
+BOS = ("<s>", "<｜begin▁of▁sentence｜>")  # and for what begins one
 # HF's ByteLevel
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SentencePiece does not cut, but no token reaches from one of these pieces into the next.
 WORD_PIECES = "▁*[^▁]+|▁+"
-LARGEST_FILE = 1 << 24  # bytes; the families' have 5 million at most
+LARGEST_FILE = 1 << 24  # bytes; the families' have 12 million at most
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 # (message, field) of sentencepiece_model.proto: its default, what we can follow, in words
 MODEL_SETTINGS = {
@@ -75,28 +103,52 @@ class Bpe(NamedTuple):
 class Tokenizer:
     """The ids that a model's own tokenizer gives, and back. Made by `load_tokenizer`."""
 
+    bos: int | None  # stands before a prompt, see data.encode_prompt; None: nothing does
     eos: int  # ends a training example
     stops: tuple[int, ...]  # each ends generation
+    text_ends: frozenset[int]  # end a whole text, and not only a turn of a chat
 
     def __init__(
-        self, bpe: Bpe, normalise: Normaliser, specials: Vocab, typed: Vocab, normal: Vocab
+        self, bpe: Bpe, normalise: Shaper, mark: Shaper, typed: Vocab, normal: Vocab, plain: Vocab
     ):
-        """No merge makes the `specials`.
+        """Special tokens, which no merge makes, are of three kinds.
 
-        Those in `typed` count in the text as it is, those in `normal` in the normalised text.
+        Those in `typed` count in the text as it is, those in `normal` in the normalised text, and
+        those in `plain` not at all. mark: gives a part of normalised text the form that BPE wants.
         """
-        self.bpe, self.normalise, self.specials = bpe, normalise, specials
+        self.bpe, self.normalise, self.mark = bpe, normalise, mark
+        self.specials = plain | typed | normal
         self.split_typed, self.split_normal = splitter(typed), splitter(normal)
-        self.token_bytes = bpe.token_bytes | {i: name.encode() for name, i in specials.items()}
+        self.token_bytes = bpe.token_bytes | {i: t.encode() for t, i in self.specials.items()}
         self.vocab_size = max(self.token_bytes) + 1  # the rows that an embedding needs
+        self.has_prefix = mark(normalise("x", "start"), "start") == "▁x"
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos or eos. A special token spelt out becomes its id."""
+        return self.encode_at("start", text)
+
+    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+        """The ids of `answer` behind `prompt`: those of both as one text, cut at the border.
+
+        SentencePiece would begin a text of its own with one more ▁. If a token of the whole text
+        reaches over the border, they are those of the answer alone, without that ▁.
+        """
+        before, whole = self.encode(prompt), self.encode(prompt + answer)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self.encode_at("inside", answer)
+
+    def encode_at(self, place: Place, text: str) -> list[int]:
+        """The ids of a text that stands at `place`."""
         ids: list[int] = []
         for i, part in enumerate(self.split_typed(text)):  # special tokens are at the odd places
-            pieces = ["", part] if i % 2 else self.split_normal(self.normalise(part))
+            at = "behind" if i else place
+            pieces = ["", part] if i % 2 else self.split_normal(self.normalise(part, at))
             for j, piece in enumerate(pieces):
-                ids += [self.specials[piece]] if j % 2 else self.bpe.encode(piece)
+                if j % 2:
+                    ids.append(self.specials[piece])
+                else:
+                    ids += self.bpe.encode(self.mark(piece, "behind" if j else at))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -105,62 +157,263 @@ class Tokenizer:
         A model may sample such an id: OLMoE's embedding has 50,304 rows for 50,280 tokens.
         """
         text = b"".join(self.token_bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.normalise is show_spaces else text
+        return text.removeprefix(" ") if self.has_prefix else text
+
+
+# ---- a folder's files ----------------------------------------------------------------------------
+
+FILE, MODEL = "tokenizer.json", "tokenizer.model"
+OWN, CONFIG, GENERATION = "tokenizer_config.json", "config.json", "generation_config.json"
+Files = dict[str, dict[str, Any]]  # name -> the object in it; {} if it is absent
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a model's folder: tokenizer.model, or else tokenizer.json.
+    """The tokenizer in a model's folder. What its files mean together is said at the head.
 
-    Raises FileNotFoundError if it has neither, ValueError for a damaged file or one that we would
-    get wrong.
+    Raises FileNotFoundError if it has neither tokenizer.json nor tokenizer.model, ValueError for a
+    damaged file, one that we would get wrong, or files that contradict each other.
     """
-    readers = {"tokenizer.model": from_model, "tokenizer.json": from_json}
-    path = next((Path(folder, name) for name in readers if Path(folder, name).is_file()), None)
-    if path is None:
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in (FILE, MODEL)):
         raise FileNotFoundError(
             f"no tokenizer in {folder}: want its tokenizer.json or tokenizer.model there"
         )
+    names = (FILE, OWN, CONFIG, GENERATION, "added_tokens.json")
+    files = {name: object_in(folder / name) for name in names}
+    with blaming(folder / FILE if files[FILE] else folder):
+        added = added_tokens(files)
+    if (folder / MODEL).is_file():
+        with blaming(folder / MODEL):
+            found = from_model(contents(folder / MODEL))
+        with blaming(folder / FILE if files[FILE] else folder):
+            tokenizer = beside_model(*found, files[FILE], added)
+    else:
+        with blaming(folder / FILE):
+            tokenizer = from_json(files[FILE], added)
+    set_ends(tokenizer, files, folder)
+    with blaming(folder / (OWN if files[OWN] else FILE)):
+        tokenizer.bos = first_token(tokenizer, files)
+    return tokenizer
+
+
+def beside_model(
+    bpe: Bpe, pieces: Vocab, plain: Vocab, file: dict[str, Any], added: list[dict[str, Any]]
+) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, with what a tokenizer.json beside it says besides pieces.
+
+    plain: the special tokens that the .model has itself. file: {} if there is no tokenizer.json.
+    """
+    if file:
+        check_same_pieces(pieces | plain, file["model"]["vocab"], added)
+    check_ids(pieces | plain, added)
+    normalise, mark = shapers_of(file) if file else (show_spaces, unchanged)
+    more = [token for token in added if token["content"] not in plain]
+    return Tokenizer(bpe, normalise, mark, *by_form(more, normalise), plain)
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Have what goes wrong end in a ValueError of one line that names `path`."""
     try:
-        want(
-            path.stat().st_size <= LARGEST_FILE,
-            f"more than {LARGEST_FILE:,} bytes: want a tokenizer",
-        )
-        tokenizer = readers[path.name](path.read_bytes())
-        path = Path(folder, "config.json")
-        set_special_ids(tokenizer, json.loads(path.read_bytes()) if path.is_file() else {})
+        yield
     except (ValueError, *DAMAGE) as fault:
         reason = " ".join(str(fault).split())[:300]
         if type(fault) is not ValueError:
             kind = type(fault).__name__
-            reason = f"damaged, or not what its name says ({kind}: {reason}): get it again"
+            reason = f"damaged, or of a form that is not read here ({kind}: {reason})"
         raise ValueError(f"{path}: {reason}") from fault
-    return tokenizer
 
 
-def set_special_ids(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Fill in eos and stops: from config.json, else by the names that the families use."""
-    ids = config.get("eos_token_id")
-    if ids is None:
-        ids = [tokenizer.specials[name] for name in EOS if name in tokenizer.specials][:1]
-    stops = ids if isinstance(ids, list) else [ids]
-    known = all(type(i) is int and i in tokenizer.token_bytes for i in stops)
-    want(
-        known,
-        f"eos_token_id is {ids}: want ids that the tokenizer has, below {tokenizer.vocab_size}",
-    )
-    rows, last = config.get("vocab_size") or tokenizer.vocab_size, tokenizer.vocab_size - 1
-    want(
-        last < rows,
-        f"vocab_size is {rows}, but the tokenizer has ids up to {last}: want files of one model",
-    )
-    want(stops, f"nothing ends a text: want eos_token_id here or a token of {EOS}")
-    tokenizer.eos, tokenizer.stops = stops[0], tuple(stops)
+def contents(path: Path) -> bytes:
+    """The bytes of a file that is not too large for a tokenizer."""
+    size = path.stat().st_size
+    want(size <= LARGEST_FILE, f"{size:,} bytes: want a tokenizer of at most {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    with blaming(path):
+        found = json.loads(contents(path))
+        if not isinstance(found, dict) or not (found or path.name != FILE):
+            raise TypeError(f"{short(found)} is no object with a tokenizer or settings")
+    return found
 
 
 def want(fact: object, complaint: str) -> None:
     """Refuse the file unless `fact` holds."""
     if not fact:
         raise ValueError(complaint)
+
+
+def added_tokens(files: Files) -> list[dict[str, Any]]:
+    """The added tokens of all files, each once: what tokenizer.json says of one, and its file."""
+    listed = [(FILE, token) for token in files[FILE].get("added_tokens", [])]
+    decoder = files[OWN].get("added_tokens_decoder")
+    if decoder is not None:
+        listed += [(OWN, token | {"id": int(i)}) for i, token in decoder.items()]
+    else:
+        more = files["added_tokens.json"].items()
+        listed += [("added_tokens.json", {"content": text, "id": i}) for text, i in more]
+    found: dict[str, dict] = {}
+    for name, token in listed:
+        first = found.setdefault(token["content"], token | {"file": name})
+        want(
+            first["id"] == token["id"],
+            f"{token['content']!r} has id {first['id']} in {first['file']}, {token['id']} in "
+            f"{name}: want the files of one model",
+        )
+        exact = token["content"] and not any(map(token.get, ("lstrip", "rstrip", "single_word")))
+        want(
+            exact or first["file"] != name,
+            f"added token {token}: want one that matches just its text",
+        )
+    return [*found.values()]
+
+
+def by_form(added: list[dict[str, Any]], normalise: Shaper) -> tuple[Vocab, Vocab]:
+    """Added tokens that count in a text as it is, and those that count in the normalised text."""
+    typed = {token["content"]: token["id"] for token in added if not token.get("normalized")}
+    normal = {
+        normalise(token["content"], "behind"): token["id"]
+        for token in added
+        if token.get("normalized")
+    }
+    return typed, normal
+
+
+def check_ids(vocab: Vocab, added: list[dict[str, Any]]) -> None:
+    """Refuse added tokens that have an id of another token, or another one than in `vocab`."""
+    for token in added:
+        text, i, name = token["content"], token["id"], token["file"]
+        want(
+            vocab.get(text, i) == i,
+            f"added token {text!r} has id {i} in {name}, {vocab.get(text)} in the vocabulary: "
+            "want the vocabulary's id",
+        )
+    ids = [*(vocab | {token["content"]: token["id"] for token in added}).values()]
+    unique = all(type(i) is int for i in ids) and len({*ids}) == len(ids)
+    want(unique, "ids that are no integers, or those of two tokens: want an integer for each")
+
+
+def check_same_pieces(pieces: Vocab, vocab: Vocab, added: list[dict[str, Any]]) -> None:
+    """Refuse a tokenizer.json whose `vocab` is not that of tokenizer.model, but for added tokens.
+
+    transformers takes the ids of the .json then, which are not those of the .model.
+    """
+    known = {token["content"]: token["id"] for token in added}
+    text_of = {i: text for text, i in (vocab | known).items()}
+    for text, i in pieces.items():
+        want(
+            text_of.get(i) == text,
+            f"id {i} is {text_of.get(i)!r} in {FILE}, but {text!r} in {MODEL}: want the files of "
+            "one model, or one of the two",
+        )
+    more = sorted(vocab.keys() - pieces.keys() - known.keys())
+    want(
+        not more,
+        f"{len(more)} pieces of {FILE} are not in {MODEL}, such as {more[:1]}: want the files of "
+        "one model, or one of the two",
+    )
+
+
+def set_ends(tokenizer: Tokenizer, files: Files, folder: Path) -> None:
+    """Fill in eos, stops and text_ends."""
+    said = {}  # file -> the ids that end a text by what it says
+    for file in (OWN, CONFIG, GENERATION):
+        with blaming(folder / file):
+            if ids := ends_by(file, tokenizer, files):
+                said[file] = ids
+    family = [tokenizer.specials[name] for name in EOS if name in tokenizer.specials]
+    with blaming(folder / CONFIG):
+        rows, last = files[CONFIG].get("vocab_size"), tokenizer.vocab_size - 1
+        want(
+            not rows or last < rows,
+            f"vocab_size is {rows}, but the tokenizer has ids up to {last}: "
+            "want files of one model",
+        )
+        want(said or family, f"nothing ends a text: want eos_token_id here or a token of {EOS}")
+    lists = [*said.values()] or [family[:1]]
+    common = [i for ids in lists for i in ids if all(i in other for other in lists)]
+    with blaming(folder):
+        ends = ", ".join(f"{ids} in {file}" for file, ids in said.items())
+        want(common, f"what ends a text is {ends}: want a token that all of them name")
+    tokenizer.eos = common[0]
+    tokenizer.stops = tuple(said.get(GENERATION) or said.get(CONFIG) or common[:1])
+    tokenizer.text_ends = frozenset(family or common[:1])
+
+
+def ends_by(file: str, tokenizer: Tokenizer, files: Files) -> list[int] | None:
+    """The ids that end a text by what one file says; None if it says nothing."""
+    if file == OWN:
+        name = files[OWN].get("eos_token")
+        return None if name is None else [id_of(tokenizer, name, "eos_token")]
+    said = files[file].get("eos_token_id")
+    if said is None:
+        return None
+    ids = said if isinstance(said, list) else [said]
+    want(ids, "eos_token_id is [], so nothing ends a text: want one or more, or null")
+    known = all(type(i) is int and i in tokenizer.token_bytes for i in ids)
+    want(
+        known,
+        f"eos_token_id is {said}: want ids that the tokenizer has, below {tokenizer.vocab_size}",
+    )
+    return ids
+
+
+def id_of(tokenizer: Tokenizer, name: str | dict[str, Any], role: str) -> int:
+    """The id of a token that tokenizer_config.json names as its `role`."""
+    text = name["content"] if isinstance(name, dict) else name
+    if text in tokenizer.specials:
+        return tokenizer.specials[text]
+    ids = tokenizer.encode(text)
+    want(len(ids) == 1, f"{role} is {text!r}, which is no token of the tokenizer: want one")
+    return ids[0]
+
+
+def first_token(tokenizer: Tokenizer, files: Files) -> int | None:
+    """The id that these files put before a text; None if they put none."""
+    template = first_of_template(files[FILE].get("post_processor"))
+    asked = files[OWN].get("add_bos_token")
+    want(asked in (None, True, False), f"add_bos_token is {asked!r}: want true or false")
+    if template is None and not asked:
+        return None
+    if template is not None:
+        first = tokenizer.specials.get(template) if template else None
+        want(template == "" or first is not None, f"{FILE} puts {template!r} first, no token")
+        want(
+            asked in (None, bool(template)),
+            f"add_bos_token is {asked} in {OWN}, but the post_processor of {FILE} puts "
+            f"{template!r} first: want the same in both",
+        )
+        return first
+    if (name := files[OWN].get("bos_token")) is not None:
+        return id_of(tokenizer, name, "bos_token")
+    known = [tokenizer.specials[name] for name in BOS if name in tokenizer.specials]
+    want(known, f"add_bos_token is true, but there is no bos_token: want one, such as {BOS[0]}")
+    return known[0]
+
+
+def first_of_template(processor: dict[str, Any] | None) -> str | None:
+    """The special token that an HF post_processor puts before a text; "" for none.
+
+    None if it has no template, and so says nothing.
+    """
+    if processor is None or processor["type"] == "ByteLevel":
+        return None
+    if processor["type"] == "Sequence":
+        found = [first_of_template(part) for part in processor["processors"]]
+        return next((first for first in found if first is not None), None)
+    want(
+        processor["type"] == "TemplateProcessing",
+        f"post_processor {processor['type']}: want ByteLevel, TemplateProcessing or none",
+    )
+    names = [part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part]
+    at = [n for n, part in enumerate(processor["single"]) if "Sequence" in part]
+    want(at in ([0], [1]), f"a template {processor['single']}: want at most one token before $A")
+    return names[0] if at == [1] else ""
 
 
 def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:
@@ -172,27 +425,86 @@ def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
 
 
-def show_spaces(text: str) -> str:
-    """SentencePiece's form of a text: ▁ for a space, and one before the first word."""
-    return "▁" + text.replace(" ", "▁") if text else ""
+# ---- the form of a text --------------------------------------------------------------------------
+
+
+def unchanged(text: str, _place: Place) -> str:
+    """The text itself."""
+    return text
+
+
+def nfc(text: str, _place: Place) -> str:
+    """Composed characters. HF has Unicode 9 here: it may order marks that are younger otherwise.
+
+    In Python 3.11 these are 98.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def show_spaces(text: str, place: Place) -> str:
+    """SentencePiece's form of a text: ▁ for a space, and one before the first word.
+
+    Source: HF's Prepend and Replace. They put one behind each special token as well.
+    """
+    prefix = "▁" if text and place != "inside" else ""
+    return prefix + text.replace(" ", "▁")
+
+
+def metaspace(scheme: str, text: str, place: Place) -> str:
+    """▁ for a space, and one before a text that has none. Source: HF's Metaspace without split.
+
+    scheme: "first" is for a text's start, "always" also behind special tokens, "never" not at all.
+    """
+    text = text.replace(" ", "▁")
+    wanted = {"first": place == "start", "always": place != "inside", "never": False}[scheme]
+    return "▁" + text if wanted and text and not text.startswith("▁") else text
 
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-NORMALISERS: list[tuple[Any, Normaliser]] = [
-    (None, str),
-    ({"type": "Sequence", "normalizers": []}, str),  # DeepSeek
-    # OLMo. HF has Unicode 9 here: marks that are younger (98 in Python 3.11) may be put in another
-    # order.
-    ({"type": "NFC"}, partial(unicodedata.normalize, "NFC")),
+NORMALISERS: list[tuple[Any, Shaper]] = [
+    (None, unchanged),
+    ({"type": "Sequence", "normalizers": []}, unchanged),  # DeepSeek
+    ({"type": "NFC"}, nfc),  # OLMo, Qwen
     ({"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, show_spaces),  # Mixtral
+    ({"type": "Sequence", "normalizers": [REPLACE]}, partial(metaspace, "never")),
+    (REPLACE, partial(metaspace, "never")),
 ]
 
 
-def from_json(data: bytes) -> Tokenizer:
+def shapers_of(file: dict[str, Any]) -> tuple[Shaper, Shaper]:
+    """The normaliser of a tokenizer.json, and what marks spaces behind it."""
+    spec, step = file["normalizer"], file["pre_tokenizer"]
+    normalise = next((function for known, function in NORMALISERS if known == spec), None)
+    want(
+        normalise,
+        f"normalizer {short(spec)}: want none, NFC, Prepend and Replace of ▁, or Replace alone",
+    )
+    if not file["model"].get("byte_fallback"):
+        return normalise, unchanged
+    if step is None and normalise not in (unchanged, nfc):
+        return normalise, unchanged
+    step = step or {}
+    scheme = step.get("prepend_scheme")
+    plain = (step.get("type"), step.get("replacement"), step.get("split")) == (
+        "Metaspace",
+        "▁",
+        False,
+    )
+    want(
+        plain and scheme in ("first", "always", "never") and normalise is unchanged,
+        f"byte_fallback with normalizer {short(spec)} and pre_tokenizer {short(step)}: want ▁ by "
+        "Prepend and Replace, by Replace, or by a Metaspace that does not split",
+    )
+    return normalise, partial(metaspace, scheme)
+
+
+# ---- tokenizer.json ------------------------------------------------------------------------------
+
+
+def from_json(file: dict[str, Any], added: list[dict[str, Any]]) -> Tokenizer:
     """The tokenizer in a tokenizer.json: over bytes, or SentencePiece as transformers has it."""
-    file = json.loads(data)
-    model, added, pre_tokenizer = file["model"], file["added_tokens"], file["pre_tokenizer"]
+    model = file["model"]
     unlike = [
         key
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -202,45 +514,19 @@ def from_json(data: bytes) -> Tokenizer:
         model["type"] == "BPE" and not unlike,
         f"model {model['type']} {unlike}: want BPE without these",
     )
-    normalise = next(
-        (function for spec, function in NORMALISERS if spec == file["normalizer"]), None
-    )
-    want(normalise, f"normalizer {file['normalizer']}: want none, NFC, or Prepend and Replace of ▁")
-
-    typed = {token["content"]: token["id"] for token in added if not token["normalized"]}
-    normal = {normalise(token["content"]): token["id"] for token in added if token["normalized"]}
-    for token in added:
-        exact = token["content"] and not (
-            token["lstrip"] or token["rstrip"] or token["single_word"]
-        )
-        exact = exact and model["vocab"].get(token["content"], token["id"]) == token["id"]
-        want(
-            exact,
-            f"added token {token}: want one that matches just its text, with the vocabulary's id",
-        )
-    vocab = {
-        token: i
-        for token, i in model["vocab"].items()
-        if token not in typed and token not in normal
-    }
-    ids = [*vocab.values(), *typed.values(), *normal.values()]
-    unique = all(type(i) is int for i in ids) and len({*ids}) == len(ids)
-    want(unique, "ids that are no integers, or those of two tokens: want an integer for each")
-
+    normalise, mark = shapers_of(file)
+    check_ids(model["vocab"], added)
+    texts = {token["content"] for token in added}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in texts}
     merges = [
         tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]
     ]
     if model.get("byte_fallback"):
-        plain = normalise is show_spaces and not pre_tokenizer
-        want(
-            plain,
-            "SentencePiece in another form than Prepend and Replace of ▁: use its tokenizer.model",
-        )
         byte_ids = [vocab.pop(f"<0x{byte:02X}>") for byte in range(256)]
         bpe = sentencepiece(vocab, merge_order(vocab, merges), byte_ids)
     else:
-        bpe = byte_level(vocab, merges, piece_regex(pre_tokenizer or {"type": None}))
-    return Tokenizer(bpe, normalise, typed | normal, typed, normal)
+        bpe = byte_level(vocab, merges, piece_regex(file["pre_tokenizer"] or {"type": None}))
+    return Tokenizer(bpe, normalise, mark, *by_form(added, normalise), {})
 
 
 def byte_level(vocab: Vocab, merges: Merges, regex: str) -> Bpe:
@@ -402,10 +688,13 @@ def merge_order(vocab: Vocab, merges: Merges) -> list[str]:
     splits = {
         (t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab
     }
+    lost, idle = splits.difference(merges), {*merges} - splits
     want(
-        {*merges} == splits,
-        "merges are not all pairs of tokens that make a token: use its tokenizer.model",
+        not lost,
+        f"{len(lost)} pairs of tokens make a token but are no merges, such as {[*lost][:1]}: "
+        "want all, as SentencePiece joins them",
     )
+    want(not idle, f"{len(idle)} merges make no token, such as {[*idle][:1]}: want none of these")
     words = [pair for pair in merges if "".join(pair).strip("▁")]
     runs = sorted(
         splits.difference(words), key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True
@@ -413,15 +702,19 @@ def merge_order(vocab: Vocab, merges: Merges) -> list[str]:
     if merges == words + runs:  # transformers since 4.38: the leftmost first, see from_model
         merges = words + sorted(runs, key=lambda pair: -len("".join(pair)))
     order = [token for token, _ in groupby(left + right for left, right in merges)]
+    twice = [token for token, n in Counter(order).items() if n > 1]
     want(
-        len(order) == len({*order}),
-        "merges into one token in several places: use its tokenizer.model",
+        not twice,
+        f"merges into {twice[:1]} stand apart from each other: want those of a token in a row",
     )
     return order
 
 
-def from_model(data: bytes) -> Tokenizer:
-    """The tokenizer in a SentencePiece tokenizer.model, which has no special tokens in text."""
+# ---- tokenizer.model -----------------------------------------------------------------------------
+
+
+def from_model(data: bytes) -> tuple[Bpe, Vocab, Vocab]:
+    """A SentencePiece tokenizer.model: its BPE, its pieces, and its special tokens."""
     fields = list(protobuf(data))
     settings = {number: dict(protobuf(value)) for number, value in fields if number in (2, 3)}
     for (message, field), (default, value, words) in MODEL_SETTINGS.items():
@@ -451,7 +744,7 @@ def from_model(data: bytes) -> Tokenizer:
         f"pieces {equal[:3]} that score as others do: want scores that say which is joined first",
     )
     bpe = sentencepiece(normal, order, [by_byte[f"<0x{byte:02X}>"] for byte in range(256)])
-    return Tokenizer(bpe, show_spaces, unknown | control, {}, {})
+    return bpe, normal | by_byte, unknown | control
 
 
 def protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
