@@ -33,9 +33,11 @@ from plumbing.data import (
     TASKS,
     Encoded,
     Example,
+    bos_for,
     collate,
     default_task,
     encode,
+    encode_prompt,
     load_examples,
 )
 from plumbing.files import write_atomically
@@ -78,7 +80,8 @@ def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) 
             gold(example.row)
         except ValueError as error:
             raise ValueError(f"row {n} to score: {error}") from error
-        if (length := len(tokenizer.encode(example.prompt))) >= max_len:
+        length = len(encode_prompt(example.prompt, tokenizer, f"row {n} to score"))
+        if length >= max_len:
             raise ValueError(
                 f"row {n} to score has {length} tokens before its answer; the context is {max_len}"
             )
@@ -95,7 +98,9 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """results.json's entry for `examples`, and a record of each problem."""
     began = time.perf_counter()
-    prompts = [tokenizer.encode(e.prompt) for e in examples]
+    prompts = [
+        encode_prompt(e.prompt, tokenizer, f"row {n} to score") for n, e in enumerate(examples, 1)
+    ]
     answers = generate(model, prompts, max_new, tokenizer.stops, batch_size, label)
     records = []
     for example, ids in zip(examples, answers, strict=True):
@@ -262,6 +267,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     source = locate(run["model"])
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source)
+    tokenizer.bos = run.get("bos") if folder else bos_for(tokenizer, template)
     examples = problems(task, template, Path(path), limit, args.shots)
     if not args.loss:
         check_scorable(examples, tokenizer, read_config(source).max_len)  # loading may take minutes

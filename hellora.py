@@ -520,4 +520,6 @@ def load_run(
     run = attach_run(model, Path(folder))
     if merged:
         merge(model)
-    return model.requires_grad_(False), load_tokenizer(source), run
+    tokenizer = load_tokenizer(source)
+    tokenizer.bos = run.get("bos")  # what stood before each prompt in training
+    return model.requires_grad_(False), tokenizer, run

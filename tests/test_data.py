@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -224,3 +225,68 @@ def test_a_download_that_cannot_be_had_says_what_to_do_instead(tmp_path, monkeyp
     with pytest.raises(ValueError, match="has changed"):
         Source(f"file://{tmp_path}/x.jsonl", "0" * 64, "MIT").fetch()
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]  # nothing half-written
+
+
+# Ends that are spelt out.
+
+EOT = "<|endoftext|>"
+
+
+def chat_tokenizer(tmp_path, ends=(702, 700)):
+    """One of Qwen's kind, whose texts end with <|im_end|> (702); generation stops at both."""
+    fixture = ROOT / "tests" / "fixtures" / "tokenizers" / "qwen_like.json"
+    shutil.copy(fixture, tmp_path / "tokenizer.json")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*ends]}))
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "end"),
+    [
+        ("1+1?", f" 2{EOT} and more", EOT),  # it would be learned in the middle of an answer
+        ("1+1?", f" 2{EOT}", EOT),
+        ("1+1?", f"{EOT}{EOT}", EOT),
+        (f"What is {EOT}?", " an end", EOT),
+        ("1+1?", " 2<|im_end|>3", "<|im_end|>"),
+    ],
+)
+def test_a_row_that_spells_out_its_end_is_refused_by_its_number(prompt, answer, end, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    sound = Example("Hi", " there", {})
+    with pytest.raises(ValueError, match="row 2 of the data spells out") as caught:
+        encode([sound, Example(prompt, answer, {})], tokenizer, 100)
+    assert end in str(caught.value)
+
+
+def test_the_embedded_models_end_is_refused_too():
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    with pytest.raises(ValueError, match=f"row 1 of the data spells out '{re.escape(EOT)}'"):
+        encode([Example("a", f"b{EOT}c", {})], tokenizer, 100)
+
+
+def test_a_turns_end_may_stand_in_a_prompt(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    [encoded] = encode([Example(prompt, "2", {})], tokenizer, 100)
+    assert encoded.ids[: encoded.n_prompt].count(702) == 1
+    assert encoded.ids[encoded.n_prompt :].count(702) == 1 == encoded.ids[-1:].count(702)
+
+
+def test_what_a_tokenizer_model_reads_as_text_is_learned_as_text(tmp_path):
+    shutil.copy(
+        ROOT / "tests" / "fixtures" / "tokenizers" / "mixtral_like.model",
+        tmp_path / "tokenizer.model",
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    [encoded] = encode([Example("a</s>", " b</s> c", {})], tokenizer, 100)
+    assert encoded.ids.count(tokenizer.eos) == 1 == encoded.ids[-1:].count(tokenizer.eos)
+    assert tokenizer.decode(encoded.ids[:-1]) == "a</s> b</s> c"
+
+
+def test_an_end_that_is_an_ordinary_piece_may_stand_in_a_text(tmp_path):
+    # what a configuration's default makes of a tokenizer that it was not made for
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 35}))
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("#") == [35]
+    assert encode([Example("a", "# b", {})], tokenizer, 100)[0].ids.count(35) == 2
