@@ -17,7 +17,7 @@ from catcher import COUNTS, HotList, check_k, default_k
 from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, lori_masks, parse_method
 from moe_model import MATMULS, MoEConfig
-from plumbing import saves
+from plumbing import ranks, saves
 from plumbing.checkpoint import BACKBONES, Checkpoint, check_weights, locate, read_config
 from plumbing.cli import COUNT, DTYPES, SEED, SHARE, Parser, add_compute_flags, compute, number
 from plumbing.data import (
@@ -83,6 +83,7 @@ SETTINGS = (
     "rank", "alpha", "catcher", "score", "count", "hot_experts", "mask_from", "mask_scope",
     "redraw_a", "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
 )  # fmt: skip
+MICRO_BATCH = 16  # examples in one forward pass
 # How experts are chosen, by default.
 CHOICE = {"coverage": None, "catcher": "warmup", "score": "count", "count": "all"}
 
@@ -134,8 +135,8 @@ def parse_args(description: str) -> argparse.Namespace:
     either("--steps", type=COUNT, help="optimizer steps, in place of --epochs")
     train("--batch-size", type=COUNT,
           help="examples in an optimizer step (default: the recipe's)")
-    train("--micro-batch", type=COUNT, default=16,
-          help="examples in one forward pass (default 16)")
+    train("--micro-batch", type=COUNT,
+          help="examples in one forward pass (default 16, or fewer so that all ranks have some)")
     train("--lr", type=number(float, above=0),
           help="learning rate (default: the recipe's, which the warm-up always has)")
     train("--balance", type=number(float, low=0), default=0.0, metavar="C",
@@ -269,12 +270,23 @@ def prepare(args: argparse.Namespace) -> Job:
         data=data,
         tests=tests,
         start=start,
-        micro_batch=args.micro_batch,
+        micro_batch=args.micro_batch or default_micro_batch(settings),
         matmul=args.experts,
         shard=args.shard,
         recompute=args.recompute,
         save_every=args.save_every,
     )
+
+
+def default_micro_batch(settings: dict) -> int:
+    """16 examples, or fewer so that each rank has some of a step's.
+
+    With a balancing loss it is 16, as that loss depends on the size (train_step): so the numbers do
+    not depend on the ranks.
+    """
+    if settings["balance"]:
+        return MICRO_BATCH
+    return min(MICRO_BATCH, -(-settings["batch_size"] // ranks.world()))
 
 
 def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[str, Tensor]:

@@ -52,13 +52,14 @@ def train_step(
     """One optimizer step over `examples`.
 
     Returns the mean loss per target token before the step, and the gradient's norm before clipping.
-    How the step is split into micro-batches and over ranks does not change them. (It changes the
-    balancing term, a product of means over a micro-batch.) A step whose loss or gradient is not
-    finite changes nothing; the caller has to look at the two numbers.
+    How the step is split into micro-batches and over ranks does not change them. (The balancing
+    term, a mean over micro-batches, does depend on their size, but not on the ranks.) A step whose
+    loss or gradient is not finite changes nothing; the caller has to look at the two numbers.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Every rank gets all examples of the step, so this is the number of targets of all ranks.
+    # Every rank gets all examples of the step, so these are the numbers of all ranks together.
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
+    n_groups = -(-len(examples) // micro_batch)  # that hold examples
     groups = micro_batches(examples, micro_batch)
     loss = torch.zeros((), device=model.device)
     for group in groups:
@@ -68,8 +69,7 @@ def train_step(
         part = summed / n_targets
         loss += part.detach()
         if balance and group:  # a rank without work in this micro-batch has an empty group
-            share = 1 / (len(groups) * ranks.world())
-            part = part + balance * share * load_balancing_loss(routing, batch.real)
+            part = part + balance / n_groups * load_balancing_loss(routing, batch.real)
         ranks.backward(part, model)  # gradients of all micro-batches add up
         catcher.add(routing, batch.counted(catcher.count))
     ranks.finish_gradients(trained, model)

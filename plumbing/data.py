@@ -402,10 +402,10 @@ def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int)
 def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
     """Cut a step's examples into groups of `size` of like length, so that there is little padding.
 
-    Of several ranks each gets its own examples, and as many groups as the others: some may be
-    empty.
+    The groups are the same whatever the number of ranks. They are dealt to the ranks one by one,
+    and each gets as many as the others: some at the end may be empty.
     """
     ordered = sorted(examples, key=lambda e: len(e.ids))
-    most = -(-len(ordered) // ranks.world())  # examples of the rank that has the most
-    mine = ordered[ranks.rank() :: ranks.world()]
-    return [mine[i : i + size] for i in range(0, most, size)]
+    groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    groups += [[]] * (-len(groups) % ranks.world())
+    return groups[ranks.rank() :: ranks.world()]

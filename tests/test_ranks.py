@@ -108,6 +108,42 @@ def test_every_method_and_both_ways_to_share_give_the_numbers_of_one(ranks, n):
             same(many[f"{shard}-{method}"], one[f"one-{method}"], 1e-5, method in SCORED)
 
 
+def balanced(folder, shard):
+    """{run: flags} with a balancing loss.
+
+    On 2 and 4 ranks the micro-batches of a step are uneven, and some ranks have none.
+    """
+    row, three = (write_rows(folder / f"{n}-rows.jsonl", ROWS[:n]) for n in (1, 3))
+    always = ["--no-eval", "--balance", 1.0, "--shard", shard]
+    sizes = {f"m{m}": [*always, "--catcher", "forward", "--micro-batch", m] for m in (1, 2, 3)}
+    return sizes | {
+        "one": [*always, "--method", "fft", "--data", row],
+        "three": [*always, "--method", "fft", "--micro-batch", 1, "--data", three],
+        "default": [*always, "--batch-size", 13],
+    }
+
+
+@pytest.mark.parametrize(
+    ("n", "shard"),
+    [
+        (2, "none"),
+        pytest.param(2, "full", marks=pytest.mark.slow),
+        pytest.param(4, "none", marks=pytest.mark.slow),
+        pytest.param(4, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_the_balancing_loss_does_not_depend_on_the_ranks(ranks, tmp_path, n, shard):
+    """Of losses and gradient norms; fp32 sums in another order, through up to 6 updates: 1e-5."""
+    one, many = (
+        ranks(of, {f"{of}-{name}": words for name, words in balanced(tmp_path, shard).items()})
+        for of in (1, n)
+    )
+    for name in balanced(tmp_path, shard):
+        want = one[f"1-{name}"][0]
+        assert want
+        assert many[f"{n}-{name}"][0] == pytest.approx(want, abs=1e-5, rel=1e-5), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_ranks_give_the_numbers_of_one_on_stacked_experts_of_qwen3(ranks, tmp_path, tied):
