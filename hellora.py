@@ -135,6 +135,8 @@ class LowRank(nn.Module):
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.register_buffer("mask", mask)
+        # DoRA: |w|^2 of each row w of the frozen W, [(k,) out]; row_scale fills it, once.
+        self.register_buffer("square", None, persistent=False)
 
     @classmethod
     def empty(
@@ -176,19 +178,38 @@ class LowRank(nn.Module):
         """DoRA: wanted / present length of each row of weight [*stack, out, in] + delta().
 
         Returns [*stack, out]: a row has the weights of one output. The present length is a constant
-        in the backward pass.
+        in the backward pass. It is made without a tensor of the weight's size: with b a row of
+        scale * B, |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b.
         Source: PEFT's DoraLinearLayer.forward.
         """
         with torch.no_grad():
-            length = (weight.float() + self.delta()).norm(dim=-1)
-        return self.magnitude / length
+            if self.square is None:
+                self.square = row_length(weight) ** 2  # [*stack, out] once, as W is frozen
+            a_t, b_t = self.factors(torch.float32)  # [*stack, in, r], [*stack, r, out]
+            b = self.scale * b_t.mT  # [*stack, out, r]
+            cross = (weight @ a_t.to(weight.dtype)).float()  # [*stack, out, r]
+            grown = (b * (2 * cross + b @ (a_t.mT @ a_t))).sum(-1)  # [*stack, out]
+            length = (self.square + grown).clamp(min=0).sqrt()
+        return ratio(self.magnitude, length)
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight [*stack, out, in] with the update folded in, in fp32."""
         after = weight.float() + self.delta()
         if self.magnitude is not None:
-            after = after * self.row_scale(weight)[..., None]
+            after = after * ratio(self.magnitude, row_length(after))[..., None]
         return after
+
+
+def row_length(weight: Tensor) -> Tensor:
+    """The length of each row of weight [*stack, out, in], in fp32: [*stack, out]."""
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
+
+
+def ratio(wanted: Tensor, present: Tensor) -> Tensor:
+    """wanted / present, element by element; 1 where present is 0, as in a row of zeros."""
+    there = present > 0
+    # Two `where`: the gradient of a division by 0 would be NaN, even where it is not chosen.
+    return torch.where(there, wanted / torch.where(there, present, 1), 1)
 
 
 class LoRALinear(nn.Module):
@@ -247,7 +268,7 @@ class LoRAGroupedLinear(nn.Module):
 
     def dora_scale(self, ends: Tensor, n: int) -> Tensor:
         """DoRA's factors for n rows in segments that end at `ends` [k]: [n, out]."""
-        scale = self.lora.row_scale(self.weight[self.adapted])  # [k, out]
+        scale = self.lora.row_scale(adapted_weight(self))  # [k, out]
         sizes = ends.diff(prepend=ends.new_zeros(1))  # [k]
         return scale.repeat_interleave(sizes, dim=0, output_size=n)
 
@@ -335,7 +356,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAGroupedLinear]:
 def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
     """The part of the frozen weight that the update changes, [out, in] or [k, out, in]."""
     weight = whole(m.weight)  # of several ranks each may hold some rows
-    return weight[m.adapted] if isinstance(m, LoRAGroupedLinear) else weight
+    if isinstance(m, LoRALinear) or len(m.adapted) == len(weight):
+        return weight  # all of it: no copy
+    return weight[as_index(m.adapted, weight.device)]
 
 
 @torch.no_grad()
@@ -354,8 +377,9 @@ def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | N
         m.lora.B.zero_()
         if m.lora.mask is not None:
             m.lora.mask.fill_(True)
+        m.lora.square = None  # of the weights that were there before
         if m.lora.magnitude is not None:  # DoRA starts from the lengths that the rows have
-            put(m.lora.magnitude, adapted_weight(m).float().norm(dim=-1))
+            put(m.lora.magnitude, row_length(adapted_weight(m)))
     state = adapter_state(model)
     for name, value in (start or {}).items():
         put(state[name], value)

@@ -1,16 +1,30 @@
 """DoRA and LoRI: against PEFT, against their definitions, and through whole runs."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import HUB, small_run, write_checkpoint, write_rows
 from safetensors.torch import load_file
-from test_hellora import adapted, equal_in_fp32, logits
+from test_hellora import adapted, equal_in_fp32, logits, tokens
 from test_train import ROWS, one_line
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hellora import LoRALinear, Method, adapters, lori_masks, merge
-from moe_model import Linear, MoEModel
+from hellora import (
+    AdaptedRows,
+    LoRALinear,
+    LowRank,
+    Method,
+    adapters,
+    attach,
+    init_adapters,
+    lori_masks,
+    merge,
+    parse_method,
+)
+from moe_model import MATMULS, Linear, MoEModel
+from train import make_optimizer
 
 WHOLE = [
     "lora",
@@ -75,6 +89,82 @@ def test_dora_gives_each_row_its_magnitude_as_length():
     unit = direction / direction.norm(dim=1, keepdim=True)
     want = x @ (ours.lora.magnitude[:, None] * unit).T
     torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)  # fp32
+
+
+def test_doras_row_lengths_are_those_of_the_sum_whatever_b_has_grown_to():
+    """Of stacked matrices, as PEFT computes them: W + scale B A is made, and its rows measured."""
+    draw = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(3, *of, generator=draw) for of in ((40, 24), (4, 24), (40, 4)))
+    for growth in (0.0, 1e-3, 1.0, 1e3):
+        update = LowRank(a, growth * b, 2.0, magnitude=torch.ones(3, 40))
+        want = (weight.double() + 2.0 * growth * (b.double() @ a.double())).norm(dim=-1)
+        # fp32: a row has 24 weights, and no sum here cancels
+        torch.testing.assert_close(1 / update.row_scale(weight).double(), want, rtol=1e-6, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        if torch.is_tensor(made) and not op.is_view:
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_makes_no_tensor_of_the_weights_size(olmoe, dtype):
+    """Of a plain matrix and of a stack. Rows, outputs and factors are all smaller here."""
+    model = MoEModel.from_pretrained(olmoe, dtype)
+    attach(model, parse_method("dora"), {0: list(range(8))}, 1, 1)
+    init_adapters(model, 0)
+    one, stack = model.layers[0].attn.q, model.layers[0].moe.experts.up
+    x = torch.ones(2, 32, dtype=dtype)
+    ends = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2], dtype=torch.int32)
+    rows = AdaptedRows(torch.tensor([0, 1]), ends, MATMULS["loop"])
+    for module, more in ((one, ()), (stack, (rows,))):
+        with Sizes() as sizes:
+            module(x, *more).sum().backward()
+        assert sizes.largest < module.weight.numel(), module
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("attn.o", 5),  # one row of a plain matrix
+        ("moe.experts.down", (2, 7)),  # one row of one expert
+        ("moe.experts.gate", 1),  # all of an expert's matrix
+        ("moe.router", slice(None)),  # all of a matrix
+        ("moe.experts.up", (0, slice(3, 9))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_on_rows_of_zeros_starts_as_the_base_and_learns(olmoe, place, dtype):
+    """PEFT divides 0 by 0 there (peft 2049). Such rows are in public checkpoints."""
+    (site, rows), base = place, MoEModel.from_pretrained(olmoe, dtype).requires_grad_(False)
+    base.layers[1].get_submodule(site).weight[rows] = 0
+    model = copy.deepcopy(base)
+    attach(model, parse_method("dora"), {i: list(range(8)) for i in range(2)}, 4, 8)
+    init_adapters(model, 0)
+    batch, bar = tokens(2, 9), 2e-6 if dtype == torch.float32 else 0
+    torch.testing.assert_close(model(batch)[0], base(batch)[0], rtol=0, atol=bar)  # fp32
+    optimizer = make_optimizer(model, 0.01)
+    for _ in range(3):
+        model(batch[:, :-1], targets=batch[:, 1:])[0].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        live = model(batch)[0]
+        assert model.layers[1].get_submodule(site).lora.B.abs().max() > 0
+        merge(model)
+        merged = model(batch)[0]
+    assert merged.isfinite().all()
+    if dtype == torch.float32:  # bf16 may round a router's logits to another expert
+        equal_in_fp32(merged, live)
 
 
 @pytest.mark.parametrize(
