@@ -55,8 +55,12 @@ def generate(
     They end before the first of `stops`, after `max_new` tokens, at the model's context, or where
     `ended` is true of the last TAIL tokens, which are kept. Without `sampling`, each token is the
     likeliest. Prompts of like length share a batch, and several ranks share the prompts. With a
-    `label` a progress bar shows. Raises ValueError for a prompt beyond the context.
+    `label` a progress bar shows. Raises ValueError for a prompt beyond the context, or without any
+    token.
     """
+    for n, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(f"prompt {n} of {len(prompts)} has no tokens: want one at least")
     longest = max(map(len, prompts), default=0)
     if longest >= model.cfg.max_len:
         raise ValueError(

@@ -39,3 +39,10 @@ def test_generation_ends_at_the_context_and_refuses_a_prompt_beyond_it(olmoe):
     with pytest.raises(ValueError, match="context is 64"):
         generate(model, [[1] * 64], 1, (), 1)
     assert generate(model, [], 5, (), 1) == []
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[], [5, 6, 7]], [[5], [6], []]])
+def test_a_prompt_without_tokens_is_refused_whoever_shares_the_batch(olmoe, prompts):
+    at = prompts.index([]) + 1
+    with pytest.raises(ValueError, match=f"prompt {at} of {len(prompts)}"):
+        generate(MoEModel.from_pretrained(olmoe), prompts, 3, (), 2)
