@@ -5,9 +5,14 @@
     python eval_gsm8k.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 5
 
 Decoding is greedy, and only generated text is scored. "accuracy" takes the number after the first
-"####", "flexible" the last number of any kind; both as in lm-evaluation-harness
-(tasks/gsm8k/gsm8k.yaml at 4e7e0d4). Results for fewer or other problems, or with other settings
-than the run's, are kept in results.json as TASK-part.
+"####", "flexible" the last number of any kind. Results for fewer or other problems, or with other
+settings than the run's, are kept in results.json as TASK-part.
+
+Prompts, --shots, where an answer ends, and what counts as its number are lm-evaluation-harness'
+(tasks/gsm8k/gsm8k.yaml at 4e7e0d4; tests/peers/compare_gsm8k.py compares them). What differs: it
+shows 5 solved problems and generates 256 tokens by default (--shots 5 --max-new 256); here it is
+none, and the task's number, 512 for gsm8k. A prompt too long for the context loses its beginning
+there, and is refused here.
 
 --loss decodes nothing. It measures the cross-entropy of the given answers, of any task that has
 some, and keeps it as TASK-loss. A difference of models shows in it with far fewer problems, as each
@@ -16,6 +21,7 @@ token tells how likely it was, and not only whether it was right.
 
 import argparse
 import json
+import random
 import re
 import time
 from pathlib import Path
@@ -49,7 +55,9 @@ STRICT = {  # template -> where its answers put the number; the first match coun
     "lori": re.compile(r"The final answer is: +(\-?[0-9\.\,]+)"),
 }
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # the last match counts
-NEXT_QUESTION = "Question:"  # a model that goes on with a new question has ended its answer
+# Where an answer has ended, whatever follows: a new question, or the end of a text spelt out.
+UNTIL = ("Question:", "</s>", "<|im_end|>")
+SHOTS_SEED = 1234  # of the solved problems; lm-evaluation-harness' fewshot_random_seed
 
 
 def normalise(number: str) -> str:
@@ -59,7 +67,8 @@ def normalise(number: str) -> str:
 
 def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]:
     """The strict and the flexible answer of a generated text; None where there is none."""
-    text = text.split(NEXT_QUESTION)[0]
+    for mark in UNTIL:
+        text = text.split(mark)[0]
     strict = STRICT[template].search(text)
     numbers = FLEXIBLE.findall(text)
     return (normalise(strict[1]) if strict else None), (normalise(numbers[-1]) if numbers else None)
@@ -75,16 +84,19 @@ def gold(row: dict) -> str:
 
 def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> None:
     """Raise ValueError for a problem without a right answer, or too long for the context."""
+    sizes = []
     for n, example in enumerate(examples, 1):
         try:
             gold(example.row)
         except ValueError as error:
             raise ValueError(f"row {n} to score: {error}") from error
-        length = len(encode_prompt(example.prompt, tokenizer, f"row {n} to score"))
-        if length >= max_len:
-            raise ValueError(
-                f"row {n} to score has {length} tokens before its answer; the context is {max_len}"
-            )
+        sizes.append(len(encode_prompt(example.prompt, tokenizer, f"row {n} to score")))
+    if long := [n for n, size in enumerate(sizes, 1) if size >= max_len]:
+        raise ValueError(
+            f"{len(long)} of {len(sizes)} rows to score leave no room for an answer in the context "
+            f"of {max_len} tokens: row {long[0]} is the first, row {sizes.index(max(sizes)) + 1} "
+            f"the longest, with {max(sizes)}; want shorter ones"
+        )
 
 
 def evaluate(
@@ -204,10 +216,33 @@ def write_answers(folder: Path, task: str, records: list[dict]) -> None:
     )
 
 
-def few_shot(examples: list[Example], shots: list[Example]) -> list[Example]:
-    """Put solved problems before each prompt, with empty lines, as lm-evaluation-harness does."""
-    shown = "".join(f"{e.prompt}{e.answer}\n\n" for e in shots)
-    return [e._replace(prompt=shown + e.prompt) for e in examples]
+def solved_problems(task: str, template: str) -> list[str]:
+    """Each training problem with its answer, as they stand in a prompt.
+
+    In the plain template with calculator notes <<...>>, which lm-evaluation-harness keeps there;
+    our training leaves them out.
+    """
+    examples = load_examples(task, TASKS[task].train.fetch(), template)
+    if template == "plain":
+        return [f"{e.prompt} {e.row['answer']}" for e in examples]
+    return [e.prompt + e.answer for e in examples]
+
+
+def few_shot(examples: list[Example], solved: list[str], shots: int) -> list[Example]:
+    """Put `shots` of the solved problems before each prompt, drawn anew for each.
+
+    One generator serves all prompts in their order. Source: lm-evaluation-harness'
+    ContextSampler.sample. Raises ValueError if there are fewer solved problems.
+    """
+    if shots > len(solved):
+        raise ValueError(
+            f"--shots is {shots}, but there are {len(solved)} solved problems: want fewer"
+        )
+    draw, shown = random.Random(SHOTS_SEED), []
+    for e in examples:
+        before = "".join(f"{problem}\n\n" for problem in draw.sample(solved, shots))
+        shown.append(e._replace(prompt=before + e.prompt))
+    return shown
 
 
 def parse_args() -> argparse.Namespace:
@@ -222,7 +257,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=COUNT,
         help="score the first N problems (default: as many as the run scored; else all)")
     add("--shots", type=number(int, low=0), default=0,
-        help="put N solved training problems before each (default 0)")
+        help="put N solved training problems before each, as the harness does (default 0)")
     add("--template", help="prompt and answer form (default: the run's, or the task's)")
     add("--batch-size", type=COUNT, default=100, help="problems decoded together (default 100)")
     add("--max-new", type=COUNT,
@@ -239,9 +274,7 @@ def parse_args() -> argparse.Namespace:
 def problems(task: str, template: str, path: Path, limit: int | None, shots: int) -> list[Example]:
     """The examples to score, each after `shots` solved ones of the training split."""
     examples = load_examples(task, path, template)[:limit]
-    if not shots:
-        return examples
-    return few_shot(examples, load_examples(task, TASKS[task].train.fetch(), template)[:shots])
+    return few_shot(examples, solved_problems(task, template), shots) if shots else examples
 
 
 def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path | None) -> None:

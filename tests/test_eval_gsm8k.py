@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import write_rows
 
-from eval_gsm8k import extract, few_shot, gold
+from eval_gsm8k import extract, few_shot, gold, solved_problems
 from plumbing.data import TASKS, Example, Source
 from plumbing.run_folder import read_results
 
@@ -27,8 +27,13 @@ from plumbing.run_folder import read_results
         ("the answer is 7", None, "7"),
         ("no number", None, None),
         ("", None, None),
-        # a next question is not part of the answer
+        # what follows the end of an answer is not part of it
         ("#### 5\nQuestion: 9 apples\nAnswer: #### 8", "5", "5"),
+        ("so 7</s> #### 8", None, "7"),
+        ("#### 5<|im_end|>\n<|im_start|>user\n9", "5", "5"),
+        ("6<|im_end|> 7 Question: </s> #### 8", None, "6"),
+        ("</s>#### 8", None, None),
+        ("#### 5</s", "5", "5"),  # no end, but no number either
         ("9-4=5", None, "5"),
         ("3 - -2", None, "-2"),
     ],
@@ -49,16 +54,27 @@ def test_gold_answers_are_normalised_the_same_way():
             gold({"answer": unlike})
 
 
-def test_few_shot_prompts_show_solved_problems_first():
-    shot, asked = (
-        Example("Question: a\nAnswer:", " 1\n#### 1", {}),
-        Example("Question: b\nAnswer:", " 2", {}),
-    )
-    assert (
-        few_shot([asked], [shot])[0].prompt
-        == "Question: a\nAnswer: 1\n#### 1\n\nQuestion: b\nAnswer:"
-    )
-    assert few_shot([asked], []) == [asked]
+def test_few_shot_prompts_are_those_of_the_harness():
+    """Drawn by the harness' own ContextSampler (lm-eval 0.4.13, seed 1234) from rows 0 to 9."""
+    asked = [Example(f"Question: {n}\nAnswer:", " 2", {}) for n in range(3)]
+    shown = [e.prompt for e in few_shot(asked, [str(n) for n in range(10)], 3)]
+    assert shown == [
+        "7\n\n1\n\n0\n\nQuestion: 0\nAnswer:",
+        "1\n\n0\n\n9\n\nQuestion: 1\nAnswer:",
+        "1\n\n5\n\n3\n\nQuestion: 2\nAnswer:",
+    ]
+    assert few_shot(asked, ["1"], 0) == asked
+
+
+def test_solved_problems_keep_their_notes_as_in_the_harness_and_in_loris_template(
+    tmp_path, monkeypatch
+):
+    row = {"question": "a?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+    rows = write_rows(tmp_path / "t.jsonl", [row])
+    monkeypatch.setitem(TASKS, "gsm8k", replace(TASKS["gsm8k"], train=Source(str(rows))))
+    assert solved_problems("gsm8k", "plain") == ["Question: a?\nAnswer: 1+1=<<1+1=2>>2\n#### 2"]
+    (lori,) = solved_problems("gsm8k", "lori")
+    assert lori.endswith("number.\n1+1=<<1+1=2>>2\nThe final answer is:  2")
 
 
 def test_a_model_without_adapters_can_be_scored(cli, toy, tmp_path):
@@ -100,6 +116,7 @@ def test_an_untrained_models_results_are_kept_where_asked(cli, toy, tmp_path, mo
         (["--model", "tiny", "--task", "tiny-code"], "tiny-code"),
         (["--model", "tiny", "--limit", "0"], "--limit"),
         (["--model", "tiny", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "tiny", "--shots", "3001"], "--shots"),
     ],
 )
 def test_mistakes_end_in_one_line(cli, args, says, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +92,8 @@ def test_accuracy_is_of_strict_matches_and_accuracy_flexible_of_flexible_ones(to
     assert {r["gold"] for r in records} == {"5"}
 
 
-def test_shots_are_the_first_rows_of_the_training_split_not_of_what_is_scored(cli, toy, tmp_path):
+def test_shots_are_drawn_from_the_training_split_not_from_what_is_scored(cli, toy, tmp_path):
+    """Anew for each problem, by one generator of seed 1234, as in lm-evaluation-harness."""
     rows = write_rows(tmp_path / "few.jsonl", ROWS[:3])
     what = (
         "--model",
@@ -107,14 +108,15 @@ def test_shots_are_the_first_rows_of_the_training_split_not_of_what_is_scored(cl
         tmp_path / "o",
     )
     done(cli, "eval_gsm8k.py", *what, "--shots", 2)
-    first = (ROOT / "tiny" / "math-train.jsonl").read_text(encoding="utf-8").splitlines()[:2]
-    shown = ""
-    for row in map(json.loads, first):
-        answer = re.sub("<<[^<>]*>>", "", row["answer"])
-        shown += f"Question: {row['question']}\nAnswer: {answer}\n\n"
+    lines = (ROOT / "tiny" / "math-train.jsonl").read_text(encoding="utf-8").splitlines()
+    draw, want = random.Random(1234), []
+    for asked in ROWS[:3]:
+        two = map(json.loads, draw.sample(lines, 2))
+        shown = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in two)
+        want.append(f"{shown}Question: {asked['question']}\nAnswer:")
     (kept,) = (tmp_path / "o").glob("answers-*.jsonl")
     prompts = [json.loads(line)["prompt"] for line in kept.read_text().splitlines()]
-    assert prompts == [f"{shown}Question: {row['question']}\nAnswer:" for row in ROWS[:3]]
+    assert prompts == want
 
 
 # ---- exports -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from catcher import choose, count_visits, overlap, sample, visited_share
-from eval_gsm8k import evaluate, few_shot
+from eval_gsm8k import evaluate, few_shot, solved_problems
 from moe_model import MoEModel
 from plumbing.data import TASKS, Encoded, encode, load_examples
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -76,8 +76,8 @@ def report_routing(model: MoEModel, tokenizer: Tokenizer) -> None:
 def report_accuracy(model: MoEModel, tokenizer: Tokenizer, shots: int) -> None:
     """Accuracy without any training: on the prompt alone, and after solved problems."""
     examples, task = load_examples("tiny-math", TASKS["tiny-math"].test.fetch()), TASKS["tiny-math"]
-    solved = load_examples("tiny-math", task.train.fetch())[:shots]
-    for name, prompts in ((("0 shots"), examples), (f"{shots} shots", few_shot(examples, solved))):
+    after = few_shot(examples, solved_problems("tiny-math", task.template), shots)
+    for name, prompts in (("0 shots", examples), (f"{shots} shots", after)):
         result, records = evaluate(
             model, tokenizer, prompts, task.template, task.max_new, BATCH, name
         )
