@@ -304,6 +304,7 @@ def parse_args() -> argparse.Namespace:
         help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
     add("--data", type=Path, help="rows in place of the task's training split")
+    add("--drop-long", action="store_true", help="leave out rows longer than the model's context")
     add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
     add("--coverage", type=SHARE, help="not k, but the fewest experts with this share of visits")
     add("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
@@ -336,7 +337,8 @@ def main() -> None:
     # The same look at the task that train.py --catcher forward takes.
     model = MoEModel.from_pretrained(source, dtype, device)
     examples = load_examples(task, args.data or TASKS[task].train.fetch())
-    data = sample(encode(examples, load_tokenizer(source), cfg.max_len), args.share, args.seed)
+    encoded = encode(examples, load_tokenizer(source), cfg.max_len, args.drop_long)
+    data = sample(encoded, args.share, args.seed)
     counted = count_visits(model, data, args.batch_size, "catch", args.count)
     hot = hot_list(
         counted, k=k, rule=args.rule, score=args.score, seed=args.seed, coverage=args.coverage,

@@ -34,7 +34,16 @@ from paper.scoring.sandbox import MODES, SECONDS, best_mode, run_programs
 from plumbing import ranks
 from plumbing.checkpoint import locate
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
-from plumbing.data import HUMANEVAL, TASKS, default_task, encode_prompt, load_examples, read_rows
+from plumbing.data import (
+    HUMANEVAL,
+    SURROGATE,
+    TASKS,
+    default_task,
+    encode_prompt,
+    load_examples,
+    numbered_rows,
+    read_rows,
+)
 from plumbing.files import sha256, write_atomically
 from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -133,12 +142,14 @@ def score(
     programs = [
         f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)
     ]
-    different = list(dict.fromkeys(programs))  # a model that is sure repeats itself: each runs once
+    # A model that is sure repeats itself: each program runs once. One with half a character cannot
+    # be written to a file, and Python does not compile it either: it has failed.
+    different = [program for program in dict.fromkeys(programs) if not SURROGATE.search(program)]
     outcomes = tqdm(run_programs(different, seconds, workers), "test", len(different), leave=False)
     outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
     for sample, program in zip(samples, programs, strict=True):
-        outcome = outcome_of[program]
+        outcome = outcome_of.get(program, "failed")
         records.append(sample | {"passed": outcome == "passed", "result": outcome})
         passed[sample["task_id"]].append(outcome == "passed")
     fewest = min(map(len, passed.values()))
@@ -168,13 +179,16 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
     template = run.get("template") if run["task"] == task else None
     problems = load_problems(task, args.data or SOURCES[task].fetch(), template)
+    chosen = list(problems.values())[: args.limit]
+    for problem in chosen:  # before the model is loaded, which may take minutes
+        if not problem.prompt:
+            raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
     device, dtype = compute(args.device, args.dtype or run["dtype"])
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
         model = MoEModel.from_pretrained(args.model, dtype, device)
         tokenizer = load_tokenizer(locate(args.model))
-    chosen = list(problems.values())[: args.limit]
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
     part = (
@@ -197,7 +211,11 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     only from samples of all problems, and under TASK-part those of fewer, others, shorter ones, or
     drawn otherwise.
     """
-    samples = list(read_rows(path, ("task_id", "completion")))
+    samples = []
+    for n, sample in numbered_rows(path, ("task_id", "completion")):
+        if SURROGATE.search(sample["completion"]):
+            print(f"{path}, row {n} has half a character in 'completion': it counts as failed")
+        samples.append(sample)
     task = (
         task
         or args.task

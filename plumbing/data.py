@@ -157,6 +157,9 @@ FIELDS = {
 }
 
 
+OPTIONAL = {"input"}  # may be null or absent, and is then empty: many files of such rows have it so
+
+
 def default_task(model: str) -> str:
     """The task of a command that names none."""
     return "tiny-math" if model == "tiny" else "gsm8k"
@@ -246,6 +249,17 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
 
     Raises FileNotFoundError, or ValueError with the line (of a list: the element) that is wrong.
     """
+    for n, row in numbered_rows(path, fields):
+        for field in fields:
+            if SURROGATE.search(row[field]):
+                raise ValueError(
+                    f"{path}, row {n} has half a character in {field!r}: want Unicode text"
+                )
+        yield row
+
+
+def numbered_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """`read_rows` with the number of each line or element. A text may have half a character."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines"
@@ -263,6 +277,8 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
         rows = ((n, _parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
     n = 0
     for n, row in rows:
+        if isinstance(row, dict):
+            row = row | {f: "" for f in OPTIONAL.intersection(fields) if row.get(f) is None}
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 names = filter(str.isidentifier, row) if isinstance(row, dict) else ()
@@ -271,11 +287,7 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
                     f"(its fields: {', '.join(names) or 'none'}): want {', '.join(fields)} "
                     "in each row, empty where there is nothing to say"
                 )
-            if SURROGATE.search(row[field]):
-                raise ValueError(
-                    f"{path}, row {n} has half a character in {field!r}: want Unicode text"
-                )
-        yield row
+        yield n, row
     if n == 0:
         raise ValueError(
             f"{path} holds no rows: want JSON lines or a JSON list with {', '.join(fields)}"
@@ -331,10 +343,13 @@ def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place
         )
 
 
-def encode(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> list[Encoded]:
+def encode(
+    examples: list[Example], tokenizer: Tokenizer, max_len: int, drop_long: bool = False
+) -> list[Encoded]:
     """Token ids of all examples.
 
-    Raises ValueError for one longer than the model's context, or whose text spells out an end.
+    Raises ValueError for one whose text spells out an end, and if some are longer than the model's
+    context. These are left out instead if `drop_long` says so.
     """
     encoded = []
     for n, example in enumerate(examples, 1):
@@ -342,13 +357,25 @@ def encode(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> list[
         answer = tokenizer.encode_answer(example.prompt, example.answer)
         check_ends(answer, tokenizer.turn_ends, tokenizer, f"row {n} of the data")
         ids = [*prompt, *answer, tokenizer.eos]
-        if len(ids) > max_len:
-            raise ValueError(
-                f"row {n} of the data has {len(ids)} tokens, but the model's context is {max_len}: "
-                "shorten or drop that row"
-            )
         encoded.append(Encoded(ids, len(prompt)))
-    return encoded
+    return that_fit(encoded, max_len, drop_long)
+
+
+def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool) -> list[Encoded]:
+    """The rows that fit into the context of `max_len` tokens; see `encode`."""
+    fit = [e for e in encoded if len(e.ids) <= max_len]
+    if len(fit) < len(encoded):
+        sizes = [len(e.ids) for e in encoded]
+        first = next(n for n, size in enumerate(sizes, 1) if size > max_len)
+        found = (
+            f"{len(encoded) - len(fit)} of {len(encoded)} rows are longer than the model's context "
+            f"of {max_len} tokens: row {first} is the first, row {sizes.index(max(sizes)) + 1} the "
+            f"longest, with {max(sizes)}"
+        )
+        if not (drop_long and fit):
+            raise ValueError(f"{found}; want shorter ones{'' if drop_long else ', or --drop-long'}")
+        print(f"{found}; --drop-long leaves them out")
+    return fit
 
 
 class Batch(NamedTuple):

@@ -89,6 +89,23 @@ def test_instruction_prompts_are_exact_to_the_byte(tmp_path, task, template, giv
     assert load_examples(task, path, template) == [(prompt, " done\n", row)]
 
 
+@pytest.mark.parametrize("template", ["alpaca", "lori", "bare"])
+@pytest.mark.parametrize("task", ["code", "safety"])
+def test_an_input_that_is_null_or_absent_is_empty(tmp_path, task, template):
+    row = {"instruction": "Do it.", "output": "done"}
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"input": ""}, row | {"input": None}, row])
+    one, *others = load_examples(task, path, template)
+    assert others == [one, one]
+
+
+@pytest.mark.parametrize("row", [{"input": 5}, {"input": []}, {"input": False}, {"output": None}])
+def test_what_is_neither_text_nor_absent_is_refused(tmp_path, row):
+    rows = [{"instruction": "Do it.", "input": "", "output": "done"} | row]
+    (name,) = row
+    with pytest.raises(ValueError, match=f"row 1.*{name}"):
+        load_examples("code", write_rows(tmp_path / "rows.jsonl", rows))
+
+
 def test_rows_are_read_from_lines_lists_and_gz_alike(tmp_path):
     lines = write_rows(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.json").write_text(json.dumps(ROWS))
@@ -148,10 +165,30 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else():
         assert batch.targets[row, : len(prompt) - 1].eq(IGNORE).all()
 
 
-def test_an_example_beyond_the_context_is_refused_by_its_row():
+def test_rows_beyond_the_context_are_counted_and_left_out_if_asked(capsys):
     tokenizer = load_tokenizer(ROOT / "tiny")
-    with pytest.raises(ValueError, match="row 2"):
-        encode([Example("a", "b", {}), Example("c" * 40, "d", {})], tokenizer, 20)
+    rows = [Example(x, "d", {}) for x in ("a", "c" * 40, "b", "c" * 90, "c" * 60)]
+    whole = encode(rows, tokenizer, 512)
+    sizes = [len(e.ids) for e in whole]
+    fits = max(sizes[0], sizes[2])
+    with pytest.raises(ValueError) as refused:
+        encode(rows, tokenizer, fits)
+    for said in (
+        "3 of 5 rows",
+        f"{fits} tokens",
+        "row 2 ",
+        "row 4 ",
+        f"{sizes[3]};",
+        "--drop-long",
+    ):
+        assert said in str(refused.value)
+    assert encode(rows, tokenizer, fits, drop_long=True) == [whole[0], whole[2]]
+    assert "3 of 5 rows" in capsys.readouterr().out
+    assert encode(rows, tokenizer, max(sizes)) == whole  # the longest just fits
+    with pytest.raises(ValueError, match="5 of 5 rows"):
+        encode(rows, tokenizer, 2, drop_long=True)
+    assert encode(rows[:1], tokenizer, fits, drop_long=True) == whole[:1]
+    assert capsys.readouterr().out == ""
 
 
 def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():

@@ -609,6 +609,30 @@ def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(
 
 
 @pytest.mark.parametrize(
+    "half",
+    [
+        "    return '\ud83d'\n",  # in a text
+        "    return 1  # \udc00\n",  # in a comment, where Python would not mind another character
+        "\udfff",
+    ],
+)
+def test_half_a_character_fails_its_own_sample_and_no_other(cli, tmp_path, monkeypatch, half):
+    monkeypatch.chdir(tmp_path)
+    problem = {"task_id": "p/0", "prompt": "def f():\n", "entry_point": "f"}
+    write_rows(tmp_path / "p.jsonl", [problem | {"test": "def check(f): assert f()"}])
+    texts = ["    return 1\n", half, "    return 2\n", "    return 0\n"]
+    rows = [{"task_id": "p/0", "completion": text} for text in texts]
+    write_rows(tmp_path / "s.jsonl", rows)
+    words = ("--score", "s.jsonl", "--task", "humaneval", "--data", "p.jsonl")
+    code, out, err = cli("paper.eval_humaneval", *words, "--allow-code-execution")
+    assert code == 0, err
+    assert "s.jsonl, row 2 " in out
+    scored = [json.loads(line) for line in (tmp_path / "s.scored.jsonl").read_text().splitlines()]
+    assert [s["passed"] for s in scored] == [True, False, True, False]
+    assert [s["completion"] for s in scored] == texts
+
+
+@pytest.mark.parametrize(
     ("args", "says"),
     [
         ([], "required"),
@@ -619,10 +643,17 @@ def test_humaneval_is_read_from_a_file_with_its_prompt_stripped(
         (["--model", "tiny", "--n", "0"], "--n"),
         (["--model", "tiny", "--data", "plain.jsonl"], "'tests'"),
         (["--model", "tiny", "--task", "humaneval", "--data", "plain.jsonl"], "'task_id'"),
+        (["--model", "tiny", "--task", "humaneval", "--data", "empty.jsonl"], "empty/0"),
+        (["--model", "tiny", "--task", "humaneval", "--data", "blank.jsonl"], "blank/1"),
         (["--run", "nowhere"], "run.json"),
     ],
 )
 def test_mistakes_end_in_one_line(cli, args, says, tmp_path, monkeypatch):
+    problem = {"prompt": "def f(): ", "entry_point": "f", "test": "def check(f): pass"}
+    for name, prompt in (("empty", ""), ("blank", " \n\t\n")):
+        rows = [problem | {"task_id": f"{name}/{n}"} for n in range(3)]
+        rows[name == "blank"]["prompt"] = prompt
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "s.jsonl", [{"task_id": "tiny-code/999", "completion": ""}])
     write_rows(tmp_path / "plain.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
