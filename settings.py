@@ -79,9 +79,10 @@ SCORES = {  # kind of task -> what of results.json tells how it went, the first 
 }
 # The flags that decide a run's numbers. They are kept in run.json, and compared before it resumes.
 SETTINGS = (
-    "model", "task", "data", "eval_data", "eval_limit", "template", "method", "k", "coverage",
-    "rank", "alpha", "catcher", "score", "count", "hot_experts", "mask_from", "mask_scope",
-    "redraw_a", "epochs", "steps", "batch_size", "lr", "balance", "seed", "dtype",
+    "model", "task", "data", "drop_long", "eval_data", "eval_limit", "template", "method", "k",
+    "coverage", "rank", "alpha", "catcher", "score", "count", "hot_experts", "mask_from",
+    "mask_scope", "redraw_a", "epochs", "steps", "batch_size", "lr", "clip", "balance", "seed",
+    "dtype",
 )  # fmt: skip
 MICRO_BATCH = 16  # examples in one forward pass
 # How experts are chosen, by default.
@@ -103,6 +104,8 @@ def parse_args(description: str) -> argparse.Namespace:
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
     what("--data", type=Path, metavar="FILE",
          help="rows to train on, in place of the task's training split")
+    what("--drop-long", action="store_true", default=None,
+         help="leave out rows that are longer than the model's context")
     what("--eval-data", type=Path, metavar="FILE",
          help="rows to score, in place of the task's test split")
     what("--eval-limit", type=COUNT, default=500, metavar="N", help="rows to score (default 500)")
@@ -139,6 +142,8 @@ def parse_args(description: str) -> argparse.Namespace:
           help="examples in one forward pass (default 16, or fewer so that all ranks have some)")
     train("--lr", type=number(float, above=0),
           help="learning rate (default: the recipe's, which the warm-up always has)")
+    train("--clip", choices=["all", "each"], default="all",
+          help="clip the gradients all together, or each matrix by itself as LoRI (default all)")
     train("--balance", type=number(float, low=0), default=0.0, metavar="C",
           help="factor of the balancing loss, Eq. 1 (default 0)")
     train("--seed", type=SEED, default=0, help="of data order, A and catcher (default 0)")
@@ -219,6 +224,7 @@ class Job:
     device: torch.device
     tokenizer: Tokenizer
     data: list[Encoded]
+    n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
     start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
@@ -257,7 +263,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
     path = args.data or TASKS[settings["task"]].train.fetch()
     examples = load_examples(settings["task"], path, settings["template"])
-    data = encode(examples, tokenizer, cfg.max_len)
+    data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
     tests = [] if args.no_eval else scored_examples(settings)
     check_scorable(tests, tokenizer, cfg.max_len)
     return Job(
@@ -268,6 +274,7 @@ def prepare(args: argparse.Namespace) -> Job:
         device=device,
         tokenizer=tokenizer,
         data=data,
+        n_dropped=len(examples) - len(data),
         tests=tests,
         start=start,
         micro_batch=args.micro_batch or default_micro_batch(settings),
@@ -381,6 +388,8 @@ def open_record(job: Job, folder: Path) -> dict:
     """
     now = hashes(job.source, job.data)
     new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
+    if job.settings["drop_long"]:
+        new["rows_dropped"] = job.n_dropped
     new["compute"] = {
         "micro_batch": job.micro_batch,
         "experts": job.matmul,

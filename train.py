@@ -36,7 +36,7 @@ from plumbing.files import sha256, write_json
 from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
-MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts
+MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts (but see --clip)
 MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient, after which a run gives up
 EVAL_BATCH = 100  # problems decoded together
 
@@ -48,6 +48,7 @@ def train_step(
     micro_batch: int,
     balance: float,
     catcher: Catcher,
+    clip: str = "all",
 ) -> tuple[float, float]:
     """One optimizer step over `examples`.
 
@@ -75,13 +76,29 @@ def train_step(
     ranks.finish_gradients(trained, model)
 
     # Clip after all parts are there, so that the norm is that of the whole step.
-    norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
+    norm = nn.utils.clip_grad_norm_(trained, MAX_NORM if clip == "all" else math.inf)
+    if clip == "each":
+        clip_each(model)
     # Both numbers in one go: here, once a step, the host waits for the device.
     loss, norm = torch.stack([ranks.total(loss), ranks.whole(norm)]).tolist()
     if is_finite(loss, norm):
         optimizer.step()
     optimizer.zero_grad()
     return loss, norm
+
+
+@torch.no_grad()
+def clip_each(model: MoEModel) -> None:
+    """--clip each: bound the norm of each matrix's gradient by itself.
+
+    Of k experts in one parameter each is by itself, as in LoRI, which has a parameter for each.
+    Source: LoRI's grad_norm_strategy "even".
+    """
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            dims = tuple(range(1 if ".experts." in name else 0, p.ndim))
+            norm = torch.linalg.vector_norm(p.grad, dim=dims, keepdim=True)  # [(k,) 1, 1]
+            p.grad *= (MAX_NORM / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
 
 
 def is_finite(loss: float, norm: float) -> bool:
@@ -188,7 +205,13 @@ def warm_up(job: Job, some: list[Encoded]) -> Catcher:
     for step in tqdm(range(n_steps), "catcher warm-up", unit="step", leave=False):
         examples = examples_of_step(some, step, settings["batch_size"], settings["seed"])
         loss, norm = train_step(
-            model, optimizer, examples, job.micro_batch, settings["balance"], catcher
+            model,
+            optimizer,
+            examples,
+            job.micro_batch,
+            settings["balance"],
+            catcher,
+            settings["clip"],
         )
         if not is_finite(loss, norm):
             raise ValueError(
@@ -222,7 +245,13 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             # The examples follow from the step's number alone, so a resumed run needs no more.
             examples = examples_of_step(job.data, step, settings["batch_size"], settings["seed"])
             loss, norm = train_step(
-                model, optimizer, examples, job.micro_batch, settings["balance"], visits
+                model,
+                optimizer,
+                examples,
+                job.micro_batch,
+                settings["balance"],
+                visits,
+                settings["clip"],
             )
 
             # A skipped step changes nothing. Many in a row mean that training diverged.

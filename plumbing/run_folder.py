@@ -124,12 +124,13 @@ OVERRIDABLE = {
     "epochs",
     "steps",
     "batch_size",
+    "clip",
     "balance",
 }  # what a run may go on with otherwise
 
 
 # Settings that are younger than some runs -> what a run that lacks them was trained with.
-YOUNGER = {"count": "all"}
+YOUNGER = {"count": "all", "clip": "all"}
 
 
 def differences(saved: dict, settings: dict) -> list[str]:

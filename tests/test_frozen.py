@@ -113,6 +113,33 @@ def test_gradients_are_clipped_only_if_they_are_longer_than_1(olmoe):
     )
 
 
+@pytest.mark.parametrize("name", ["hellora", "lora", "dora", "fft"])
+def test_clip_each_bounds_every_matrix_by_itself_and_each_expert_s_too(checkpoint, name):
+    """As torch clips a list of one, in a model that has a parameter for each expert."""
+    model, rows = adapted(checkpoint, name, noise=0.5), examples(8, 30)
+    tokens, targets = batch_of(rows)
+    mean = model(tokens, targets=targets)[0] / (targets >= 0).sum()
+    grads = dict(
+        zip(trained(model), torch.autograd.grad(mean, trained(model).values()), strict=True)
+    )
+    want, norms = {}, []
+    for n, g in grads.items():
+        one_each = [torch.zeros_like(x) for x in (g if ".experts." in n else [g])]
+        for x, part in zip(one_each, g if ".experts." in n else [g], strict=True):
+            x.grad = part.clone()
+            norms.append(torch.nn.utils.clip_grad_norm_([x], 1.0).item())
+        want[n] = torch.stack([x.grad for x in one_each]).view_as(g)
+    assert min(norms) < 1 < max(norms)
+    optimizer = make_optimizer(model, 1e-3)
+    _, norm = train_step(model, optimizer, rows, 8, 0.0, Catcher(model.cfg.n_experts), "each")
+    # fp32 sums; the norm of all, before any clipping
+    assert norm == pytest.approx(torch.tensor(norms).norm().item(), rel=1e-5)
+    for n, p in trained(model).items():
+        got = 10 * optimizer.state[p]["exp_avg"]  # AdamW's first moment takes a tenth
+        bar = 1e-5 * want[n].norm() + 1e-8  # fp32: other order of sums
+        assert (got - want[n]).norm() <= bar, n
+
+
 @pytest.mark.parametrize(("task", "falls"), [("tiny-math", True), ("gsm8k", False)])
 def test_the_lr_column_is_the_recipes_table(cli, toy, tmp_path, monkeypatch, task, falls):
     monkeypatch.chdir(tmp_path)

@@ -165,6 +165,28 @@ def test_two_ranks_give_the_numbers_of_one_on_stacked_experts_of_qwen3(ranks, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_clipping_each_matrix_by_itself_gives_the_numbers_of_one(ranks, tmp_path, n):
+    """Each matrix's norm is over all ranks; 1 expert adapted is less than there are ranks."""
+    always = ["--clip", "each", "--no-eval"]
+    cases = {
+        f"{method}-k{k}-{shard}": [*always, "--method", method, "--k", k, "--shard", shard]
+        for method, k in (("hellora", 1), ("hellora", 3), ("dora", 2), ("fft", 2))
+        for shard in ("full", "none")
+    }
+    one, many = (
+        ranks(of, {f"{of}-{name}": words for name, words in cases.items()}) for of in (1, n)
+    )
+    for name in cases:
+        assert many[f"{n}-{name}"][0] == pytest.approx(one[f"1-{name}"][0], abs=1e-5, rel=1e-5), (
+            name
+        )
+    assert json.loads((tmp_path / f"{n}-fft-k2-full" / "run.json").read_text())["clip"] == "each"
+    together = ranks(1, {"all": ["--no-eval", "--method", "hellora", "--k", 3]})["all"][0]
+    assert together != one["1-hellora-k3-none"][0]
+
+
+@pytest.mark.slow
 def test_micro_batches_recomputation_and_bf16_on_two_ranks(ranks):
     one = ranks(1, {"one": ["--no-eval"], "low": ["--dtype", "bf16", "--no-eval"]})
     cases = {

@@ -383,6 +383,58 @@ def test_problems_that_cannot_be_scored_are_refused_before_training(cli, quick, 
     assert not (tmp_path / "r").exists()
 
 
+def test_rows_too_long_are_refused_or_dropped_and_counted(cli, quick, toy, tmp_path):
+    long = [{"question": "1 " * n, "answer": "#### 1"} for n in (600, 700)]
+    write_rows(tmp_path / "rows.jsonl", [long[0], *ROWS[:6], long[1]])
+    code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
+    assert code == 2
+    assert "2 of 8 rows" in one_line(err)
+    assert "--drop-long" in err
+    assert not (tmp_path / "r").exists()
+    words = (*quick, "--drop-long", "--no-eval", "--steps", 1)
+    code, out, err = cli("train.py", *words, "--out", "r")
+    assert code == 0, err
+    assert "2 of 8 rows" in out
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert (record["drop_long"], record["rows_dropped"]) == (True, 2)
+    write_rows(tmp_path / "rows.jsonl", ROWS[:6])
+    assert cli("train.py", *words, "--out", "s")[0] == 0
+    same = json.loads((tmp_path / "s" / "run.json").read_text())
+    assert same["hashes"]["data"] == record["hashes"]["data"]
+    assert same["rows_dropped"] == 0
+    write_rows(tmp_path / "rows.jsonl", [*ROWS[:6], *long])
+    look = ("--model", toy, "--task", "tiny-math", "--data", "rows.jsonl", "--share", 1)
+    code, _, err = cli("catcher.py", *look)
+    assert code == 2
+    assert "2 of 8 rows" in one_line(err)
+    assert cli("catcher.py", *look, "--drop-long")[0] == 0
+
+
+def test_problems_too_long_to_score_are_counted(cli, quick, tmp_path):
+    long = [{"question": "1 " * n, "answer": "#### 1"} for n in (700, 600)]
+    write_rows(tmp_path / "few.jsonl", [*ROWS[:2], *long])
+    code, _, err = cli("train.py", *quick, "--steps", 1, "--out", "r")
+    assert code == 2
+    assert "2 of 4 rows" in one_line(err)
+    assert not (tmp_path / "r").exists()
+
+
+def test_how_gradients_are_clipped_is_recorded_and_kept(cli, quick, tmp_path):
+    """A run that was begun before there was --clip goes on, and under the same rule."""
+    words = (*quick, "--steps", 3, "--no-eval", "--catcher", "forward", "--out")
+    assert cli("train.py", *words, "all")[0] == 0
+    assert cli("train.py", *words, "each", "--clip", "each")[0] == 0
+    records = {of: json.loads((tmp_path / of / "run.json").read_text()) for of in ("all", "each")}
+    assert {of: record["clip"] for of, record in records.items()} == {"all": "all", "each": "each"}
+    assert losses(tmp_path / "all") != losses(tmp_path / "each")
+    before = records["all"] | {"finished": False}
+    del before["clip"], before["drop_long"]
+    (tmp_path / "all" / "run.json").write_text(json.dumps(before))
+    assert cli("train.py", *words, "all", "--clip", "each")[0] == 2
+    code, _, err = cli("train.py", *words, "all")
+    assert code == 0, err
+
+
 def test_a_full_disk_is_a_mistake_that_is_named(cli, quick, tmp_path, monkeypatch):
     """A file-size limit stands in for the full disk: writes beyond it fail as they would there."""
     command = [sys.executable, ROOT / "train.py", *quick, "--steps", "3", "--no-eval", "--out", "r"]
