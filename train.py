@@ -106,6 +106,16 @@ def is_finite(loss: float, norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
 
 
+def found(model: MoEModel, loss: float, norm: float) -> str:
+    """What a step that was not sound shows, and what to do, for an error."""
+    bad = [n for n, p in model.named_parameters() if not ranks.mine(p).isfinite().all()]
+    if bad:
+        weights = f"weights that are not finite, first {bad[0]}: want a --model without them"
+    else:
+        weights = "finite weights: want another --lr, or other data"
+    return f"loss {loss}, gradient norm {norm} and {weights}"
+
+
 def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
     """AdamW without weight decay over what is trained. Frozen weights have no optimizer state."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -215,8 +225,8 @@ def warm_up(job: Job, some: list[Encoded]) -> Catcher:
         )
         if not is_finite(loss, norm):
             raise ValueError(
-                f"the warm-up's loss became {loss}, its gradient's norm {norm}: "
-                "want --catcher forward"
+                f"step {step + 1} of the warm-up has {found(model, loss, norm)}, or --catcher "
+                "forward, which counts without training"
             )
     return catcher.gather()
 
@@ -254,7 +264,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
                 settings["clip"],
             )
 
-            # A skipped step changes nothing. Many in a row mean that training diverged.
+            # A skipped step changes nothing. After many in a row there is no hope.
             if is_finite(loss, norm):
                 in_a_row = 0
             else:
@@ -262,7 +272,8 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
                 in_a_row += 1
             if in_a_row > MAX_SKIPPED:
                 raise ValueError(
-                    f"{in_a_row} steps in a row had no finite loss or gradient: want a lower --lr"
+                    f"{in_a_row} steps in a row, at --lr {settings['lr']:g}, had no finite loss or "
+                    f"gradient: step {step + 1} has {found(model, loss, norm)}"
                 )
 
             seconds = time.perf_counter() - began

@@ -112,7 +112,7 @@ def apply_run(model: nn.Module, folder: Path) -> nn.Module:
             pairs = [take(f"layers.{i}.moe.experts.{leaf}") for leaf in ("gate", "up", "down")]
             layer.mlp.experts = HotExperts(layer.mlp.experts, hot, *pairs)
     if saved:
-        raise ValueError(f"{min(saved)} of the adapter has no place in this model: is it an OLMoE?")
+        raise ValueError(f"{min(saved)} of the adapter has no place in this model: want an OLMoE")
     return model
 
 

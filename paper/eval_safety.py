@@ -44,9 +44,9 @@ def hex_phi() -> list[dict]:
         )
     except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
         raise OSError(
-            f"HEx-PHI cannot be had ({type(error).__name__}). It is gated: "
-            f"ask for access on {page}, then set HF_TOKEN or run `hf "
-            f"auth login`; or give a copy of it with --data FILE: {WANTED}"
+            f"HEx-PHI cannot be had ({type(error).__name__}: {str(error)[:200]}). It is gated: it "
+            f"wants access, asked for on {page}, and HF_TOKEN or `hf auth login`; "
+            f"or give a copy of it with --data FILE: {WANTED}"
         ) from error
     return [row for path in sorted(folder.glob("category_*.csv")) for row in read_prompts(path)]
 

@@ -73,7 +73,8 @@ class Source(NamedTuple):
         got = self.digest(body)
         if self.checksum not in ("", got):
             raise ValueError(
-                f"{self.place} has changed: checksum {got}, want {self.checksum}; use --data FILE"
+                f"{self.place} came with checksum {got}, want {self.checksum}: "
+                "give the file with --data FILE"
             )
         if not self.checksum:
             print(f"no checksum is published for it; this one is {got}")

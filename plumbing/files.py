@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -45,8 +46,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = "" if isinstance(error, PermissionError) else ": is the disk full?"
-        raise OSError(f"{path} could not be written ({error}){why}") from error
+        room = ""
+        with suppress(OSError):  # safetensors has an error of its own, so a full disk has many
+            room = f"; its disk has {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB left"
+        raise OSError(f"{path} could not be written ({error}){room}") from error
 
 
 def sync_names(folder: Path) -> None:

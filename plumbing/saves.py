@@ -5,7 +5,6 @@ so any other number can go on from it.
 """
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,10 +204,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         )
     right = (read_run(folder).get("hashes") or {}).get("adapter")
     for file, place in ((path, ""), (last, f"{WEIGHTS}/")):
-        with suppress(SafetensorError, OSError):
+        try:
             found = load_file(file).items()
-            saved = {name.removeprefix(place): t for name, t in found if name.startswith(place)}
-            if right in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
-                return saved
-        print(f"{file} is truncated or corrupt, or not of the last step")
-    raise ValueError(f"{path} and {last} are truncated or corrupt: train again")
+        except (SafetensorError, OSError) as error:
+            print(f"{file} cannot be read ({error})")
+            continue
+        saved = {name.removeprefix(place): t for name, t in found if name.startswith(place)}
+        if right in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
+            return saved
+        print(f"{file} has not the weights that {folder / 'run.json'} has the checksum of")
+    raise ValueError(
+        f"neither {path} nor {last} has the weights that run.json has the checksum of: train again"
+    )

@@ -193,7 +193,7 @@ def test_a_damaged_adapter_is_taken_from_the_last_save_if_that_is_sound(
     raw = path.read_bytes()
     path.write_bytes(raw[:-7] if how == "cut" else raw[:-7] + bytes([raw[-7] ^ 1]) + raw[-6:])
     got = read_adapter(tmp_path)
-    assert "truncated or corrupt" in capsys.readouterr().out
+    assert "adapter.safetensors" in capsys.readouterr().out
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], t) for name, t in want.items())
     (tmp_path / "state.safetensors").unlink()

@@ -247,7 +247,23 @@ def test_stopping_and_going_on_gives_the_uninterrupted_run_bit_for_bit(cli, quic
 def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(cli, quick, tmp_path):
     code, _, err = cli("train.py", *quick, "--steps", 60, "--no-eval", "--lr", "1e30", "--out", "r")
     assert code == 2
-    assert "--lr" in err.strip().splitlines()[-1]  # before it the bar that was not finished
+    last = err.strip().splitlines()[-1]  # before it the bar that was not finished
+    assert "--lr 1e+30" in last
+    assert "finite weights" in last
+
+
+@pytest.mark.parametrize("catcher", ["warmup", "forward"])
+def test_a_weight_that_is_not_finite_is_named(cli, quick, toy, catcher):
+    """The learning rate is not at fault, and is not blamed."""
+    weights = load_file(toy / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 4] = torch.nan
+    save_file(weights, toy / "model.safetensors", {"format": "pt"})
+    words = ("--steps", 60, "--no-eval", "--catcher", catcher, "--out", "r")
+    code, _, err = cli("train.py", *quick, *words)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert "layers.1.attn.k.weight" in last
+    assert "another --lr" not in last
 
 
 @pytest.mark.parametrize(
