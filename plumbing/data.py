@@ -345,12 +345,13 @@ def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place
 
 
 def encode(
-    examples: list[Example], tokenizer: Tokenizer, max_len: int, drop_long: bool = False
+    examples: list[Example], tokenizer: Tokenizer, max_len: int, drop_long: bool | None = None
 ) -> list[Encoded]:
     """Token ids of all examples.
 
     Raises ValueError for one whose text spells out an end, and if some are longer than the model's
-    context. These are left out instead if `drop_long` says so.
+    context. These are left out instead if `drop_long` says so. None: of a command that has no such
+    flag.
     """
     encoded = []
     for n, example in enumerate(examples, 1):
@@ -362,7 +363,7 @@ def encode(
     return that_fit(encoded, max_len, drop_long)
 
 
-def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool) -> list[Encoded]:
+def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool | None) -> list[Encoded]:
     """The rows that fit into the context of `max_len` tokens; see `encode`."""
     fit = [e for e in encoded if len(e.ids) <= max_len]
     if len(fit) < len(encoded):
@@ -374,7 +375,8 @@ def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool) -> list[Enco
             f"longest, with {max(sizes)}"
         )
         if not (drop_long and fit):
-            raise ValueError(f"{found}; want shorter ones{'' if drop_long else ', or --drop-long'}")
+            flag = ", or --drop-long" if drop_long is False else ""
+            raise ValueError(f"{found}; want shorter ones{flag}")
         print(f"{found}; --drop-long leaves them out")
     return fit
 

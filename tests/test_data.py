@@ -172,7 +172,7 @@ def test_rows_beyond_the_context_are_counted_and_left_out_if_asked(capsys):
     sizes = [len(e.ids) for e in whole]
     fits = max(sizes[0], sizes[2])
     with pytest.raises(ValueError) as refused:
-        encode(rows, tokenizer, fits)
+        encode(rows, tokenizer, fits, drop_long=False)
     for said in (
         "3 of 5 rows",
         f"{fits} tokens",
