@@ -106,7 +106,7 @@ def is_finite(loss: float, norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
 
 
-def found(model: MoEModel, loss: float, norm: float) -> str:
+def symptoms(model: MoEModel, loss: float, norm: float) -> str:
     """What a step that was not sound shows, and what to do, for an error."""
     bad = [n for n, p in model.named_parameters() if not ranks.mine(p).isfinite().all()]
     if bad:
@@ -225,7 +225,7 @@ def warm_up(job: Job, some: list[Encoded]) -> Catcher:
         )
         if not is_finite(loss, norm):
             raise ValueError(
-                f"step {step + 1} of the warm-up has {found(model, loss, norm)}, or --catcher "
+                f"step {step + 1} of the warm-up has {symptoms(model, loss, norm)}, or --catcher "
                 "forward, which counts without training"
             )
     return catcher.gather()
@@ -273,7 +273,7 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             if in_a_row > MAX_SKIPPED:
                 raise ValueError(
                     f"{in_a_row} steps in a row, at --lr {settings['lr']:g}, had no finite loss or "
-                    f"gradient: step {step + 1} has {found(model, loss, norm)}"
+                    f"gradient: step {step + 1} has {symptoms(model, loss, norm)}"
                 )
 
             seconds = time.perf_counter() - began
