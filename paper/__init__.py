@@ -11,7 +11,7 @@ studies/        tables: what the paper prints, as data; comparison: tables of ou
                 placement: do hot experts matter? placement_runs: its runs; placement.md: its plan
                 routing: how skewed OLMoE's real routing is
                 mechanism: what the arms change besides the task, at equal task loss
-scoring/        sandbox: programs that a model wrote; confined: its inner half
+scoring/        sandbox: programs that a model wrote, in bubblewrap; confined: what runs in there
                 refusals: what counts as one
 bench/          __main__: python -m paper.bench; worlds: weights and batch; measure: time, memory
                 peers: transformers and PEFT; report: what the numbers say

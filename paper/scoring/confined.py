@@ -1,149 +1,179 @@
-"""The inner half of sandbox.py: a script with two processes. The lower becomes the program.
+"""The inner half of sandbox.py: one script, which becomes a program's interpreter or its test's.
 
-    python -I -S paper/scoring/confined.py FOLDER SECONDS MODE
+    python -I -S paper/scoring/confined.py program|test FD SECONDS USER PACKAGES
 
-Its input is a token and the program, its output the token again.
-
-The upper one never runs a line of the program: it makes the namespaces, keeps the deadline, and
-kills. The lower one is process 1 of its own pid namespace, so that everything it has started ends
-with it.
+FD is a file with the program, or the test. Standard input and output are pipes to the other one. A
+line from the test is a call, (name, args, kwargs). A line from the program is what that call
+returned. Both are literals, and the test reads them with ast.literal_eval: nothing that a program
+made is ever an object in its test's interpreter. A program that raises or exits has ended, and its
+answers with it.
 """
 
-import ctypes
 import os
 import resource
-import signal
-import struct
 import sys
-from types import FrameType
+from io import BufferedReader, FileIO
 
-TOKEN = 32  # bytes
-TIMED_OUT = 124  # exit status, as of timeout(1)
+# How a test ends, as an exit status that nothing else here has. SIGALRM ends it when time is up.
+PASSED, FAILED, NOT_STARTED, NO_LITERAL = 100, 101, 102, 103
+READY = b"ready\n"
 MEGABYTE = 1 << 20
-LIMITS = {  # one process, and no other beside it
+LIMITS = {
     resource.RLIMIT_AS: 1024 * MEGABYTE,
-    resource.RLIMIT_FSIZE: MEGABYTE,
+    resource.RLIMIT_FSIZE: 16 * MEGABYTE,
     resource.RLIMIT_NOFILE: 64,
-    resource.RLIMIT_NPROC: 0,
+    resource.RLIMIT_NPROC: 8,  # processes and threads together
     resource.RLIMIT_CORE: 0,
 }
-NOBODY = 65534
-# From linux/sched.h.
-NEW_NS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
-READ_ONLY, NO_SETUID, NO_DEVICES, PRIVATE = 1, 2, 4, 1 << 18  # linux/mount.h
-# The first is one number on every architecture. The others are from linux/fcntl.h.
-MOUNT_SETATTR, HERE, RECURSIVE = 442, -100, 0x8000
-DIE_WITH_PARENT, KEEP_CAPABILITIES, NO_NEW_PRIVILEGES = 1, 8, 38  # linux/prctl.h
-MAY_READ_ALL = 1 << 2  # linux/capability.h: CAP_DAC_READ_SEARCH
+LONGEST_ANSWER = MEGABYTE  # bytes of a line from the program
+SAME, ANY = "same", "any"  # users: within a wall of an ordinary user's; without a wall
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219}  # asm/unistd.h
+JOIN_SESSION = 1  # linux/keyctl.h
+NEW_USER = 1 << 28  # linux/sched.h
+MY_CAPABILITIES = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)  # linux/capability.h
 
 
-def call(name: str, *args: object) -> None:
-    """A function of the C library. Raises OSError where it returns an error."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+# ---- before anything runs ------------------------------------------------------------------------
 
 
-def write(path: str, text: str) -> None:
-    """One write to a file of /proc."""
-    with open(path, "w") as file:  # noqa: PTH123  pathlib would cost more than the program
-        file.write(text)
+def drop_rights(user: str) -> None:
+    """Keep no capability and no key. `user` is a number to become, or SAME.
+
+    bubblewrap's own process in here has none of our limits, so that nobody may trace it. Another
+    user may not, and nor may the same user from a user namespace further down.
+    The key ring of the session comes with every child of a login: it is left for an empty one.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if user == SAME:
+        failed = libc.unshare(NEW_USER)
+    else:
+        os.setgroups([])
+        os.setresgid(*[int(user)] * 3)
+        os.setresuid(*[int(user)] * 3)
+        failed = 0
+    failed |= libc.capset(MY_CAPABILITIES, bytes(24))
+    failed |= libc.syscall(KEYCTL[os.uname().machine], JOIN_SESSION, None) < 0
+    if failed:
+        raise OSError(ctypes.get_errno(), "cannot give up rights and keys")
 
 
-def enter_namespaces() -> None:
-    """The next child gets its own processes, mounts, network (none) and shared memory."""
-    user, group = os.getuid(), os.getgid()
-    call("unshare", NEW_NS | NEW_IPC | NEW_PID | NEW_NET | (NEW_USER if user else 0))
-    if user:  # whoever is not root may do this only as root of a new user namespace
-        write("/proc/self/setgroups", "deny")
-        write("/proc/self/uid_map", f"0 {user} 1")
-        write("/proc/self/gid_map", f"0 {group} 1")
-
-
-def hide_files(folder: str) -> None:
-    """Nothing can be written but `folder`, which is now in memory; no process can be looked at."""
-    call(
-        "syscall",
-        MOUNT_SETATTR,
-        HERE,
-        b"/",
-        RECURSIVE,
-        struct.pack("4Q", READ_ONLY, 0, PRIVATE, 0),
-        32,
-    )
-    flags = NO_SETUID | NO_DEVICES
-    call("mount", b"box", folder.encode(), b"tmpfs", flags, b"size=16m,nr_inodes=256")
-    call("mount", b"box", b"/proc", b"tmpfs", flags | READ_ONLY, b"size=4k")
-
-
-def drop_rights(mode: str) -> None:
-    """Root becomes nobody, who may read the interpreter's files. No right can be won back."""
-    if mode != "process":
-        call("prctl", KEEP_CAPABILITIES, 1, 0, 0, 0)
-        call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        if mode.endswith("user"):
-            os.chown(".", NOBODY, NOBODY)
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-        call("prctl", DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
-        keep = 0 if os.access(os.__file__, os.R_OK) else MAY_READ_ALL  # a Python in /root, say
-        call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", keep, keep, 0, 0, 0, 0))
-
-
-def limit(seconds: int) -> None:
+def limit(seconds: float) -> None:
     """The kernel's limits; one that this system does not have is left out."""
-    for what, value in {**LIMITS, resource.RLIMIT_CPU: seconds}.items():
+    for what, value in {**LIMITS, resource.RLIMIT_CPU: int(seconds) + 2}.items():
         try:
             resource.setrlimit(what, (value, value))
         except ValueError:
             continue
 
 
-def run_program() -> None:
-    """Take the token and the program, run it to its end, and only then give the token back.
+def take_pipes() -> tuple[BufferedReader, FileIO]:
+    """What comes from the other interpreter, and what goes there.
 
-    The token has no name and is in no file: while the program runs, it lies on this frame's stack.
-    A program that raises, exits, or replaces os.write (looked up before it began) never gets to the
-    end of that line.
+    From here on the standard files lead nowhere.
     """
-    reply, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.write(reply, (os.read(0, TOKEN), exec(read_program(null), {}))[0])
-    os._exit(0)
-
-
-def read_program(null: int) -> str:
-    """The rest of the input; from here on input and outputs lead nowhere."""
-    with open(0, "rb", closefd=False) as source:
-        text = source.read().decode("utf-8", "surrogatepass")
+    incoming, outgoing = BufferedReader(FileIO(os.dup(0))), FileIO(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
-    return text
+    return incoming, outgoing
 
 
-def main(folder: str, seconds: float, mode: str) -> int:
-    """The upper process; its exit status."""
-    if mode.startswith("namespaces"):
-        enter_namespaces()
-    program = os.fork()
-    if program == 0:
-        if mode.startswith("namespaces"):
-            hide_files(folder)
-        os.chdir(folder)
-        drop_rights(mode)
-        limit(int(seconds) + 1)
-        run_program()
+# ---- the two interpreters ------------------------------------------------------------------------
 
-    def kill(number: int, frame: FrameType | None) -> None:
-        nonlocal status
-        status = TIMED_OUT
-        os.kill(program, signal.SIGKILL)
 
-    status = 0
-    signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    os.waitpid(program, 0)
-    return status
+def spell(value: object) -> str:
+    """A value as a literal; an instance of a subclass as one of the built-in type.
+
+    So that what would be equal in one interpreter is equal across two: a Counter and a dict, a
+    numpy scalar and a number. Raises TypeError for all else, nan included.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.generic):
+        value = value.item()
+    if value is None:
+        return "None"
+    for kind in (bool, int, complex, str, bytes):
+        if isinstance(value, kind):
+            return kind.__repr__(value)
+    if isinstance(value, float) and value == value:
+        return float.__repr__(value).replace("inf", "1e999")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{spell(k)}: {spell(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(spell, value)) + "]"
+    if isinstance(value, tuple):
+        return "(" + "".join(spell(item) + ", " for item in value) + ")"
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(map(spell, value)) + "}" if value else "set()"
+    raise TypeError(f"a {type(value).__name__} is no literal")
+
+
+def serve(program: str, calls: BufferedReader, answers: FileIO) -> None:
+    """Run the program, then its functions as the test calls them, until it calls no more."""
+    answers.write(READY)
+    defined = {}
+    exec(program, defined)
+    for line in calls:
+        name, args, kwargs = eval(line)  # from the test, which has nothing of the program's
+        answers.write(spell(defined[name](*args, **kwargs)).encode() + b"\n")
+
+
+def decide(
+    test: str,
+    names: tuple[str, ...],
+    helpers: str,
+    seconds: float,
+    calls: FileIO,
+    answers: BufferedReader,
+) -> int:
+    """Run the test. `names` are the program's functions in it; `helpers` is run before. A status.
+
+    Time runs from where the program begins. SIGALRM is not caught, so that it ends also what
+    does not come back to Python.
+    """
+    from ast import literal_eval
+    from collections.abc import Callable
+    from signal import ITIMER_REAL, setitimer
+
+    def of_program(name: str) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            try:
+                line = spell((name, args, kwargs))
+            except TypeError:
+                os._exit(NO_LITERAL)
+            calls.write(line.encode() + b"\n")
+            return literal_eval(answers.readline(LONGEST_ANSWER).decode())
+
+        return call
+
+    if answers.readline(len(READY)) != READY:
+        return NOT_STARTED
+    setitimer(ITIMER_REAL, seconds)
+    try:
+        defined = {}
+        exec(helpers, defined)
+        defined |= {name: of_program(name) for name in names}
+        exec(test, defined)
+    except BaseException:
+        return FAILED
+    return PASSED
+
+
+def main(role: str, file: str, seconds: str, user: str, packages: str) -> None:
+    """Become the program's interpreter, or the test's."""
+    if user != ANY:
+        drop_rights(user)
+    limit(float(seconds))
+    sys.path.append(packages)
+    given = eval(FileIO(int(file)).read())  # a literal that sandbox.py wrote
+    incoming, outgoing = take_pipes()
+    if role == "program":
+        serve(given, incoming, outgoing)
+    else:
+        os._exit(decide(*given, float(seconds), outgoing, incoming))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], float(sys.argv[2]), sys.argv[3]))
+    main(*sys.argv[1:])

