@@ -195,6 +195,7 @@ class HotList:
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
     counts: dict[int, list[int]] = field(default_factory=dict)  # {MoE layer: visits [E]}, if known
+    gates: dict[int, list[float]] = field(default_factory=dict)  # probabilities, if score is "gate"
 
     def show(self) -> str:
         """Each layer's visits as bars, one character an expert, with the chosen and their share."""
@@ -237,14 +238,15 @@ class HotList:
                 known[name] = saved[name]
 
         layers = {str(layer) for layer in cfg.moe_layers}
-        visits = known.pop("counts", {})  # a list made by other means may have none
-        unlike = [layer for layer, of in visits.items() if len(of) != cfg.n_experts]
-        if saved["experts"].keys() < layers or (visits and visits.keys() != layers) or unlike:
-            raise ValueError(
-                f"{path} lacks experts or visits of a layer: want a list made for this model"
-            )
+        for name in ("counts", "gates"):  # a list made by other means may have none
+            scores = known.pop(name, {})
+            unlike = [layer for layer, of in scores.items() if len(of) != cfg.n_experts]
+            if saved["experts"].keys() < layers or (scores and scores.keys() != layers) or unlike:
+                raise ValueError(
+                    f"{path} lacks experts or visits of a layer: want a list made for this model"
+                )
+            known[name] = {int(layer): of for layer, of in scores.items()}
         known["experts"] = by_layer(cfg, saved["experts"], path)
-        known["counts"] = {int(layer): of for layer, of in visits.items()}
         return cls(**known)
 
 
@@ -262,6 +264,7 @@ class HotListFile:
     k: int | None = None
     n_tokens: int | None = None
     counts: dict[str, list[int]] | None = None
+    gates: dict[str, list[float]] | None = None
 
 
 def hot_list(
@@ -277,7 +280,9 @@ def hot_list(
     catcher: str,
 ) -> HotList:
     """Choose from what was counted (see `choose`), and note where it comes from."""
-    experts = choose(counted.scores(score), k, rule, seed, coverage)
+    scores = counted.scores(score)
+    experts = choose(scores, k, rule, seed, coverage)
+    gates = scores if score == "gate" else {}
     return HotList(
         model=model,
         task=task,
@@ -289,6 +294,7 @@ def hot_list(
         n_tokens=int(counted.n_tokens),
         experts=experts,
         counts={layer: visits.tolist() for layer, visits in counted.scores("count").items()},
+        gates={layer: mean.tolist() for layer, mean in gates.items()},
     )
 
 

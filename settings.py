@@ -7,7 +7,7 @@ has been written by then.
 import argparse
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -390,6 +390,7 @@ def open_record(job: Job, folder: Path) -> dict:
     new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
     if job.settings["drop_long"]:
         new["rows_dropped"] = job.n_dropped
+    new["config"] = asdict(job.cfg)  # so that report.py needs no model
     new["compute"] = {
         "micro_batch": job.micro_batch,
         "experts": job.matmul,

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import hellora
+import report
 from catcher import Catcher, HotList, count_visits, hot_list, sample, visited_share
 from eval_gsm8k import evaluate, write_answers
 from hellora import Method, adapter_state
@@ -306,16 +307,18 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
         )
     held = [t for values in optimizer.state.values() for t in values.values()]
     print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
-    return visits.gather() if visits.counts else visits  # none where no step was left to do
+    visits = visits.gather() if visits.counts else visits  # none where no step was left to do
+    report.keep_visits(folder, visits, start + 1, n_steps)
+    return visits
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
 
 
-def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> None:
+def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict]:
     """Accuracy on the job's tests into results.json, and three answers to look at.
 
-    when: "base" or "after" training.
+    when: "base" or "after" training. Returns a record of each problem.
     """
     task = job.settings["task"]
     result, records = evaluate(
@@ -331,12 +334,13 @@ def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> None:
         kept = {"base_accuracy": result["accuracy"], "base_total": result["total"]}
     else:
         kept = result
-        write_answers(folder, task, records)
+    write_answers(folder, f"{task}-base" if when == "base" else task, records)
     run_folder.update_results(folder, task, kept)
     seconds = f"{result['seconds']:.0f} s"
     print(f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({seconds})")
     for r in records[:3]:
         print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
+    return records
 
 
 def report_size(job: Job, model: MoEModel, trained: int, stored: int) -> None:
@@ -400,8 +404,8 @@ def run_job(job: Job, folder: Path) -> None:
 
     if not ranks.is_cut(model):
         hellora.merge(model)
-    if job.tests:
-        score_model(job, model, folder, "after")
+    records = score_model(job, model, folder, "after") if job.tests else []
+    report.keep_routing(job, model, folder, records)
     record["hashes"]["adapter"] = ranks.once(lambda: sha256(folder / "adapter.safetensors"))
     write_json(folder / "run.json", record | {"finished": True})
     ranks.wait()  # no rank ends before the files are there
@@ -416,6 +420,7 @@ def main() -> None:
     )
     with run_folder.lock(folder):
         run_job(job, folder)
+    print(ranks.once(lambda: report.after_training(folder)))
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
     print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 

@@ -56,6 +56,7 @@ class RunRecord:
     eval_data: str | None  # a path
     eval_limit: Positive | None  # problems
     hashes: Hashes | None
+    config: dict | None  # the model's MoEConfig
     adapted: dict[str, list[int]] | None  # {layer: ids of its adapted experts}
     overrides: list[list[str]] | None  # each time that it went on otherwise: what differed
 

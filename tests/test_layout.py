@@ -19,7 +19,7 @@ ORDER = [  # a file may import only files before it
     "plumbing.ranks", "plumbing.files", "plumbing.cli", "plumbing.tokenizer",
     "moe_model",
     "plumbing.checkpoint", "plumbing.data", "plumbing.run_folder", "plumbing.saves",
-    "catcher", "hellora", "generate", "eval_gsm8k", "settings", "train", "export",
+    "catcher", "hellora", "generate", "eval_gsm8k", "settings", "report", "train", "export",
 ]  # fmt: skip
 UPWARDS = {("moe_model", "plumbing.checkpoint")}  # inside a function: MoEModel.from_pretrained
 WINGS = ("tiny", "paper", "examples")
