@@ -370,9 +370,9 @@ def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool | None) -> li
         sizes = [len(e.ids) for e in encoded]
         first = next(n for n, size in enumerate(sizes, 1) if size > max_len)
         found = (
-            f"{len(encoded) - len(fit)} of {len(encoded)} rows are longer than the model's context "
-            f"of {max_len} tokens: row {first} is the first, row {sizes.index(max(sizes)) + 1} the "
-            f"longest, with {max(sizes)}"
+            f"{len(encoded) - len(fit)} of {len(encoded)} rows of the data are longer than the "
+            f"model's context of {max_len} tokens: row {first} is the first, row "
+            f"{sizes.index(max(sizes)) + 1} the longest, with {max(sizes)}"
         )
         if not (drop_long and fit):
             flag = ", or --drop-long" if drop_long is False else ""
