@@ -68,6 +68,8 @@ class Canned:
     """A tokenizer that makes these texts of whatever is generated, one after the other."""
 
     stops = (1023,)
+    bos = None
+    text_ends = turn_ends = frozenset()
 
     def __init__(self, texts):
         self.texts = iter(texts)
