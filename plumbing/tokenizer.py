@@ -381,26 +381,26 @@ def first_token(tokenizer: Tokenizer, files: Files) -> int | None:
     template = first_of_template(files[FILE].get("post_processor"))
     asked = files[OWN].get("add_bos_token")
     want(asked in (None, True, False), f"add_bos_token is {asked!r}: want true or false")
-    if template is None and not asked:
-        return None
     if template is not None:
-        first = tokenizer.specials.get(template) if template else None
-        want(template == "" or first is not None, f"{FILE} puts {template!r} first, no token")
+        known = all(i in tokenizer.token_bytes for i in template)
+        want(known, f"the post_processor of {FILE} puts {template} first: want a token's id")
         want(
             asked in (None, bool(template)),
             f"add_bos_token is {asked} in {OWN}, but the post_processor of {FILE} puts "
-            f"{template!r} first: want the same in both",
+            f"{template or 'nothing'} first: want the same in both",
         )
-        return first
+        return template[0] if template else None
+    if not asked:
+        return None
     if (name := files[OWN].get("bos_token")) is not None:
         return id_of(tokenizer, name, "bos_token")
-    known = [tokenizer.specials[name] for name in BOS if name in tokenizer.specials]
-    want(known, f"add_bos_token is true, but there is no bos_token: want one, such as {BOS[0]}")
-    return known[0]
+    named = [tokenizer.specials[name] for name in BOS if name in tokenizer.specials]
+    want(named, f"add_bos_token is true, but there is no bos_token: want one, such as {BOS[0]}")
+    return named[0]
 
 
-def first_of_template(processor: dict[str, Any] | None) -> str | None:
-    """The special token that an HF post_processor puts before a text; "" for none.
+def first_of_template(processor: dict[str, Any] | None) -> list[int] | None:
+    """The id that an HF post_processor puts before a text, or [] if it puts none there.
 
     None if it has no template, and so says nothing.
     """
@@ -413,10 +413,13 @@ def first_of_template(processor: dict[str, Any] | None) -> str | None:
         processor["type"] == "TemplateProcessing",
         f"post_processor {processor['type']}: want ByteLevel, TemplateProcessing or none",
     )
-    names = [part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part]
-    at = [n for n, part in enumerate(processor["single"]) if "Sequence" in part]
-    want(at in ([0], [1]), f"a template {processor['single']}: want at most one token before $A")
-    return names[0] if at == [1] else ""
+    ids: list[int] = []
+    for part in processor["single"]:
+        if "Sequence" in part:
+            break
+        ids += processor["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    want(len(ids) < 2, f"the post_processor puts {ids} first: want at most one token there")
+    return ids
 
 
 def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:

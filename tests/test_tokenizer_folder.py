@@ -270,7 +270,7 @@ def test_without_a_template_the_flag_says_whether_there_is_a_bos(content, own, f
     [
         (template("<s>", 1), {"add_bos_token": False}, ["add_bos_token", OWN, "tokenizer.json"]),
         (template("", 0), {"add_bos_token": True}, ["add_bos_token", OWN, "tokenizer.json"]),
-        (template("<none>", 1), {}, ["<none>"]),
+        (template("<none>", 5000), {}, ["5000", "tokenizer.json"]),
         (BYTES, {"add_bos_token": "yes"}, ["add_bos_token", OWN]),
         (BYTES, {"add_bos_token": True, "bos_token": "<none>"}, ["bos_token", "<none>"]),
         ({"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}, {}, ["BertProcessing"]),
