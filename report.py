@@ -251,8 +251,10 @@ def chosen_by(run: dict, hot: HotList | None, method: Method) -> str:
         return "This run trains every weight and has no adapters."
     if method.rule is None:
         return "This method adapts no experts: the slider shows visits alone."
-    if hot is None:
+    if method.rule == "all":
         return "This run adapts all experts. The slider shows what adapters on k of them would be."
+    if hot is None:
+        return f"This run adapts the {method.rule} experts of each layer."
     if not hot.counts:
         return "This run adapts experts that a file lists, without the visits behind them."
     what = "mean routing weight" if hot.score == "gate" else "visits"
@@ -450,7 +452,7 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             of = f"{scores['total']:,} problems" if scores.get("total") else ""
             found.append((name.replace("_", " "), shown, "; ".join(filter(None, (remark, of)))))
     if not found:
-        how = SCORED_BY[kind].format(folder.name)
+        how = SCORED_BY[kind].format(folder)
         found.append((SCORES[kind][0].replace("_", " "), "not scored", how))
     curve = loss_curve(folder)
     if finite := [x for x in curve["values"] if x is not None]:
