@@ -9,6 +9,7 @@ made is ever an object in its test's interpreter. A program that raises or exits
 answers with it.
 """
 
+import errno
 import os
 import resource
 import sys
@@ -39,24 +40,27 @@ MY_CAPABILITIES = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)  # linux/ca
 def drop_rights(user: str) -> None:
     """Keep no capability and no key. `user` is a number to become, or SAME.
 
-    bubblewrap's own process in here has none of our limits, so that nobody may trace it. Another
-    user may not, and nor may the same user from a user namespace further down.
+    bubblewrap's own process in here has none of our limits, so that no program may trace it.
+    Another user cannot. The same user cannot from a user namespace further down.
     The key ring of the session comes with every child of a login: it is left for an empty one.
     """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(function: str, *args: object) -> None:
+        blocked = (errno.EPERM, errno.ENOSYS) if function == "syscall" else ()  # for programs, too
+        if getattr(libc, function)(*args) < 0 and ctypes.get_errno() not in blocked:
+            raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+
     if user == SAME:
-        failed = libc.unshare(NEW_USER)
+        call("unshare", NEW_USER)
     else:
         os.setgroups([])
         os.setresgid(*[int(user)] * 3)
         os.setresuid(*[int(user)] * 3)
-        failed = 0
-    failed |= libc.capset(MY_CAPABILITIES, bytes(24))
-    failed |= libc.syscall(KEYCTL[os.uname().machine], JOIN_SESSION, None) < 0
-    if failed:
-        raise OSError(ctypes.get_errno(), "cannot give up rights and keys")
+    call("capset", MY_CAPABILITIES, bytes(24))
+    call("syscall", KEYCTL[os.uname().machine], JOIN_SESSION, None)
 
 
 def limit(seconds: float) -> None:
