@@ -36,6 +36,7 @@ from moe_model import IGNORE, MoEModel
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
+    HUMANEVAL,
     TASKS,
     Encoded,
     Example,
@@ -155,7 +156,7 @@ def answer_losses(
         batch = collate([data[i] for i in some], model.device)
         x, _ = model.trunk(batch.tokens)  # [B, T, D]
         wanted = batch.targets != IGNORE  # [B, T]
-        logits = model.head(x[wanted]).float()  # [targets, V]
+        logits = model.logits(x[wanted]).float()  # [targets, V]
         targets = batch.targets[wanted]  # [targets]
         losses = F.cross_entropy(logits, targets, reduction="none")
         first = logits.argmax(-1) == targets
@@ -169,18 +170,12 @@ def answer_losses(
     return records
 
 
-def measure_loss(
-    model: MoEModel,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    batch_size: int,
-) -> tuple[dict, list[dict]]:
-    """results.json's entry TASK-loss for `examples`, and a record of each.
+def measure_loss(model: MoEModel, data: list[Encoded], batch_size: int) -> tuple[dict, list[dict]]:
+    """results.json's entry TASK-loss for these examples, and a record of each.
 
     loss: nats per answer token, over the tokens of all answers. exact: a share of the problems.
     """
     began = time.perf_counter()
-    data = encode(examples, tokenizer, model.cfg.max_len)
     records = answer_losses(model, data, batch_size)
     tokens = sum(r["tokens"] for r in records)
     return {
@@ -277,6 +272,18 @@ def problems(task: str, template: str, path: Path, limit: int | None, shots: int
     return few_shot(examples, solved_problems(task, template), shots) if shots else examples
 
 
+def check_task(task: str, loss: bool, data: Path | None) -> None:
+    """Raise ValueError for a task without answers that can be scored here."""
+    known = [name for name, t in TASKS.items() if t.kind == "math"]
+    if loss:  # of a task whose test split has no answers in the form of its training, --data may
+        known = [name for name, t in TASKS.items() if data or t.test not in (None, HUMANEVAL)]
+    if task not in known:
+        raise ValueError(
+            f"task {task!r} has no {'answers' if loss else '#### N'!r} to score here: "
+            f"want one of {', '.join(known)}{', or --data FILE' if loss and not data else ''}"
+        )
+
+
 def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path | None) -> None:
     """Score one run, or the base model that `run` names, and print one line.
 
@@ -284,12 +291,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     the results are kept; None: nowhere.
     """
     task = args.task or run["task"]
-    known = [name for name, t in TASKS.items() if t.kind == "math" or (args.loss and t.test)]
-    if task not in known:
-        raise ValueError(
-            f"task {task!r} has no '{'answers' if args.loss else '#### N'}' to score here: "
-            f"want one of {', '.join(known)}"
-        )
+    check_task(task, args.loss, args.data)
 
     # A flag comes first, then what was asked for at training, which holds for that task only.
     own = run if task == run["task"] else {}
@@ -302,15 +304,18 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     tokenizer = load_tokenizer(source)
     tokenizer.bos = run.get("bos") if folder else bos_for(tokenizer, template)
     examples = problems(task, template, Path(path), limit, args.shots)
-    if not args.loss:
-        check_scorable(examples, tokenizer, read_config(source).max_len)  # loading may take minutes
+    max_len, data = read_config(source).max_len, []
+    if args.loss:  # first, as loading the model may take minutes
+        data = encode(examples, tokenizer, max_len)
+    else:
+        check_scorable(examples, tokenizer, max_len)
     device, dtype = compute(args.device, args.dtype or run["dtype"])
     if folder:
         model, _, _ = load_run(folder, not args.factored, dtype, device)
     else:
         model = MoEModel.from_pretrained(source, dtype, device)
     if args.loss:
-        result, records = measure_loss(model, tokenizer, examples, args.batch_size)
+        result, records = measure_loss(model, data, args.batch_size)
         shown = f"loss {result['loss']:.4f} nats per answer token, {result['exact']:.1%} exact"
     else:
         result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
@@ -330,6 +335,8 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
 def main() -> None:
     """Score each run, or the model."""
     args = parse_args()
+    if args.loss and args.max_new:
+        raise ValueError("--loss decodes nothing, so --max-new says nothing: omit it")
     if args.model is not None:
         base = {"model": args.model, "task": default_task(args.model), "dtype": None}
         score(args, base, folder=None, kept=kept_in(None, args))

@@ -218,7 +218,9 @@ MODULES = {  # parts that are a file each
 def scale(args: argparse.Namespace) -> comparison.Scale:
     """What the paper's tables are run on. Raises ValueError for flags that do not go with it."""
     trial = {name: getattr(args, name) for name in ("model", "data", "limit", "seeds")}
-    if args.what == "placement" and not any(trial.values()):
+    if args.what == "placement":
+        if given := [f"--{name}" for name, value in trial.items() if value]:
+            raise ValueError(f"{', '.join(given)}: of the paper's tables only, omit it")
         return comparison.TINY  # it has a scale of its own
     if args.scale == "paper":
         if not args.table:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, small_run, write_rows
+from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
 from test_tables import PARSERS
 
 from catcher import Catcher
@@ -83,6 +83,32 @@ def test_the_command_keeps_the_loss_of_any_task_apart_from_its_scores(cli, tmp_p
     assert "tiny-code" in err
 
 
+def test_the_loss_of_a_model_whose_output_layer_is_its_embedding(tmp_path, tiny):
+    hub = HUB["qwen3_moe"] | {"tie_word_embeddings": True, "vocab_size": 1024}
+    model = MoEModel.from_pretrained(write_checkpoint(tmp_path / "tied", hub))
+    _, _, data = tiny
+    some = [e._replace(ids=e.ids[:40]) for e in data[:3] if e.n_prompt < 39]
+    for record, e in zip(answer_losses(model, some, 2), some, strict=True):
+        logits, _ = model(torch.tensor([e.ids[:-1]]))
+        wanted = F.cross_entropy(logits[0, e.n_prompt - 1 :], torch.tensor(e.ids[e.n_prompt :]))
+        assert record["loss"] / record["tokens"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [("--task", "code"), ("--max-new", 5), ("--task", "safety")])
+def test_what_the_loss_cannot_be_measured_of_is_said_before_any_download(cli, flags):
+    code, _, err = cli("eval_gsm8k.py", "--model", "tiny", "--loss", *flags)
+    assert code == 2
+    assert str(flags[-1] if flags[0] == "--task" else flags[0]) in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_the_loss_of_ones_own_rows_of_any_task(cli, tmp_path):
+    rows = write_rows(tmp_path / "own.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
+    for task in ("code", "safety"):
+        asked = ("--model", "tiny", "--task", task, "--template", "bare", "--data", rows)
+        assert cli("eval_gsm8k.py", *asked, "--loss")[0] == 0
+
+
 # ---- counting the tokens that predict an answer --------------------------------------------------
 
 
@@ -148,6 +174,21 @@ def test_no_problem_is_both_trained_on_and_scored():
         assert not asked & {json.loads(row)["question"] for row in rows}
 
 
+def test_left_over_problems_or_folders_of_another_run_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement_runs, "ROOT", tmp_path)
+    placement_runs.write_problems("a/b.jsonl", "one\n")
+    placement_runs.write_problems("a/b.jsonl", "one\n")
+    with pytest.raises(ValueError, match="other problems"):
+        placement_runs.write_problems("a/b.jsonl", "two\n")
+    run = placement_runs.placed("A", "hot", 0, 0.01)
+    run.folder.mkdir(parents=True)
+    about = {"model": "tiny", "task": "tiny-math", "method": "hellora", "dtype": "fp32"}
+    about |= {"finished": True, "k": 8, "lr": 0.01, "seed": 0, "epochs": 3, "batch_size": 16}
+    (run.folder / "run.json").write_text(json.dumps(about | {"count": "all"}))
+    with pytest.raises(ValueError, match="epochs"):
+        run.check_folder()
+
+
 def test_losses_survive_packing_to_three_digits():
     draw = np.random.default_rng(0)
     records = [
@@ -198,6 +239,18 @@ def test_a_ratio_at_the_margin_is_seldom_called_equivalent_and_none_mostly_is():
     none = [compare_arms(simulated(draw, 0.0), ONE, PLAIN) for _ in range(n)]
     called = [test.p_equivalent < 0.05 for arms in none for test, _ in arms.values()]
     assert sum(called) / len(called) > 0.95  # the margin is over four standard errors away
+
+
+def test_a_comparison_that_is_not_finished_counts_in_the_correction():
+    some = simulated(np.random.default_rng(4), 0.06)
+    all_done = compare_arms(some, ONE, PLAIN)
+    one_done = compare_arms(
+        {arm: of if arm == "cold" else [] for arm, of in some.items()}, ONE, PLAIN
+    )
+    test, corrected = one_done["cold"]
+    assert one_done.keys() == {"cold"}
+    assert corrected == pytest.approx(min(1, 4 * test.p))
+    assert corrected >= all_done["cold"][1] >= test.p
 
 
 def test_several_bases_are_compared_by_their_means():

@@ -26,6 +26,7 @@ from hellora import load_run
 from moe_model import MoEModel, Routing
 from paper.runs.grid import Cell, Wanted, missing_tasks, saved
 from paper.runs.stats import signed, spread
+from paper.studies.placement import PLAIN, per_token
 from paper.studies.placement_runs import (
     FIRST_RATES,
     TASK,
@@ -123,7 +124,8 @@ def task_losses(model: MoEModel, tokenizer: Tokenizer, files: dict[str, Path]) -
     found = {}
     for task, path in files.items():
         examples = load_examples(task, path)[:N_PROBLEMS]
-        found[task] = measure_loss(model, tokenizer, examples, 100)[0]["loss"]
+        data = encode(examples, tokenizer, model.cfg.max_len)
+        found[task] = measure_loss(model, data, 100)[0]["loss"]
     return found
 
 
@@ -224,7 +226,7 @@ def numbers(run: Measured) -> dict[str, float]:
 
 def falling(runs: list[Measured]) -> list[tuple[float, dict[str, float]]]:
     """(log task loss, numbers) of the rates up to the best one, the best first."""
-    points = [(log(saved(run)["loss"][TEST]), numbers(run)) for run in runs]
+    points = [(log(per_token(run, PLAIN)), numbers(run)) for run in runs]
     best = min(range(len(points)), key=lambda i: points[i][0])
     return points[best::-1]
 

@@ -39,8 +39,8 @@ from paper.studies.placement_runs import (
     wanted,
 )
 from paper.studies.tables import printed
-from plumbing.checkpoint import locate
-from plumbing.data import TASKS, TEMPLATES, load_examples
+from plumbing.checkpoint import locate, read_config
+from plumbing.data import TASKS, TEMPLATES, Example, encode, load_examples
 from plumbing.tokenizer import load_tokenizer
 
 __all__ = ["results", "show", "wanted"]  # what paper.reproduce asks of a study
@@ -163,8 +163,9 @@ def compare_arms(
             tests[arm] = compare(over, MARGIN)
     corrected = {arm: test.p for arm, test in tests.items()}
     if part == PLAIN:
-        first = [arm for arm in tests if arm in PRIMARY]
-        corrected |= zip(first, holm([tests[arm].p for arm in first]), strict=True)
+        first = [arm for arm in some if arm in PRIMARY]
+        ps = [tests[arm].p if arm in tests else 1.0 for arm in first]  # all count, finished or not
+        corrected |= zip(first, holm(ps), strict=True)
     return {arm: (test, corrected[arm]) for arm, test in tests.items()}
 
 
@@ -197,10 +198,16 @@ def papers_effect(on: Scale, regime: str) -> dict | None:
     """
     hot, cold = (printed(*of, "gsm8k") / 100 for of in (("2", "hellora"), ("4", "hellora_c")))
     logits = logit(hot) - logit(cold)
-    runs = [(run, TEST) for run in finished(on)[regime] if run.model == on.base]
-    tuned = [run for run in on.tuned() if run.regime == regime]
-    runs += [(run, DEV) for run in tuned if not missing_tasks(run, [DEV])]
-    points = [(saved(run)["exact"][task], saved(run)["loss"][task]) for run, task in runs]
+    points = [
+        (float(exact(run)[PLAIN].mean()), per_token(run, PLAIN))
+        for run in finished(on)[regime]
+        if run.model == on.base
+    ]
+    points += [
+        (saved(run)["exact"][DEV], saved(run)["loss"][DEV])  # plain problems all
+        for run in on.tuned()
+        if run.regime == regime and not missing_tasks(run, [DEV])
+    ]
     points = [(logit(share), log(loss)) for share, loss in points if 0 < share < 1]
     if len(points) < 3:
         return None
@@ -245,11 +252,12 @@ def answer_sizes(model: str, task: str) -> list[int]:
     """
     if task == TASK:
         model, rows = MODEL, [json.loads(line) for line in problems(TEST).splitlines()]
-        examples = [TEMPLATES["math", "plain"](row) for row in rows]
+        examples = [Example(*TEMPLATES["math", "plain"](row), row) for row in rows]
     else:
-        examples = [example[:2] for example in load_examples(task, TASKS[task].test.fetch())]
-    tokenizer = load_tokenizer(locate(model))
-    return [len(tokenizer.encode(answer)) + 1 for _, answer in examples]
+        examples = load_examples(task, TASKS[task].test.fetch())
+    source = locate(model)
+    data = encode(examples, load_tokenizer(source), read_config(source).max_len)
+    return [len(e.ids) - e.n_prompt for e in data]
 
 
 def exact(run: Placed) -> np.ndarray:

@@ -22,7 +22,7 @@ from hellora import parse_method
 from paper.runs.grid import BASES, MODEL, ROOT, Run, Wanted, missing_tasks, saved
 from plumbing.data import TASKS
 from plumbing.files import write_atomically
-from plumbing.run_folder import read_results
+from plumbing.run_folder import read_results, read_run
 from tiny import tasks
 from tiny.tasks import draw
 
@@ -134,7 +134,17 @@ class Placed(Run):
 
     def record(self) -> dict:
         """See Cell."""
+        self.check_folder()
         return super().record() | {"drawn": self.rests_on()["drawn"]}
+
+    def check_folder(self) -> None:
+        """Raise ValueError if the run in its folder is another one: a name does not say all."""
+        of, run = REGIMES[self.regime], read_run(self.folder)
+        wanted = {"method": self.method, "k": self.k, "lr": self.lr, "seed": self.seed,
+                  "epochs": of.epochs, "batch_size": BATCH_SIZE,
+                  "count": "answers" if self.arm == ANSWERS else "all"}  # fmt: skip
+        if differ := [name for name, value in wanted.items() if run.get(name) != value]:
+            raise ValueError(f"{self.folder} has another {', '.join(differ)}: take it away")
 
     def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
         """See Cell."""
@@ -195,11 +205,13 @@ def problems_file(task: str) -> Path:
 
 
 def write_problems(path: Path, text: str) -> None:
-    """Below the repository, unless the file is there."""
+    """Below the repository. Raises ValueError if the file is there with other problems."""
     path = ROOT / path
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} has other problems than the study: take it away")
 
 
 def pack(records: list[dict]) -> dict[str, str]:
