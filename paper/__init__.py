@@ -16,3 +16,8 @@ scoring/        sandbox: programs that a model wrote, in bubblewrap; confined: w
 bench/          __main__: python -m paper.bench; worlds: weights and batch; measure: time, memory
                 peers: transformers and PEFT; report: what the numbers say
 """
+
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m: a command of it is being started
+    import plumbing.quiet  # noqa: F401

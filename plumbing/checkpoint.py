@@ -274,33 +274,34 @@ BACKBONES = {
 }  # fmt: skip
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, config_only: bool = False) -> Path:
     """The folder of a model: "tiny", a BACKBONES name, a folder, or a Hub id.
 
     A model of the Hub is downloaded once and then cached. Its id may end in @ and a revision, such
-    as a commit: that one is taken then, and not the newest. Raises FileNotFoundError if there is no
-    such model, or no network to fetch it through.
+    as a commit: that one is taken then, and not the newest. config_only: of such a model nothing
+    but config.json need be there. Raises FileNotFoundError that says what to do if there is no
+    such model, or if the Hub does not give it.
     """
     if model == "tiny":
         return Path(__file__).parent.parent / "tiny"
     if model != "" and Path(model).is_dir():  # Path("") would be the working directory
         return Path(model)
-    name = BACKBONES[model].repo if model in BACKBONES else str(model)
-    repo, _, revision = name.partition("@")
-    example = BACKBONES["olmoe-1b-7b"].repo
-    wanted = f"want tiny, {', '.join(BACKBONES)}, a folder, or a Hub id such as {example}"
+    repo, _, revision = hub_id(model).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise FileNotFoundError(f"there is no model {repo!r}: {wanted}")
-    from huggingface_hub import snapshot_download  # here, as it takes long to import
-
-    try:
-        wanted_files = ["*.safetensors", *BESIDE]
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted_files))
-    except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
+        example = BACKBONES["olmoe-1b-7b"].repo
         raise FileNotFoundError(
-            f"there is no folder {repo}, and the Hub did not give it ({type(error).__name__}): "
-            f"{wanted}; without a network, give the folder of a checkpoint that is here"
-        ) from error
+            f"there is no model {repo!r}: want tiny, {', '.join(BACKBONES)}, a folder, "
+            f"or a Hub id such as {example}"
+        )
+    from plumbing import hub  # here, as a checkpoint in a folder is read without it
+
+    patterns = () if config_only else (*BESIDE, "*.safetensors")
+    return hub.snapshot(repo, revision or None, "config.json", patterns)
+
+
+def hub_id(model: str | Path) -> str:
+    """A BACKBONES name as its Hub id; any other model as it is."""
+    return BACKBONES[model].repo if model in BACKBONES else str(model)
 
 
 def read_config(folder: str | Path) -> MoEConfig:

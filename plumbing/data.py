@@ -4,14 +4,15 @@ Letters: B sequences    T tokens per sequence
 """
 
 import gzip
-import hashlib
 import json
 import os
 import re
+import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +22,17 @@ from torch import Tensor
 
 from moe_model import IGNORE
 from plumbing import ranks
-from plumbing.files import write_atomically
+from plumbing.files import has_checksum, write_atomically, writing
+from plumbing.hub import snapshot
 from plumbing.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent  # of this repository
 LARGEST_UNPACKED = 1 << 27  # bytes
+LARGEST_DOWNLOAD = 1 << 26  # bytes
+LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: of all of it, and until the next byte must be there
+ON_THE_HUB = re.compile(
+    r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/([^/]+)"
+)
 # Half a character. JSON's \\u can name it, but no file can hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -34,53 +41,74 @@ class Source(NamedTuple):
     """Where the rows of a split are: a file of this repository, or a download."""
 
     place: str
-    checksum: str = ""  # of a download: its sha256, or git's id of the file; "": none is published
+    checksum: str = ""  # of a download: its sha256, or git's id of the file
     licence: str = ""
 
     def cached(self) -> Path:
-        """Its path on this machine, whether it is there yet or not."""
+        """Its path on this machine, whether it is there yet or not.
+
+        Raises ValueError for a HELLORA_CACHE that is no folder.
+        """
         if "://" not in self.place:
             return ROOT / self.place
-        cache = Path(os.environ.get("HELLORA_CACHE", Path.home() / ".cache" / "hellora"))
-        version = self.checksum or hashlib.sha256(self.place.encode()).hexdigest()
-        return cache / f"{version[:16]}-{self.place.rpartition('/')[2]}"
-
-    def digest(self, body: bytes) -> str:
-        """The checksum of `body`, of the same kind as this source's. One of git has 40 digits."""
-        if len(self.checksum) == 40:
-            return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        return hashlib.sha256(body).hexdigest()
+        cache = os.environ.get("HELLORA_CACHE", str(Path.home() / ".cache" / "hellora"))
+        if not cache or (Path(cache).exists() and not Path(cache).is_dir()):
+            raise ValueError(f"HELLORA_CACHE is {cache!r}: want a folder, or unset it")
+        return Path(cache) / f"{self.checksum[:16]}-{self.place.rpartition('/')[2]}"
 
     def fetch(self) -> Path:
         """Its path, after a download if need be.
 
         Raises OSError without a network, ValueError if the file is not the one that is expected.
         """
-        path = self.cached()
         if "://" not in self.place:
-            return path
-        if path.exists() and self.checksum in ("", self.digest(path.read_bytes())):
+            return self.cached()
+        if found := ON_THE_HUB.fullmatch(self.place):  # checked by the Hub's checksum of the file
+            repo, commit, name = found.groups()
+            print(f"{self.place} (licence: {self.licence})")
+            try:
+                return snapshot(repo, commit, name, kind="dataset") / name
+            except FileNotFoundError as error:
+                raise OSError(f"{error}, with --data FILE") from error
+        path = self.cached()
+        if path.exists() and has_checksum(path, self.checksum):
             return path
         print(f"downloading {self.place} (licence: {self.licence}) to {path}")
-        try:
-            with urllib.request.urlopen(self.place, timeout=60) as reply:
-                body = reply.read()
-        except (OSError, HTTPException) as error:
-            raise OSError(
-                f"{self.place} cannot be reached ({error}): get it where there is a network, "
-                "and give the file with --data FILE"
-            ) from error
-        got = self.digest(body)
-        if self.checksum not in ("", got):
-            raise ValueError(
-                f"{self.place} came with checksum {got}, want {self.checksum}: "
-                "give the file with --data FILE"
-            )
-        if not self.checksum:
-            print(f"no checksum is published for it; this one is {got}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda draft: draft.write_bytes(body), every_rank=True)
+        body = download(self.place)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, partial(self.write, body), every_rank=True)
         return path
+
+    def write(self, body: bytes, path: Path) -> None:
+        """Write what was downloaded. Raises ValueError unless it has the checksum."""
+        path.write_bytes(body)
+        if not has_checksum(path, self.checksum):
+            raise ValueError(
+                f"{self.place} gave another file than the one that is wanted, {len(body):,} bytes "
+                f"without the checksum {self.checksum}: see whether the network wants a log-in, or "
+                "use --data FILE"
+            )
+
+
+def download(url: str) -> bytes:
+    """What is there. Raises OSError if it is not given, or too large, or too slow."""
+    body, until = bytearray(), time.monotonic() + LONGEST_DOWNLOAD
+    try:
+        with urllib.request.urlopen(url, timeout=SILENCE) as reply:
+            size = int(reply.headers.get("Content-Length") or -1)
+            while part := reply.read1(1 << 16):
+                body += part
+                if len(body) > LARGEST_DOWNLOAD or time.monotonic() > until:
+                    raise OSError(f"more than {LARGEST_DOWNLOAD:,} bytes, or {LONGEST_DOWNLOAD} s")
+        if size not in (-1, len(body)):
+            raise OSError(f"it broke off after {len(body):,} of {size:,} bytes")
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(
+            f"{url} cannot be had ({error}): run the command again, or get it where there is a "
+            "network, and give the file with --data FILE"
+        ) from error
+    return bytes(body)
 
 
 class Example(NamedTuple):
@@ -109,7 +137,7 @@ GSM8K_TRAIN = Source(
 GSM8K_TEST = Source(
     GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "MIT"
 )
-CODE_ALPACA = Source(  # 20,022 rows, at a fixed revision
+CODE_ALPACA = Source(  # 20,022 rows, at a fixed commit
     "https://huggingface.co/datasets/sahil2801/CodeAlpaca-20k/resolve/"
     "469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846/code_alpaca_20k.json",
     licence="CC BY-NC 4.0, non-commercial, says its repository; CC BY 4.0, its page on the Hub",

@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and JSON that is checked before it is used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,14 +23,16 @@ from plumbing import ranks
 def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool = False) -> None:
     """Let `write` fill a temporary file, bring it to disk, and only then give it the name `path`.
 
-    Only rank 0 writes, unless `every_rank` wants the file for itself. Raises OSError, whatever
-    error of its own the writing library has for a full disk.
+    Only rank 0 writes, unless `every_rank` wants the file for itself. Raises PermissionError where
+    nothing can be written, or OSError, whatever error of its own the writing library has for a full
+    disk. A link that has one of the two names is replaced: what it leads to is left alone.
     """
     if ranks.rank() and not every_rank:
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with writing(path):
+            draft.unlink(missing_ok=True)  # a link of that name would be written through
             write(draft)
             with draft.open("rb+") as file:  # Windows brings only what may be written to disk
                 os.fsync(file.fileno())
@@ -46,10 +49,12 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        kind = PermissionError if number in (errno.EACCES, errno.EPERM, errno.EROFS) else OSError
         room = ""
         with suppress(OSError):  # safetensors has an error of its own, so a full disk has many
             room = f"; its disk has {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB left"
-        raise OSError(f"{path} could not be written ({error}){room}") from error
+        raise kind(f"{path} could not be written ({error}){room}") from error
 
 
 def sync_names(folder: Path) -> None:
@@ -80,6 +85,14 @@ def sha256(*paths: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Whether a file has this sha256, or this id in git, which has 40 digits."""
+    if len(checksum) == 64:
+        return sha256(path) == checksum
+    body = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest() == checksum
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from conftest import ROOT, write_rows
 from moe_model import IGNORE
 from plumbing.data import (
     FIELDS,
+    ON_THE_HUB,
     TASKS,
     TEMPLATES,
     Encoded,
@@ -226,11 +227,11 @@ def test_micro_batches_keep_every_example_and_group_like_lengths():
 # ---- the built-in tasks --------------------------------------------------------------------------
 
 
-def test_downloads_name_their_licence_and_a_checksum_or_a_fixed_revision():
+def test_downloads_name_their_licence_and_a_checksum_or_a_commit_of_the_hub():
     sources = [source for task in TASKS.values() for source in (task.train, task.test) if source]
     for source in (s for s in sources if "://" in s.place):
         assert source.licence
-        assert len(source.checksum) in (40, 64) or re.search(r"/[0-9a-f]{40}/", source.place)
+        assert len(source.checksum) in (40, 64) or ON_THE_HUB.fullmatch(source.place)
 
 
 def test_a_download_is_checked_by_sha256_or_by_gits_id_of_the_file(tmp_path, monkeypatch, capsys):
@@ -238,12 +239,10 @@ def test_a_download_is_checked_by_sha256_or_by_gits_id_of_the_file(tmp_path, mon
     (tmp_path / "x.jsonl").write_bytes(b"hello\n")
     git = "ce013625030ba8dba906f756967f9e9ca394464a"  # what `git hash-object` says of "hello\n"
     sha = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
-    for checksum in (git, sha, ""):
+    for checksum in (git, sha):
         source = Source(f"file://{tmp_path}/x.jsonl", checksum, "ours, free")
         assert source.fetch().read_bytes() == b"hello\n"
-        out = capsys.readouterr().out
-        assert "licence: ours, free" in out
-        assert ("no checksum is published" in out) == (checksum == "")
+        assert "licence: ours, free" in capsys.readouterr().out
         assert source.fetch() == source.cached()
         assert capsys.readouterr().out == ""  # the second time from the cache
     source = Source(f"file://{tmp_path}/x.jsonl", git)

@@ -773,7 +773,8 @@ def test_a_revision_pins_what_is_taken_from_the_hub(tmp_path, monkeypatch):
     repo, commits = tmp_path / "models--some--moe", ("1" * 40, "2" * 40)
     for commit in commits:
         (repo / "snapshots" / commit).mkdir(parents=True)
-        (repo / "snapshots" / commit / "config.json").write_text("{}")
+        for name in ("config.json", "model.safetensors"):
+            (repo / "snapshots" / commit / name).write_text("{}")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commits[1])
     assert locate("some/moe").name == commits[1]
