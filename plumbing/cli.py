@@ -5,6 +5,7 @@ user. 1 and a traceback: a fault of ours.
 """
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -18,6 +19,10 @@ import torch
 
 from plumbing import ranks
 
+LOST = (
+    "another rank has ended or does not answer: its own lines say why; start all ranks again with "
+    "the same command, which goes on from the last save"
+)
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
 
 
@@ -26,6 +31,8 @@ LONGEST_LINE = 2000  # characters of an error: a file may have any text where a 
 
 def command(main: Callable[[], None]) -> NoReturn:
     """Run `main` and end the process with the exit code that its outcome deserves."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file may know few characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
@@ -36,8 +43,7 @@ def command(main: Callable[[], None]) -> NoReturn:
             sys.exit(_fail(OSError(f"out of memory: if it was scoring, {less}")))
         if not ranks.is_lost(error):
             raise
-        first_line = str(error).splitlines()[0]
-        sys.exit(_fail(OSError(f"lost the other ranks, see what they say ({first_line})")))
+        sys.exit(_fail(OSError(LOST)))
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
@@ -52,10 +58,18 @@ def _fail(error: Exception) -> int:
     ):  # for whoever suspects a fault of ours behind the message
         raise error
     who = f"rank {ranks.rank()}: " if ranks.rank() else ""
-    line = " ".join(str(error).split())[:LONGEST_LINE]
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    print(f"error: {who}{line}", file=sys.stderr)
+    print(f"error: {who}{plain(' '.join(str(error).split()))[:LONGEST_LINE]}", file=sys.stderr)
     return 2
+
+
+def say(text: str) -> None:
+    """Print what came from a file or from a model."""
+    print(plain(text))
+
+
+def plain(text: str) -> str:
+    """The text with "?" for characters that could command a terminal, or hide others there."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 @contextmanager

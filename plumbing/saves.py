@@ -15,6 +15,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from plumbing import ranks
+from plumbing.cli import say
 from plumbing.files import sync_names, write_atomically
 from plumbing.run_folder import read_run
 
@@ -92,7 +93,7 @@ def load(folder: Path) -> Save | None:
                 return read(path)
             except ValueError as error:
                 damaged.append(str(error))
-                print(f"{error}: looking for the save before it")
+                say(f"{error}: looking for the save before it")
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
     return None
@@ -108,9 +109,19 @@ def read(path: Path) -> Save:
         state = Save(int(about["step"]), tensors)
         if state.checksum() != about["sha256"] or state.step < 1:
             raise ValueError("its checksum or its step is wrong")
+        check_numbers(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     return state
+
+
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for what no run writes: all is finite and fp32, or boolean (masks)."""
+    for name, t in tensors.items():
+        if t.dtype not in (torch.float32, torch.bool):
+            raise ValueError(f"{name} is {t.dtype}, want torch.float32")
+        if not t.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
 
 
 @torch.no_grad()
@@ -148,9 +159,13 @@ def resume(
 def fill(live: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
     """Give the `live` tensors the values `saved` in `folder`, in place.
 
-    Raises ValueError unless both have the same names and shapes.
+    Raises ValueError unless both have the same names and shapes, and the same of them are masks.
     """
-    wrong = saved.keys() ^ live.keys() or {n for n in live if live[n].shape != saved[n].shape}
+
+    def form(t: Tensor) -> tuple:
+        return t.shape, t.dtype == torch.bool
+
+    wrong = saved.keys() ^ live.keys() or {n for n in live if form(live[n]) != form(saved[n])}
     if wrong:
         raise ValueError(
             f"the adapter saved in {folder} does not fit, as {min(wrong)} shows: train again"
@@ -195,7 +210,8 @@ def save_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """What a run ended with: adapter.safetensors, or, if damaged, the weights of the last save.
 
-    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of.
+    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of, or if
+    its numbers are none that a run writes.
     """
     path, last = folder / ADAPTER, folder / LAST
     if not path.is_file():
@@ -207,12 +223,19 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         try:
             found = load_file(file).items()
         except (SafetensorError, OSError) as error:
-            print(f"{file} cannot be read ({error})")
+            say(f"{file} cannot be read ({error})")
             continue
         saved = {name.removeprefix(place): t for name, t in found if name.startswith(place)}
         if right in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
-            return saved
+            break
         print(f"{file} has not the weights that {folder / 'run.json'} has the checksum of")
-    raise ValueError(
-        f"neither {path} nor {last} has the weights that run.json has the checksum of: train again"
-    )
+    else:
+        raise ValueError(
+            f"neither {path} nor {last} has the weights that run.json has the checksum of: "
+            "train again"
+        )
+    try:
+        check_numbers(saved)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: train again") from error
+    return saved
