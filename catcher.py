@@ -8,6 +8,9 @@ train.py counts in the same way during its warm-up. The paper calls the step tha
 experts its catcher. Letters are those of moe_model.py.
 """
 
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+
 import argparse
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +33,7 @@ from plumbing.data import (
     micro_batches,
 )
 from plumbing.files import read_json, write_json
-from plumbing.run_folder import by_layer, read_run
+from plumbing.run_folder import by_layer, located, read_run
 from plumbing.tokenizer import load_tokenizer
 
 # ---- counting ------------------------------------------------------------------------------------
@@ -325,14 +328,19 @@ def parse_args() -> argparse.Namespace:
     either("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
     # fmt: on
     add_compute_flags(add)
-    return p.parse_args()
+    args = p.parse_args()
+    others = [flag for flag, value in vars(args).items() if value != p.get_default(flag)]
+    if args.run and others != ["run"]:
+        others.remove("run")
+        raise ValueError(f"--{others[0].replace('_', '-')} is for counting, not for --run: omit it")
+    return args
 
 
 def main() -> None:
     """Count and choose, or show what a run chose."""
     args = parse_args()
     if args.run:
-        cfg = read_config(locate(read_run(args.run)["model"]))
+        cfg = read_config(located(read_run(args.run), weights=False))
         print(HotList.read(args.run / "hot_experts.json", cfg).show())
         return
     device, dtype = compute(args.device, args.dtype)

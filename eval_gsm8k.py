@@ -19,6 +19,9 @@ some, and keeps it as TASK-loss. A difference of models shows in it with far few
 token tells how likely it was, and not only whether it was right.
 """
 
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+
 import argparse
 import json
 import random
@@ -33,7 +36,7 @@ from tqdm import tqdm
 from generate import generate
 from hellora import load_run
 from moe_model import IGNORE, MoEModel
-from plumbing.checkpoint import locate, read_config
+from plumbing.checkpoint import read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
     HUMANEVAL,
@@ -48,7 +51,7 @@ from plumbing.data import (
     load_examples,
 )
 from plumbing.files import write_atomically
-from plumbing.run_folder import read_run, update_results
+from plumbing.run_folder import located, read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 STRICT = {  # template -> where its answers put the number; the first match counts
@@ -211,6 +214,15 @@ def write_answers(folder: Path, task: str, records: list[dict]) -> None:
     )
 
 
+def keep(folder: Path, task: str, result: dict, records: list[dict]) -> None:
+    """results.json's entry and answers-TASK.jsonl; where nothing can be written, a line says so."""
+    try:
+        update_results(folder, task, result)
+        write_answers(folder, task, records)
+    except PermissionError as error:
+        print(f"shown and not kept: {error}")
+
+
 def solved_problems(task: str, template: str) -> list[str]:
     """Each training problem with its answer, as they stand in a prompt.
 
@@ -299,7 +311,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     limit = args.limit or own.get("eval_limit")
     max_new = args.max_new or TASKS[task].max_new
 
-    source = locate(run["model"])
+    source = located(run)
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source)
     tokenizer.bos = run.get("bos") if folder else bos_for(tokenizer, template)
@@ -328,8 +340,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
         asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
         kept_as = f"{task}-loss" if args.loss else task
         kept_as += "-part" if any(asked) or other_dtype(args, run) else ""
-        update_results(kept, kept_as, result)
-        write_answers(kept, kept_as, records)
+        keep(kept, kept_as, result, records)
 
 
 def main() -> None:
@@ -338,6 +349,8 @@ def main() -> None:
     if args.loss and args.max_new:
         raise ValueError("--loss decodes nothing, so --max-new says nothing: omit it")
     if args.model is not None:
+        if args.factored:
+            raise ValueError("--factored is for --run: a model has no adapters to keep; omit it")
         base = {"model": args.model, "task": default_task(args.model), "dtype": None}
         score(args, base, folder=None, kept=kept_in(None, args))
     for folder in args.run or []:

@@ -6,6 +6,9 @@
 What was written is read back and run beside the live adapters. Only then it gets its final name.
 """
 
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+
 import argparse
 import os
 import shutil
@@ -19,7 +22,6 @@ from tqdm import tqdm
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
 from moe_model import MoEConfig, MoEModel
 from plumbing.checkpoint import (
-    BACKBONES,
     BESIDE,
     FAMILIES,
     INDEX,
@@ -27,6 +29,7 @@ from plumbing.checkpoint import (
     Checkpoint,
     base_parameters,
     empty_model,
+    hub_id,
     hub_names,
     locate,
     read_config,
@@ -35,7 +38,8 @@ from plumbing.checkpoint import (
 )
 from plumbing.cli import Parser, command, compute
 from plumbing.files import read_json, write_atomically, write_json
-from plumbing.run_folder import base_of, read_run
+from plumbing.hub import commit_of
+from plumbing.run_folder import base_of, located, read_run, repository
 from plumbing.saves import read_adapter
 
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
@@ -61,14 +65,14 @@ def updates(model: MoEModel) -> dict[str, LowRank]:
 
 def adapters_alone(folder: Path) -> MoEModel:
     """The run's adapters with their values, on a base of shapes that takes no memory."""
-    model = empty_model(read_config(locate(read_run(folder)["model"])), torch.float32)
+    model = empty_model(read_config(located(read_run(folder), weights=False)), torch.float32)
     attach_run(model, folder)
     return model
 
 
 def trained_in_full(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors as full fine-tuning left them."""
-    saved, cfg = read_adapter(folder), read_config(locate(read_run(folder)["model"]))
+    saved, cfg = read_adapter(folder), read_config(located(read_run(folder), weights=False))
     tensors = {}
     for name, (_, hub) in base_parameters(cfg).items():
         tensors |= zip(hub, saved[name] if len(hub) > 1 else [saved[name]], strict=True)
@@ -83,7 +87,7 @@ def write_hub(folders: list[Path], out: Path) -> None:
     copied. One shard is in memory at a time. Experts that were stacked get a tensor each, as the
     Hub has them; what is no weight is left out.
     """
-    source = locate(read_run(folders[0])["model"])
+    source = located(read_run(folders[0]))
     in_full = parse_method(read_run(folders[0])["method"]).train_base
     replaced = trained_in_full(folders[0]) if in_full else {}
     changes = [] if in_full else [updates(adapters_alone(folder)) for folder in folders]
@@ -102,9 +106,8 @@ def write_hub(folders: list[Path], out: Path) -> None:
                 shard[name] = exact.to(stored.dtype)
                 worst = max(worst, (shard[name].float() - exact).abs().max().item())
         write_tensors(shard, out / path.name)
-    for pattern in BESIDE:
-        for file in source.glob(pattern):
-            shutil.copy(file, out)
+    for file in beside(source):
+        shutil.copy(file, out)
     (out / INDEX).unlink(missing_ok=True)  # the copy: it may be left over, or name stacks
     if (source / SINGLE) not in shard_of.values():
         weight_map = {name: path.name for name, path in sorted(shard_of.items())}
@@ -153,7 +156,7 @@ def write_peft(folder: Path, out: Path, partial: bool) -> None:
             }
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
     leaves = {module.rpartition(".")[2] for module in modules}
-    name, _, revision = base_name(run["model"]).partition("@")
+    name, _, revision = base_name(run).partition("@")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name, "revision": revision or None,
@@ -178,15 +181,11 @@ def spread(factor: Tensor, experts: list[int], n_experts: int) -> Tensor:
     )
 
 
-def base_name(model: str) -> str:
-    """What a PEFT config calls the base model: its Hub id[@REVISION], or its folder."""
-    return (
-        BACKBONES[model].repo
-        if model in BACKBONES
-        else str(locate(model))
-        if model == "tiny"
-        else model
-    )
+def base_name(run: dict) -> str:
+    """What a PEFT config calls a run's base model: its Hub id@COMMIT, or its folder."""
+    if run.get("commit"):
+        return f"{repository(run['model'])}@{run['commit']}"
+    return str(locate("tiny")) if run["model"] == "tiny" else hub_id(run["model"])
 
 
 @torch.no_grad()
@@ -221,7 +220,7 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     checkpoint's own dtype, so that what should be equal is: a hub export and the model merged in
     memory, a peft export and the live adapters. What rounding to that dtype costs is only printed.
     """
-    source = locate(read_run(folders[0])["model"])
+    source = located(read_run(folders[0]))
     stored = Checkpoint(source).dtypes()
     dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
     model = MoEModel.from_pretrained(source, dtype, device)
@@ -267,7 +266,7 @@ def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> N
             raise ValueError(f"{folder}: not finished, want runs that are done")
         read_adapter(folder)
     methods = [parse_method(run["method"]) for run in runs]
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} is there already: want another --out, or remove it")
     if partial and form != "peft":
         raise ValueError("--partial is for --format peft: omit it")
@@ -286,7 +285,27 @@ def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> N
         raise ValueError(
             f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub"
         )
-    base_of(folders[0])
+    source = base_of(folders[0])
+    if form == "hub":
+        check_beside(source)
+
+
+def check_beside(source: Path) -> None:
+    """Raise ValueError for a file that would be copied from elsewhere, by a link in the model.
+
+    Whoever made the folder may have put the link there, to a file that is not to be passed on. A
+    snapshot of the Hub is made of links to blobs: the repository's, or those of the whole cache.
+    """
+    home = source.resolve()
+    homes = [home.parents[1] / "blobs", home.parents[2] / "blobs"] if commit_of(home) else []
+    for file in beside(source):
+        if not any(file.resolve().is_relative_to(place) for place in (home, *homes)):
+            raise ValueError(f"{file} is a link out of that folder: want the file itself there")
+
+
+def beside(source: Path) -> list[Path]:
+    """The files of a model that a hub export copies as they are."""
+    return [file for pattern in BESIDE for file in source.glob(pattern)]
 
 
 def main() -> None:

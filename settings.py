@@ -15,10 +15,17 @@ from torch import Tensor
 
 from catcher import COUNTS, HotList, check_k, default_k
 from eval_gsm8k import check_scorable
-from hellora import METHODS, SUFFIXES, Method, lori_masks, parse_method
+from hellora import METHODS, SUFFIXES, Method, adapters, attach, lori_masks, parse_method
 from moe_model import MATMULS, MoEConfig
 from plumbing import ranks, saves
-from plumbing.checkpoint import BACKBONES, Checkpoint, check_weights, locate, read_config
+from plumbing.checkpoint import (
+    BACKBONES,
+    Checkpoint,
+    check_weights,
+    empty_model,
+    locate,
+    read_config,
+)
 from plumbing.cli import COUNT, DTYPES, SEED, SHARE, Parser, add_compute_flags, compute, number
 from plumbing.data import (
     TASKS,
@@ -31,7 +38,17 @@ from plumbing.data import (
     steps_per_epoch,
 )
 from plumbing.files import sha256
-from plumbing.run_folder import differences, fingerprint, read_run, versions
+from plumbing.hub import commit_of
+from plumbing.run_folder import (
+    at_commit,
+    base_hashes,
+    begun_on,
+    choose_folder,
+    differences,
+    is_same_model,
+    read_run,
+    versions,
+)
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).parent
@@ -130,7 +147,7 @@ def parse_args(description: str) -> argparse.Namespace:
            help="a hot_experts.json to use, also ESFT's; nothing is counted")
     method("--mask-from", type=Path, metavar="RUN",
            help="the D run that gives lori-s or hellori-s its mask")
-    method("--mask-scope", choices=["model", "layer", "matrix"], default="model",
+    method("--mask-scope", choices=["model", "layer", "matrix"],
            help="within what the mask's entries compete (default model)")
     method("--redraw-a", action="store_true",
            help="lori-s, hellori-s: draw a new A, as LoRI's code does")
@@ -168,8 +185,9 @@ def parse_args(description: str) -> argparse.Namespace:
 
 def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
     """Everything that decides a run's numbers, with a default where a flag was not given."""
-    if args.redraw_a and not args.mask_from:
-        raise ValueError("--redraw-a is for lori-s and hellori-s, with --mask-from RUN: omit it")
+    of_masks = {"redraw-a": args.redraw_a, "mask-scope": args.mask_scope}
+    if (given := [flag for flag, value in of_masks.items() if value]) and not args.mask_from:
+        raise ValueError(f"--{given[0]} is for lori-s and hellori-s, with --mask-from RUN: omit it")
     task = args.task or default_task(args.model)
     defaults = {  # the recipe's, the task's or the model's
         **vars(recipe(task, parse_method(args.method).train_base)),
@@ -180,18 +198,21 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     }
     if args.steps:
         defaults["epochs"] = None  # --steps replaces it
+    if args.mask_from:
+        defaults["mask_scope"] = "model"
     settings = {}
     for name in SETTINGS:
         value = getattr(args, name)
-        if name in ("mask_scope", "redraw_a") and not args.mask_from:
-            value = None  # without a mask they say nothing
+        if name == "redraw_a" and not args.mask_from:
+            value = None  # without a mask it says nothing
         if name == "model" and value != "tiny" and Path(value).is_dir():
             value = Path(value)
         if isinstance(value, Path):
             value = os.path.realpath(value)  # a run goes on from any working directory
         settings[name] = defaults.get(name) if value is None else value
     settings["decay"] = defaults["decay"]
-    check_k(settings["k"], cfg.n_experts)
+    if parse_method(args.method).chooses:
+        check_k(settings["k"], cfg.n_experts)
     return settings
 
 
@@ -217,6 +238,7 @@ def scored_examples(settings: dict) -> list[Example]:
 class Job:
     """One run, checked and ready. Nothing has been written for it yet."""
 
+    folder: Path  # where it will be: new, or with what it goes on from
     settings: dict  # what decides its numbers (resolve)
     method: Method
     cfg: MoEConfig
@@ -248,18 +270,30 @@ class Job:
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that a user can get wrong, before anything is written, and read the data."""
     device, dtype = compute(args.device, args.dtype)
-    method, source = parse_method(args.method), locate(args.model)
-    cfg, tokenizer = read_config(source), load_tokenizer(source)
-    check_weights(cfg, Checkpoint(source))
-    settings = resolve(args, cfg, dtype)
-    tokenizer.bos = settings["bos"] = bos_for(tokenizer, settings["template"])
+    method = parse_method(args.method)
+    # Of a model of the Hub, all but the weights at first: the settings choose the run's folder, and
+    # an unfinished run there goes on with the commit that it began with.
+    commit = ranks.once(lambda: commit_of(locate(args.model, weights=False)))
+    newest = locate(at_commit(args.model, commit), weights=False)
+    cfg, tokenizer = read_config(newest), load_tokenizer(newest)
+    settings = resolve(args, cfg, dtype) | {"commit": commit}
+    settings["bos"] = bos_for(tokenizer, settings["template"])
     start = take_over(args.mask_from, method, settings)
-    check_choice(args, method)
+    check_choice(args, method, cfg)
+    check_rank(args.rank, method, cfg)
     if args.hot_experts:
         hot = HotList.read(args.hot_experts, cfg)
         if args.k is None and not args.coverage:  # the list says how many; its layers may differ
             settings["k"] = check_k(max(map(len, hot.experts.values())), cfg.n_experts)
         check_hot_list(hot, args, settings)
+    folder = ranks.once(lambda: choose_folder(settings, args.out, args.resume, args.override))
+
+    settings["commit"] = begun_on(folder) or commit
+    check_commit(args.mask_from, settings)
+    source = locate(at_commit(args.model, settings["commit"]))
+    cfg, tokenizer = read_config(source), load_tokenizer(source)
+    tokenizer.bos = settings["bos"]
+    check_weights(cfg, Checkpoint(source))
 
     path = args.data or TASKS[settings["task"]].train.fetch()
     examples = load_examples(settings["task"], path, settings["template"])
@@ -267,6 +301,7 @@ def prepare(args: argparse.Namespace) -> Job:
     tests = [] if args.no_eval else scored_examples(settings)
     check_scorable(tests, tokenizer, cfg.max_len)
     return Job(
+        folder=folder,
         settings=settings,
         method=method,
         cfg=cfg,
@@ -327,9 +362,11 @@ def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor
     --redraw-a the S run draws a new one, as LoRI's code does. Raises ValueError if the D run is not
     finished, or is of another placement.
     """
-    wanted = {name: settings[name] for name in ("model", "task", "k", "rank", "alpha")}
-    wanted |= {"method": d_method(settings["method"]), "finished": True}
     saved = read_run(folder)
+    wanted = {name: settings[name] for name in ("task", "k", "rank", "alpha")}
+    wanted |= {"method": d_method(settings["method"]), "finished": True}
+    if not is_same_model(saved, settings):
+        wanted["model"] = settings["model"]
     differ = [f"{n} is {saved.get(n)}, want {v}" for n, v in wanted.items() if saved.get(n) != v]
     if differ:
         raise ValueError(f"--mask-from {folder} does not fit: {'; '.join(differ)}")
@@ -342,20 +379,47 @@ def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor
     return start
 
 
-def check_choice(args: argparse.Namespace, method: Method) -> None:
+def check_commit(mask_from: Path | None, settings: dict) -> None:
+    """Raise ValueError unless the D run, if there is one, was on the same commit of the model."""
+    theirs = read_run(mask_from).get("commit") if mask_from else settings["commit"]
+    if theirs != settings["commit"]:
+        raise ValueError(
+            f"--mask-from {mask_from} does not fit: commit is {theirs}, want {settings['commit']}; "
+            "ask for that one with --model ORG/NAME@COMMIT"
+        )
+
+
+def check_choice(args: argparse.Namespace, method: Method, cfg: MoEConfig) -> None:
     """Raise ValueError for a flag about choosing experts where nothing is left to choose.
 
     That is where all or none are adapted, or a list is given. --coverage is let through beside a
-    list, as old commands have it.
+    list, as old commands have it; so is a --k that only says the default.
     """
     given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
-    if given and not method.chooses:
+    without = [*given, *(["k"] if args.k not in (None, default_k(cfg)) else [])]
+    if without and not method.chooses:
         raise ValueError(
-            f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
+            f"--{without[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
         )
     listed = args.hot_experts or args.mask_from
     if listed and given not in ([], ["coverage"]):
         raise ValueError(f"--{given[-1]} is for choosing experts, but {listed} names them: omit it")
+
+
+def check_rank(rank: int | None, method: Method, cfg: MoEConfig) -> None:
+    """Raise ValueError for a --rank above the smaller side of a matrix that the method updates.
+
+    A larger one could say no more. The router is let be: it has a row an expert, of which Mixtral
+    has 8, and the paper's rank is 32.
+    """
+    model = empty_model(cfg, torch.float32)
+    attach(model, method, {layer: [0] for layer in cfg.moe_layers}, 1, 1)
+    sides = {n: min(m.weight.shape[-2:]) for n, m in adapters(model).items() if n[-6:] != "router"}
+    name = min(sides, key=sides.get, default=None)
+    if name and rank and rank > sides[name]:
+        raise ValueError(
+            f"--rank is {rank}, but {name} has a side of {sides[name]}: want {sides[name]} at most"
+        )
 
 
 def check_hot_list(hot: HotList, args: argparse.Namespace, settings: dict) -> None:
@@ -374,8 +438,7 @@ def check_hot_list(hot: HotList, args: argparse.Namespace, settings: dict) -> No
 
 def hashes(source: Path, data: list[Encoded]) -> dict[str, str]:
     """sha256 of what the numbers rest on: model, code, and training data as token ids."""
-    return {
-        "model": fingerprint(source),
+    return base_hashes(source) | {
         "code": sha256(*sorted([*HERE.glob("*.py"), *HERE.glob("plumbing/*.py")])),
         "data": hashlib.sha256(repr(data).encode()).hexdigest(),
     }
@@ -386,16 +449,21 @@ def open_record(job: Job, folder: Path) -> dict:
 
     Raises ValueError if the model or the data changed since.
     """
-    now = hashes(job.source, job.data)
-    new = job.settings | {"finished": False, "versions": versions(job.device), "hashes": now}
+    new = job.settings | {
+        "finished": False,
+        "versions": versions(job.device),
+        "hashes": hashes(job.source, job.data),
+        "config": asdict(job.cfg),  # so that report.py needs no model
+        "compute": {
+            "micro_batch": job.micro_batch,
+            "experts": job.matmul,
+            "recompute": job.recompute,
+            "ranks": ranks.world(),
+            "threads": torch.get_num_threads(),
+        },
+    }
     if job.settings["drop_long"]:
         new["rows_dropped"] = job.n_dropped
-    new["config"] = asdict(job.cfg)  # so that report.py needs no model
-    new["compute"] = {
-        "micro_batch": job.micro_batch,
-        "experts": job.matmul,
-        "recompute": job.recompute,
-    }
     if not (folder / "run.json").exists():
         return new
     saved = read_run(folder)
@@ -404,7 +472,10 @@ def open_record(job: Job, folder: Path) -> dict:
             f"the run in {folder} has just been finished by another process: want another --out"
         )
     before = saved.get("hashes") or {}
+    now = new["hashes"]
     changed = [what for what in ("model", "data") if before.get(what) != now[what]]
+    if before.get("tokenizer") not in (None, now["tokenizer"]):
+        changed.append("tokenizer")
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
@@ -415,5 +486,23 @@ def open_record(job: Job, folder: Path) -> dict:
             f"{folder} is already at step {last.step}: want more --steps or --epochs than that"
         )
     if differ := differences(saved, job.settings):
-        new["overrides"] = [*(saved.get("overrides") or []), differ]
-    return saved | new
+        saved["overrides"] = [*(saved.get("overrides") or []), differ]
+    if differ := other_conditions(saved, new):
+        names = ", ".join(one.partition(":")[0] for one in differ)
+        print(f"the run goes on with other {names} than it began with: the last bits may differ")
+        saved["conditions"] = [*(saved.get("conditions") or []), differ]
+    # It keeps what it began with, and the name that its model had then.
+    return new | saved | job.settings | {"model": saved["model"]}
+
+
+def other_conditions(saved: dict, new: dict) -> list[str]:
+    """What may move a resumed run's last bits: another machine, split, or state of the code.
+
+    One "name: saved -> now" each; nothing for what an older run does not say.
+    """
+    differ = []
+    for part in ("hashes", "compute", "versions"):
+        was = saved.get(part) or {}
+        now = {name: value for name, value in new[part].items() if name in was}
+        differ += [f"{name}: {was[name]} -> {now[name]}" for name in now if was[name] != now[name]]
+    return differ

@@ -14,6 +14,9 @@
 training loop. settings.py has the flags, hellora.py the adapters, catcher.py the counting.
 """
 
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+
 import gc
 import math
 import time
@@ -31,7 +34,7 @@ from hellora import Method, adapter_state
 from moe_model import MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
-from plumbing.cli import DTYPES, advice, command, deferred_stop
+from plumbing.cli import DTYPES, advice, command, deferred_stop, say
 from plumbing.data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
 from plumbing.files import sha256, write_json
 from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
@@ -339,7 +342,7 @@ def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict
     seconds = f"{result['seconds']:.0f} s"
     print(f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({seconds})")
     for r in records[:3]:
-        print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
+        say(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()[:160]!r} (right: {r['gold']})")
     return records
 
 
@@ -412,16 +415,13 @@ def run_job(job: Job, folder: Path) -> None:
 
 
 def main() -> None:
-    """Check the command line, claim a folder, run."""
+    """Check the command line, claim the folder, run."""
     args = parse_args(__doc__)
     job = prepare(args)
-    folder = ranks.once(
-        lambda: run_folder.choose_folder(job.settings, args.out, args.resume, args.override)
-    )
-    with run_folder.lock(folder):
-        run_job(job, folder)
-    print(ranks.once(lambda: report.after_training(folder)))
-    scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(folder)
+    with run_folder.lock(job.folder):
+        run_job(job, job.folder)
+    print(ranks.once(lambda: report.after_training(job.folder)))
+    scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(job.folder)
     print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 
 

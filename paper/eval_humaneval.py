@@ -233,8 +233,8 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
-        model = MoEModel.from_pretrained(args.model, dtype, device)
-        tokenizer = load_tokenizer(locate(args.model))
+        source = locate(args.model)
+        model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
     part = (

@@ -16,17 +16,16 @@ import time
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from eval_gsm8k import kept_in, other_dtype, write_answers
+from eval_gsm8k import keep, kept_in, other_dtype
 from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
 from paper.scoring.refusals import RULE, RULES
 from plumbing.checkpoint import locate
-from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute
+from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, say
 from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt, read_rows
-from plumbing.run_folder import read_run, update_results
+from plumbing.hub import snapshot
+from plumbing.run_folder import read_run
 from plumbing.tokenizer import load_tokenizer
 
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
@@ -39,15 +38,9 @@ def hex_phi() -> list[dict]:
     page = f"https://huggingface.co/datasets/{HEX_PHI}"
     print(f"HEx-PHI: {page} (gated, under a licence of its own: do not pass it on)")
     try:
-        folder = Path(
-            snapshot_download(HEX_PHI, repo_type="dataset", allow_patterns="category_*.csv")
-        )
-    except Exception as error:  # the Hub's client passes on errors of several HTTP libraries
-        raise OSError(
-            f"HEx-PHI cannot be had ({type(error).__name__}: {str(error)[:200]}). It is gated: it "
-            f"wants access, asked for on {page}, and HF_TOKEN or `hf auth login`; "
-            f"or give a copy of it with --data FILE: {WANTED}"
-        ) from error
+        folder = snapshot(HEX_PHI, None, "category_1.csv", ("category_*.csv",), "dataset")
+    except FileNotFoundError as error:
+        raise OSError(f"{error}: --data FILE, {WANTED}") from error
     return [row for path in sorted(folder.glob("category_*.csv")) for row in read_prompts(path)]
 
 
@@ -140,8 +133,8 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
-        model, source = MoEModel.from_pretrained(run["model"], dtype, device), locate(run["model"])
-        tokenizer = load_tokenizer(source)
+        source = locate(run["model"])
+        model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
         tokenizer.bos = bos_for(tokenizer, template)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
     ids = [encode_prompt(prompt, tokenizer, f"row {n}") for n, prompt in enumerate(prompts, 1)]
@@ -179,13 +172,12 @@ def main() -> None:
         harmless = f"{result['harmless_refused']:6} of {result['harmless_total']}"
         print(f"{name:{width}}  {task:11}  {harmful:16}  {harmless:16}  {result['seconds']:7}")
         for r in records[: args.show]:
-            print(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
+            say(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
         if place:
             asked = (args.data, args.limit, args.max_new, args.template, args.rule != RULE)
             kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
-            update_results(place, kept_as, result)
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
-            write_answers(place, kept_as, kept)
+            keep(place, kept_as, result, kept)
 
 
 if __name__ == "__main__":

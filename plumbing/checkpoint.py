@@ -274,12 +274,12 @@ BACKBONES = {
 }  # fmt: skip
 
 
-def locate(model: str | Path, config_only: bool = False) -> Path:
+def locate(model: str | Path, weights: bool = True) -> Path:
     """The folder of a model: "tiny", a BACKBONES name, a folder, or a Hub id.
 
     A model of the Hub is downloaded once and then cached. Its id may end in @ and a revision, such
-    as a commit: that one is taken then, and not the newest. config_only: of such a model nothing
-    but config.json need be there. Raises FileNotFoundError that says what to do if there is no
+    as a commit: that one is taken then, and not the newest. weights: False leaves them on the Hub,
+    and takes the small files alone. Raises FileNotFoundError that says what to do if there is no
     such model, or if the Hub does not give it.
     """
     if model == "tiny":
@@ -295,8 +295,8 @@ def locate(model: str | Path, config_only: bool = False) -> Path:
         )
     from plumbing import hub  # here, as a checkpoint in a folder is read without it
 
-    patterns = () if config_only else (*BESIDE, "*.safetensors")
-    return hub.snapshot(repo, revision or None, "config.json", patterns)
+    last = "*.safetensors" if weights else "tokenizer.*"
+    return hub.snapshot(repo, revision or None, "config.json", (*BESIDE, last))
 
 
 def hub_id(model: str | Path) -> str:

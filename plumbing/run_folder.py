@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from moe_model import MoEConfig
 from plumbing import ranks
-from plumbing.checkpoint import locate, shard_paths
+from plumbing.checkpoint import hub_id, locate, shard_paths
 from plumbing.files import (
     Positive,
     check,
@@ -25,6 +25,7 @@ from plumbing.files import (
     write_json,
     writing,
 )
+from plumbing.hub import COMMIT, commit_of, repo_of
 
 # ---- run.json ------------------------------------------------------------------------------------
 
@@ -36,6 +37,8 @@ class Hashes:
     model: str
     data: str
     adapter: str | None  # of adapter.safetensors, once the run is finished
+    tokenizer: str | None
+    code: str | None
 
 
 @dataclass
@@ -43,6 +46,7 @@ class RunRecord:
     """run.json, as far as it is read again. train.py writes more beside these."""
 
     model: str  # as --model had it
+    commit: str | None  # of a model of the Hub: the one that was loaded
     task: str
     method: str
     dtype: Literal["fp32", "bf16"]
@@ -59,6 +63,9 @@ class RunRecord:
     config: dict | None  # the model's MoEConfig
     adapted: dict[str, list[int]] | None  # {layer: ids of its adapted experts}
     overrides: list[list[str]] | None  # each time that it went on otherwise: what differed
+    conditions: list[list[str]] | None  # the same of what may only move the last bits
+    compute: dict | None
+    versions: dict | None
 
 
 def read_run(folder: Path, *parts: str) -> dict:
@@ -72,28 +79,82 @@ def read_run(folder: Path, *parts: str) -> dict:
     return run
 
 
+# ---- its base model ------------------------------------------------------------------------------
+
+
+def at_commit(model: str, commit: str | None) -> str:
+    """What `locate` finds a model of the Hub by, as it was at a commit; any other as it is."""
+    if not commit or (Path(model).is_dir() and commit_of(Path(model)) == commit):
+        return model
+    if not COMMIT.fullmatch(commit):
+        raise ValueError(f"{commit!r:.60} is no commit of {model}: want 40 hexadecimal digits")
+    return f"{repository(model)}@{commit}"
+
+
+def repository(model: str) -> str:
+    """ORG/NAME of a model of the Hub, however it is named: with a revision, or by its snapshot."""
+    return repo_of(Path(model)) or hub_id(model).partition("@")[0]
+
+
+def is_same_model(saved: dict, settings: dict) -> bool:
+    """Whether a run goes on with its model if it is asked for another way, or has moved since.
+
+    It does under the same name, as the run keeps its commit; and under any other name of that
+    commit: ORG/NAME, ORG/NAME@COMMIT, the snapshot's folder.
+    """
+    if hub_id(saved["model"]) == hub_id(settings["model"]):
+        return True
+    same_repo = repository(saved["model"]) == repository(settings["model"])
+    return same_repo and saved.get("commit") == settings.get("commit") is not None
+
+
+def located(run: dict, weights: bool = True) -> Path:
+    """The folder of a run's base model, at the commit that it was trained on."""
+    return locate(at_commit(run["model"], run.get("commit")), weights)
+
+
+def begun_on(folder: Path) -> str | None:
+    """The commit that the run in `folder` keeps; None if none is there, or not of the Hub."""
+    return read_run(folder).get("commit") if (folder / "run.json").exists() else None
+
+
 def fingerprint(folder: Path) -> str:
     """sha256 of a model: config.json and all weights."""
     return sha256(folder / "config.json", *shard_paths(folder))
 
 
+def base_hashes(folder: Path) -> dict[str, str]:
+    """The checksums of a model that a run keeps: `fingerprint`, and of its tokenizer's files."""
+    files = (folder / "tokenizer.model", folder / "tokenizer.json")
+    tokenizer = sha256(*(file for file in files if file.is_file()))
+    return {"model": fingerprint(folder), "tokenizer": tokenizer}
+
+
 def base_of(folder: Path) -> Path:
     """The folder of a run's base model.
 
-    Raises FileNotFoundError or ValueError unless that model is as it was when the run began.
+    Raises FileNotFoundError or ValueError unless that model, its tokenizer included, is as it was
+    when the run began.
     """
     run = read_run(folder, "hashes")
     try:
-        source = locate(run["model"])
+        source = located(run)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} was trained on {run['model']}, which is not there any more: put it back"
+            f"{folder} was trained on {run['model']}, which is not there any more: put it back "
+            f"({error})"
         ) from error
-    if fingerprint(source) != run["hashes"]["model"]:
-        raise ValueError(
-            f"{run['model']} has changed since {folder} was trained on it: put it back"
-        )
+    was, now = run["hashes"], base_hashes(source)
+    for what in now:
+        if was.get(what) not in (None, now[what]):  # older runs do not know their tokenizer's
+            raise ValueError(
+                f"{run['model']} has changed (its {what}) since {folder} was trained on it: "
+                "put it back"
+            )
     return source
+
+
+# ---- what else it says ---------------------------------------------------------------------------
 
 
 def by_layer(cfg: MoEConfig, lists: dict[str, list[int]], path: Path) -> dict[int, list[int]]:
@@ -137,7 +198,12 @@ YOUNGER = {"count": "all", "clip": "all"}
 def differences(saved: dict, settings: dict) -> list[str]:
     """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
     saved = YOUNGER | saved
-    return [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v]
+    same = ("commit", "model") if is_same_model(saved, settings) else ("commit",)
+    return [
+        f"{name}: {saved.get(name)} -> {value}"
+        for name, value in settings.items()
+        if name not in same and saved.get(name) != value
+    ]
 
 
 def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool) -> Path:
@@ -221,19 +287,21 @@ def lock(folder: Path) -> Iterator[None]:
         held = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(
-            f"another process is running in {folder}: wait for it, or choose another --out"
+            f"another process is running in {folder}: wait for it, or take another folder"
         ) from error
     except (OSError, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or error
         raise OSError(f"{folder} cannot be written ({why}): choose another --out") from error
     with held:
         for draft in folder.glob(".*.draft"):
-            if draft.is_file():
+            if draft.is_file() or draft.is_symlink():
                 draft.unlink(missing_ok=True)
         yield
 
 
 # ---- metrics.jsonl and results.json --------------------------------------------------------------
+
+PATIENCE = 60  # seconds for another evaluation to write what it found
 
 
 @dataclass
@@ -279,10 +347,20 @@ class Scores:
 
 
 def update_results(folder: Path, task: str, values: dict) -> None:
-    """Set the keys `values` of results.json's entry for `task`, leaving all others."""
-    results = read_results(folder)
-    results[task] = results.get(task, {}) | values
-    write_json(folder / "results.json", results)
+    """Set the keys `values` of results.json's entry for `task`, leaving all others.
+
+    Evaluations that end together wait for each other. Raises PermissionError where nothing can be
+    written.
+    """
+    if ranks.rank():
+        return
+    path = folder / "results.json"
+    with writing(path):  # a lock of its own: training holds the folder's while it scores
+        lock = FileLock(folder / ".results.lock", timeout=PATIENCE).acquire()
+    with lock:
+        results = read_results(folder)
+        results[task] = results.get(task, {}) | values
+        write_json(path, results)
 
 
 def read_results(folder: Path) -> dict:

@@ -1,9 +1,10 @@
 """python tests/faults_driver.py
 
-Runs train.py in forked children, each with a real fault at a set moment. Reads trials, each a line
-of JSON: {"words": command line, "fault": a FAULTS name or none, "where": a WHERE name, "at": n}.
-The fault comes before the nth line of Python run there. Answers with a line: {"code", "out", "err",
-"lines": {where: n}}.
+Runs commands in forked children, each with a real fault at a set moment. Reads trials, each a line
+of JSON: {"words": command line, "fault": a FAULTS name or none, "where": a WHERE name, "at": n},
+and if need be {"script": other than train, "env": changes of the environment}. The fault comes
+before the nth line of Python run there. Answers with a line: {"code", "out", "err", "lines":
+{where: n}}.
 
 Forked, as importing torch takes longer than such a run.
 """
@@ -14,9 +15,11 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from contextlib import suppress
+from importlib import import_module, reload
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -80,16 +83,20 @@ def watch(fault, where, at, lines):
     return trace
 
 
-def child(words, fault, where, at, place):
+def child(script, words, env, fault, where, at, place):
     """Never returns: the forked process is the run."""
     lines, code = Counter(), 1
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / name, os.O_CREAT | os.O_WRONLY), number)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as with a disk
-    sys.argv = ["train.py", *words]
+    sys.argv = [f"{script}.py", *words]
+    os.environ.update(env)
+    if "HF_ENDPOINT" in os.environ:
+        reload(import_module("huggingface_hub.constants"))  # it reads the environment once
+        time.sleep = lambda _: None  # the client waits longer and longer before it tries again
     try:
         sys.settrace(watch(fault, where, at, lines))
-        cli.command(train.main)
+        cli.command(import_module(script).main)
     except SystemExit as ended:
         code = ended.code
     except BaseException:
@@ -106,13 +113,17 @@ def child(words, fault, where, at, place):
 def main():
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1)], fused=True)  # imports much, once for all children
+    if "HF_ENDPOINT" in os.environ:  # so do these
+        for name in ("export", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
+            import_module(name)
     for line in sys.stdin:
         trial = json.loads(line)
         with tempfile.TemporaryDirectory() as place:
             place = Path(place)
             if not (pid := os.fork()):
+                script, env = trial.get("script") or "train", trial.get("env") or {}
                 about = (trial.get(name) for name in ("fault", "where", "at"))
-                child(trial["words"], *about, place)
+                child(script, trial["words"], env, *about, place)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             lines = json.loads((place / "lines").read_text()) if (place / "lines").exists() else {}
             out, err = ((place / name).read_text() for name in ("out", "err"))

@@ -127,3 +127,17 @@ def test_visits_of_no_layer_are_refused_by_the_name_of_the_file(key, olmoe, tmp_
     (tmp_path / "hot.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=r"hot\.json"):
         HotList.read(tmp_path / "hot.json", cfg)
+
+
+@pytest.mark.parametrize(
+    ("flags", "at_fault"),
+    [
+        (["--k", 3], "--k"),
+        (["--model", "toy"], "--model"),
+        (["--batch-size", 4], "--batch-size"),
+    ],
+)
+def test_a_list_that_is_only_shown_takes_no_flag_of_counting(cli, flags, at_fault):
+    code, _, err = cli("catcher.py", "--run", "r", *flags)
+    assert code == 2
+    assert f"{at_fault} is for counting" in err

@@ -131,3 +131,9 @@ def test_mistakes_end_in_one_line(cli, args, says, tmp_path, monkeypatch):
 def test_a_run_file_that_is_damaged_is_refused(cli, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"task": 1})[:-3])
     assert cli("eval_gsm8k.py", "--run", tmp_path)[0] == 2
+
+
+def test_a_model_has_no_adapters_to_keep_apart(cli):
+    code, _, err = cli("eval_gsm8k.py", "--model", "tiny", "--factored")
+    assert code == 2
+    assert "--factored" in err

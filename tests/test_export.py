@@ -321,6 +321,23 @@ def test_a_peft_config_names_a_pinned_model_as_the_hub_does(trained, tmp_path, m
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "main")
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "LICENSE", "chat_template.jinja"])
+def test_a_hub_export_copies_no_file_from_outside_the_model(cli, trained, tmp_path, name):
+    run, folder = trained("hellora"), tmp_path / "olmoe"
+    secret = tmp_path / "secret"
+    secret.write_text('{"password": 1}')
+    (folder / name).symlink_to(secret)
+    code, _, err = cli("export.py", "--run", run, "--format", "hub", "--out", tmp_path / "new")
+    assert code == 2
+    assert name in err
+    assert not (tmp_path / "new").exists()
+    (folder / name).unlink()
+    (folder / "other.json").write_text("{}")
+    (folder / name).symlink_to(folder / "other.json")
+    code, _, err = cli("export.py", "--run", run, "--format", "hub", "--out", tmp_path / "new")
+    assert code == 0, err
+
+
 def test_two_tasks_add_up(cli, trained):
     a = trained("hellora", out="a")
     b = trained("hellora_c", "--seed", 5, out="b")

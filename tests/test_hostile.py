@@ -16,11 +16,13 @@ import shutil
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from random import Random
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
@@ -468,6 +470,14 @@ def without(tensors, part):
     return {name: t for name, t in tensors.items() if part not in name}
 
 
+def typed(tensors, part, dtype):
+    return {name: t.to(dtype) if part in name else t for name, t in tensors.items()}
+
+
+def scaled(tensors, part, by):
+    return {name: (t + 1) * by if part in name else t for name, t in tensors.items()}
+
+
 def renamed(tensors, old, new):
     return {name.replace(old, new): t for name, t in tensors.items()}
 
@@ -551,6 +561,9 @@ CRAFTED = [  # (file, change of its content, name of what is at fault; "": a rig
     (SAVE, in_state(lambda step, of: (step, without(of, "weights/layers.1"))), "part"),
     (SAVE, in_state(lambda step, of: (step, renamed(of, "exp_avg/layers", "exp_avg/x"))), "part"),
     (SAVE, in_state(lambda step, of: (step, renamed(of, "exp_avg/", "extra/"))), "part"),
+    (SAVE, in_state(lambda step, of: (step, typed(of, "step/", torch.int64))), "state.safetensors"),
+    (SAVE, in_state(lambda step, of: (step, typed(of, "lora.A", torch.bfloat16))), "lora.A"),
+    (SAVE, in_state(lambda step, of: (step, scaled(of, "exp_avg/", torch.inf))), "exp_avg/"),
     (
         METRICS,
         lambda data: b'[]\n3\n"x"\nnull\n{"step": "1"}\n{"step": NaN}\n\xff\n{"lo' + data,
@@ -574,6 +587,88 @@ def test_a_file_made_to_do_harm_is_refused_in_one_line_that_names_it(sound, numb
     assert not complaints(outcome, path)
     assert outcome.code == (2 if at_fault else 0)
     assert at_fault in " ".join(outcome.err)
+
+
+def with_number(name_ends, value):
+    """A change of tensors: the first entry of the one whose name ends so."""
+
+    def changed(tensors):
+        name = next(name for name in sorted(tensors) if name.endswith(name_ends))
+        other = tensors[name].clone()
+        other.view(-1)[0] = value
+        return tensors | {name: other}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_number(".lora.A", float("nan")), "lora.A has numbers that are not finite"),
+        (with_number(".lora.B", float("-inf")), "lora.B has numbers that are not finite"),
+        (lambda of: {n: t.double() for n, t in of.items()}, "is torch.float64"),
+        (lambda of: {n: t.to(torch.float8_e4m3fn) for n, t in of.items()}, "is torch.float8"),
+        (lambda of: {n: t != 0 for n, t in of.items()}, "does not fit"),
+    ],
+)
+@pytest.mark.parametrize("words", [SCORE, ["export.py", "--run", "run", "--format", "peft"]])
+def test_an_adapter_of_other_numbers_than_a_run_writes_is_refused(sound, change, says, words):
+    """Its checksum is the one that run.json has: whoever changed it may have changed that, too."""
+    path = fresh(sound) / ADAPTER
+    save_file(change(load_file(path)), path)
+    run = json.loads((path.parent / "run.json").read_text())
+    edit_json(path.parent / "run.json", hashes=run["hashes"] | {"adapter": files.sha256(path)})
+    outcome = attempt(sound[1], words)
+    assert not complaints(outcome, path)
+    assert outcome.code == 2
+    assert says in outcome.err[0]
+
+
+# ------------------------------------------------------------------------------ links
+
+LINKS = [".lock", ".results.lock", "run.json", "results.json", "metrics.jsonl", "hot_experts.json"]
+LINKS += ["adapter.safetensors", "answers-tiny-math.jsonl"]
+LINKS += ["state.safetensors", "state-before.safetensors", "new-state.safetensors"]
+DRAFTS = ["run.json", "results.json", "metrics.jsonl", "new-state.safetensors"]
+LINKS += [f".{name}.{os.getpid()}.draft" for name in DRAFTS]
+HARMFUL = [(name, dangling) for name in LINKS for dangling in (False, True)]
+
+
+def everything(folder):
+    """{path: (content, time of its last change)} of all files in a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        n if n in (0, 1, 7, 25) else pytest.param(n, marks=pytest.mark.slow)
+        for n in range(len(HARMFUL))
+    ],
+)
+def test_what_a_link_in_a_run_folder_leads_to_is_never_written(sound, tmp_path, number):
+    """The run goes on and is scored, or is refused; the file outside stays what it was."""
+    name, dangling = HARMFUL[number]
+    link, outside = fresh(sound) / "part" / name, tmp_path / "outside"
+    outside.mkdir()
+    if not dangling:
+        if link.exists():
+            shutil.copy(link, outside / "precious")
+        else:
+            (outside / "precious").write_text("do not touch")
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside / "precious")
+    before = everything(outside)
+    for words in (RESUME, ["eval_gsm8k.py", "--run", "part", "--data", "rows.jsonl"]):
+        with suppress(ValueError, OSError):
+            in_this_process(sound[1], words)
+    assert everything(outside) == before
+    assert not [path for path in (sound[1] / "part").glob(".*.draft") if path.is_symlink()]
+
+
+def test_these_are_so_many_links():
+    assert len(HARMFUL) >= 30
 
 
 @pytest.mark.parametrize(("n", "least"), [(QUICK, 100), (SLOW, 600)])

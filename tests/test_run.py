@@ -1,17 +1,25 @@
 """Folders, locks, saves, and how a command ends."""
 
 import argparse
+import errno
+import io
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from subprocess import PIPE
 from typing import Literal
 
 import pytest
 from conftest import ROOT
 
+import eval_gsm8k
 from plumbing import cli, files, run_folder
 
 SETTINGS = {
@@ -240,6 +248,40 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
     ]
 
 
+def test_evaluations_that_end_together_lose_nothing(tmp_path):
+    """Two processes behind a barrier, 20 rounds; without a lock each of them lost one."""
+    process = multiprocessing.get_context("fork")
+    barrier = process.Barrier(2)
+
+    def evaluate(who):
+        for n in range(20):
+            barrier.wait()
+            run_folder.update_results(tmp_path, f"{who}-{n}", {"accuracy": n / 20})
+
+    both = [process.Process(target=evaluate, args=(who,)) for who in "ab"]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+        assert one.exitcode == 0
+    want = {f"{who}-{n}": {"accuracy": n / 20} for who in "ab" for n in range(20)}
+    assert run_folder.read_results(tmp_path) == want
+
+
+def test_where_nothing_can_be_written_a_result_is_shown_all_the_same(tmp_path, capsys, monkeypatch):
+    """The kernel's own answer on a read-only disk; root may write wherever it is only forbidden."""
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "replace", read_only)
+    eval_gsm8k.keep(tmp_path, "a", {"accuracy": 1.0}, [])
+    assert f"not kept: {tmp_path / 'results.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="disk full"):
+        eval_gsm8k.keep(tmp_path, "a", {"accuracy": 1.0}, [])
+
+
 def test_an_evaluation_changes_only_its_own_entry(tmp_path):
     run_folder.update_results(tmp_path, "a", {"base_accuracy": 0.0})
     run_folder.update_results(tmp_path, "b", {"accuracy": 0.5})
@@ -264,6 +306,39 @@ def test_exit_codes(error, code, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("text", ["\x1b[2Jgone", "a\x9b31m", "ab\u202etxt.exe", "\x07\r\x00"])
+def test_what_came_from_a_file_cannot_command_a_terminal(text, capsys):
+    cli.say(f"one\n\ttwo é 数 {text}")
+    out = capsys.readouterr().out
+    assert out.startswith("one\n\ttwo é 数 ")
+    assert all(c.isprintable() or c in "\n\t" for c in out)
+    assert out.count("?") == sum(not c.isprintable() for c in text)
+
+
+def test_a_stdout_that_knows_few_characters_stops_no_run(monkeypatch):
+    stream = io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as ended:
+        cli.command(lambda: print("▁▂█ é done"))
+    stream.flush()
+    assert ended.value.code == 0
+    assert raw.getvalue() == b"??? ? done\n"
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.command(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("command", [["catcher.py"], ["-m", "paper.reproduce", "params"]])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(command):
+    words = [sys.executable, *command]
+    with subprocess.Popen(words, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtorch" not in maps.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in err

@@ -251,7 +251,7 @@ def test_prompts_are_read_from_hex_phis_csv_too(tmp_path):
 def test_hex_phi_is_read_from_the_hub_once(tmp_path, monkeypatch):
     for n in (1, 3, 10):
         (tmp_path / f"category_{n}.csv").write_text("one\ntwo\n")
-    monkeypatch.setattr(eval_safety, "snapshot_download", lambda *a, **k: tmp_path)
+    monkeypatch.setattr(eval_safety, "snapshot", lambda *a, **k: tmp_path)
     eval_safety.hex_phi.cache_clear()
     assert len(eval_safety.hex_phi()) == 6
     eval_safety.hex_phi.cache_clear()
@@ -270,7 +270,7 @@ def test_hex_phi_is_read_from_the_hub_once(tmp_path, monkeypatch):
         (["--model", "tiny", "--data", "two.csv"], "two.csv"),
         (["--model", "tiny", "--data", "other.jsonl"], "instruction"),
         (["--model", "tiny", "--data", "mild.jsonl"], "harmful"),
-        (["--model", "tiny", "--task", "safety"], "https://huggingface.co/datasets/"),
+        (["--model", "tiny", "--task", "safety"], "HF_HUB_OFFLINE"),
     ],
 )
 def test_mistakes_end_in_one_line_that_quotes_no_prompt(cli, args, says, tmp_path, monkeypatch):

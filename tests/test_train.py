@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,13 @@ def test_a_weight_that_is_not_finite_is_named(cli, quick, toy, catcher):
         (["--epochs", 1], "--epochs"),
         (["--redraw-a"], "--redraw-a"),
         (["--method", "lora", "--coverage", 0.5], "--coverage"),
+        (["--method", "lora", "--k", 3], "--k"),
+        (["--method", "fft", "--k", 1], "--k"),
+        (["--method", "hellora_none", "--k", 4], "--k"),
+        (["--mask-scope", "layer"], "--mask-scope"),
+        (["--rank", 17], "--rank is 17, but layers.0.attn.k has a side of 16"),
+        (["--rank", 20, "--method", "lora_pure"], "experts.gate has a side of 16"),
+        (["--rank", 2**20, "--method", "dora_attn"], "want 16 at most"),
         (["--hot-experts", "some.json", "--score", "gate"], "--score"),
         (["--method", "hellora_none", "--score", "gate"], "--score"),
         (["--lr", -1], "--lr"),
@@ -304,6 +312,60 @@ def test_mistakes_end_in_one_line_and_leave_nothing(cli, quick, tmp_path, args, 
     assert code == 2
     assert says in one_line(err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_routers_few_rows_bound_no_rank(cli, quick):
+    """The toy's has 8, Mixtral's too, and the paper's rank is 32."""
+    code, _, err = cli("train.py", *quick, "--rank", 16, "--steps", 1, "--no-eval", "--out", "r")
+    assert code == 0, err
+
+
+def half_done(cli, quick, folder):
+    """A run that was stopped after a step, made of one that was finished there."""
+    words = [*quick, "--save-every", 1, "--no-eval", "--out", folder]
+    assert cli("train.py", *words, "--steps", 1)[0] == 0
+    record = json.loads((folder / "run.json").read_text()) | {"finished": False, "steps": 2}
+    return [*words, "--steps", 2], record
+
+
+def test_a_run_that_goes_on_otherwise_says_so_and_keeps_both(cli, quick, tmp_path):
+    words, record = half_done(cli, quick, tmp_path / "r")
+    assert record["compute"].keys() >= {"threads", "micro_batch", "ranks"}
+    record["compute"] |= {"threads": 77}
+    record["hashes"]["code"] = "0" * 64
+    for extra, changed in (([], {"threads", "code"}), (["--micro-batch", 3], {"micro_batch"})):
+        (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"finished": False}))
+        code, out, err = cli("train.py", *words, *extra)
+        assert code == 0, err
+        (said,) = [line for line in out.splitlines() if "goes on with other" in line]
+        assert all(name in said for name in changed)
+        record = json.loads((tmp_path / "r" / "run.json").read_text())
+        assert record["hashes"]["code"] == "0" * 64
+        assert record["compute"]["threads"] == 77
+        differ = {one.partition(":")[0]: one for one in record["conditions"][-1]}
+        assert changed <= differ.keys()
+        assert re.fullmatch(f"code: {'0' * 64} -> [1-9a-f][0-9a-f]+|code: 0+ -> .*", differ["code"])
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
+def test_a_tokenizer_or_config_that_changed_is_noticed_everywhere(cli, quick, toy, tmp_path, file):
+    words, record = half_done(cli, quick, tmp_path / "r")
+    shutil.copytree(tmp_path / "r", tmp_path / "half")
+    (tmp_path / "half" / "run.json").write_text(json.dumps(record))
+    text = (toy / file).read_text()
+    (toy / file).write_text(text + "\n")  # the same to a reader, but who knows?
+    words[words.index(tmp_path / "r")] = tmp_path / "half"
+    for command in (
+        ["eval_gsm8k.py", "--run", "r", "--data", "few.jsonl"],
+        ["export.py", "--run", "r", "--format", "peft"],
+        ["train.py", *words],
+    ):
+        code, _, err = cli(*command)
+        assert code == 2
+        assert "changed" in one_line(err)
+        assert ("tokenizer" if file == "tokenizer.json" else "model") in err
+    (toy / file).write_text(text)
+    assert cli("eval_gsm8k.py", "--run", "r", "--data", "few.jsonl")[0] == 0
 
 
 def test_eval_data_that_is_not_there_is_refused_before_any_training(cli, quick, tmp_path):
