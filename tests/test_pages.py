@@ -96,3 +96,12 @@ def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_tho
     text = " ".join((ROOT / "docs" / "claims.md").read_text().split())  # however lines end
     assert f"{said}, in no other's {len(others)}." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
+
+
+def test_each_promise_about_faults_names_a_test_that_is_there():
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", (ROOT / "docs/faults.md").read_text(), re.M)
+    promises = [row for row in rows if row[0] not in ("promise", "---")]
+    assert len(promises) >= 25
+    for promise, named in promises:
+        file, name = re.fullmatch(r"`(tests/\w+\.py)::(\w+)`", named).groups()
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), promise
