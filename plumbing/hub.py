@@ -1,9 +1,9 @@
 """Files of the Hugging Face Hub: fetched once, and checked against the names they are cached under.
 
 huggingface_hub speaks with the server, tries again, locks and caches. Added here: the commit that a
-revision stands for, so that a run can go on with it; one file after the other in the main
-thread, so that Ctrl-C stops at once (its own loop over files waits for eight threads); a look at
-the bytes; and errors that say what happened and what to do.
+revision stands for, so that a run can go on with it; one file after the other in the main thread,
+so that Ctrl-C stops at once (its own loop over files waits for eight threads); a look at the bytes;
+and errors that say what happened and what to do.
 """
 
 import errno

@@ -125,8 +125,8 @@ def fingerprint(folder: Path) -> str:
 
 def base_hashes(folder: Path) -> dict[str, str]:
     """The checksums of a model that a run keeps: `fingerprint`, and of its tokenizer's files."""
-    files = (folder / "tokenizer.model", folder / "tokenizer.json")
-    tokenizer = sha256(*(file for file in files if file.is_file()))
+    names = ("tokenizer.model", "tokenizer.json", "generation_config.json")  # the last ends texts
+    tokenizer = sha256(*(folder / name for name in names if (folder / name).is_file()))
     return {"model": fingerprint(folder), "tokenizer": tokenizer}
 
 

@@ -95,7 +95,8 @@ def child(script, words, env, fault, where, at, place):
         reload(import_module("huggingface_hub.constants"))  # it reads the environment once
         time.sleep = lambda _: None  # the client waits longer and longer before it tries again
     try:
-        sys.settrace(watch(fault, where, at, lines))
+        if fault or script == "train":
+            sys.settrace(watch(fault, where, at, lines))
         cli.command(import_module(script).main)
     except SystemExit as ended:
         code = ended.code

@@ -68,7 +68,8 @@ def trained(cli, tmp_path, monkeypatch):
         if method.startswith(("lori-s", "hellori-s")):
             flags = (*flags, "--mask-from", run(method.replace("-s", "-d", 1), family=family))
         out = out or method
-        size = ("--rank", 8, "--alpha", 16, "--k", 2, "--steps", 3, "--lr", 0.02, "--no-eval")
+        size = ("--rank", 8, "--alpha", 16, "--steps", 3, "--lr", 0.02, "--no-eval")
+        size += ("--k", 2) if parse_method(method).chooses else ()
         what = ("--model", base, "--task", "tiny-math", "--data", rows, "--method", method)
         code, _, err = cli("train.py", *what, *size, *flags, "--out", out)
         assert code == 0, err
@@ -321,7 +322,7 @@ def test_a_peft_config_names_a_pinned_model_as_the_hub_does(trained, tmp_path, m
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "main")
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "LICENSE", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "LICENSE", "chat_template.jinja"])
 def test_a_hub_export_copies_no_file_from_outside_the_model(cli, trained, tmp_path, name):
     run, folder = trained("hellora"), tmp_path / "olmoe"
     secret = tmp_path / "secret"

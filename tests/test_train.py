@@ -347,6 +347,20 @@ def test_a_run_that_goes_on_otherwise_says_so_and_keeps_both(cli, quick, tmp_pat
         assert re.fullmatch(f"code: {'0' * 64} -> [1-9a-f][0-9a-f]+|code: 0+ -> .*", differ["code"])
 
 
+def test_a_run_with_a_mask_goes_on_as_well(cli, quick, tmp_path):
+    """Its experts come from the D run: that is known before its folder is looked for."""
+    short = [*quick, "--no-eval", "--save-every", 1]
+    assert cli("train.py", *short, "--steps", 1, "--method", "hellori-d", "--out", "d")[0] == 0
+    words = [*short, "--method", "hellori-s", "--mask-from", "d", "--out", "s"]
+    assert cli("train.py", *words, "--steps", 1)[0] == 0
+    path = tmp_path / "s" / "run.json"
+    record = json.loads(path.read_text()) | {"finished": False, "steps": 2}
+    path.write_text(json.dumps(record))
+    code, out, err = cli("train.py", *words, "--steps", 2)
+    assert code == 0, err
+    assert "going on after step 1" in out
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
 def test_a_tokenizer_or_config_that_changed_is_noticed_everywhere(cli, quick, toy, tmp_path, file):
     words, record = half_done(cli, quick, tmp_path / "r")
