@@ -124,7 +124,7 @@ class OLMoE:
         return y.view_as(x)
 
     def logits(self, tokens: Tensor, past: dict) -> Tensor:
-        """Token ids [B, T] -> scores of all words as the next [B, T, V]."""
+        """Token ids [B, T] -> logits of the next token [B, T, V]."""
         x = self.embed[tokens]  # [B, T, D]
         for i in range(LAYERS):
             at = f"model.layers.{i}"

@@ -2,9 +2,9 @@
 
 moe_model.py holds what is computed with them. Sizes have the letters that are defined there.
 
-Where two files, or two places of one, say the same thing, one rule holds. If they agree, all is
-well. If one of them is plainly left over from an older save, transformers passes over it, and so do
-we. Else nothing tells which is right: ValueError, which names both. Nothing is picked in silence.
+Two files, or two places of one file, may say the same thing. One rule holds for all of them.
+1. If they agree, either is used. 2. An index whose shards are missing is left over from an older
+save. It is ignored, as in transformers. 3. In every other case: ValueError that names both places.
 
     weights      model.safetensors is read if it is there. An index beside it whose shards are gone
                  is left over. With all of its shards there, it is a second model: refused.

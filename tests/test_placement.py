@@ -315,12 +315,12 @@ def test_each_arms_rate_is_the_best_on_dev_and_lies_inside_those_tried():
 
 
 def test_kept_choices_and_shares_by_hand():
-    before = Routing(torch.tensor([[[0, 1], [2, 3], [0, 1]]]), None, None)
-    after = Routing(torch.tensor([[[1, 0], [3, 4], [5, 4]]]), None, None)
+    gate, logits = torch.ones(1, 3, 2), torch.zeros(1, 3, 6)
+    before = Routing(torch.tensor([[[0, 1], [2, 3], [0, 1]]]), gate, logits)
+    after = Routing(torch.tensor([[[1, 0], [3, 4], [5, 4]]]), gate, logits)
     real = torch.tensor([[True, True, False]])
     assert mechanism.kept_choices(before, after, real) == pytest.approx(3 / 4)
-    assert mechanism.share(before, real, [0, 2]) == pytest.approx(2 / 4)
-    assert mechanism.hottest(before, torch.tensor([[True, False, True]]), 6)[:2] == [0, 1]
+    assert mechanism.counted({0: before}, real)[0].tolist() == [1, 1, 1, 1, 0, 0]
 
 
 def test_numbers_are_read_off_between_the_rates_up_to_the_best():

@@ -1,13 +1,15 @@
 """The paper's claims that one thing is better than another, beside what our model shows.
 
-Of each claim: the difference here, what is said of it, and the smallest true difference that a test
-like this finds with a power of 80 % (MDE). A claim is said to hold, or to fail, if it is told from
-no difference at 5 % after a correction for the number of claims (Holm); "unadjusted" if only before
-it; to be equivalent if a difference as large as the margin is excluded (TOST at 5 %); and to be
-undecided if none of these.
+Each claim has the difference here, a verdict, and the smallest true difference that such a test
+finds with a power of 80 % (MDE). The verdicts:
 
-Runs of one base are two groups: that two runs have the same seed says nothing of how they differ.
-Several bases are compared base by base, by their means.
+    holds, fails    the difference is significant at 5 % after Holm's correction for all claims
+    ... unadjusted  it is significant only without that correction
+    equivalent      a difference as large as the margin is excluded (TOST at 5 %)
+    undecided       none of these
+
+Runs of one base are compared as two groups: that two runs have the same seed says nothing of how
+they differ. Several bases are compared base by base, by their means.
 """
 
 from collections.abc import Callable
@@ -37,7 +39,7 @@ OVERLAP = Unit("Jaccard", 1.0, 0.05)
 class Claim(NamedTuple):
     """That one row of a study scores higher than another."""
 
-    where: str  # in the paper; "": it does not look
+    where: str  # in the paper; "": the paper makes no such claim
     says: str
     study: str
     higher: str

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from catcher import Catcher, choose, visited_share
 from eval_gsm8k import measure_loss
 from hellora import load_run
 from moe_model import MoEModel, Routing
@@ -78,16 +79,12 @@ def kept_choices(before: Routing, after: Routing, real: Tensor) -> float:
     return same.any(-1)[real].float().mean().item()
 
 
-def share(routing: Routing, real: Tensor, experts: list[int]) -> float:
-    """The share of a layer's visits that goes to these experts."""
-    visited = routing.expert_ids[real]  # [tokens, K]
-    return torch.isin(visited, torch.tensor(experts)).float().mean().item()
-
-
-def hottest(routing: Routing, real: Tensor, n_experts: int) -> list[int]:
-    """The most visited experts of a layer."""
-    counts = torch.bincount(routing.expert_ids[real].flatten(), minlength=n_experts)
-    return counts.argsort(descending=True, stable=True)[:K_HOT].tolist()
+def counted(routing: dict[int, Routing], real: Tensor) -> dict[int, Tensor]:
+    """{layer: the visits of each expert [E]}."""
+    n_experts = next(iter(routing.values())).logits.shape[-1]
+    catcher = Catcher(n_experts)
+    catcher.add(routing, real)
+    return catcher.scores("count")
 
 
 @torch.no_grad()
@@ -103,9 +100,9 @@ def measure(base: MoEModel, tuned: MoEModel, of: dict[str, tuple], task: str) ->
         before, after = base.trunk(tokens)[1], tuned.trunk(tokens)[1]
         kept[name] = mean(kept_choices(before[i], after[i], real) for i in before)
         if name == task:
-            experts = {i: hottest(before[i], real, base.cfg.n_experts) for i in before}
-            hot["hot_before"] = mean(share(before[i], real, experts[i]) for i in before)
-            hot["hot_after"] = mean(share(after[i], real, experts[i]) for i in before)
+            visits = {"hot_before": counted(before, real), "hot_after": counted(after, real)}
+            experts = choose(visits["hot_before"], K_HOT, "hot")
+            hot = {when: mean(visited_share(v, experts).values()) for when, v in visits.items()}
         else:
             rise[name] = mean_loss(tuned, tokens) - mean_loss(base, tokens)
     return {"rise": rise, "kept": kept, **hot, "total": len(of)}

@@ -193,8 +193,9 @@ def family(on: Scale, regime: str, bases: str, part: slice) -> list[dict]:
 def papers_effect(on: Scale, regime: str) -> dict | None:
     """What the paper's hot - cold on GSM8K would be here, as a log ratio of losses.
 
-    In logits of accuracy it is the same everywhere. How many log units of loss a logit is, a line
-    through all runs of the regime on one base tells. None with fewer than three of them.
+    We assume that the effect in logits of accuracy is the same for every model. A line through all
+    runs of the regime on one base tells how many log units of loss one logit is. None with fewer
+    than three runs.
     """
     hot, cold = (printed(*of, "gsm8k") / 100 for of in (("2", "hellora"), ("4", "hellora_c")))
     logits = logit(hot) - logit(cold)

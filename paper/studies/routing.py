@@ -49,7 +49,7 @@ def shares(counts: torch.Tensor) -> dict:
 def stability(counts: dict[int, torch.Tensor], n_tokens: int) -> float:
     """The mean overlap of the hot experts of so many tokens with those of all of them.
 
-    Visits are drawn independently. Those of one text hang together, so a real sample tells less.
+    Visits are drawn independently. Those of one text are correlated, so a real sample tells less.
     """
     draw = torch.Generator().manual_seed(0)
     full, found = choose(counts, K, "hot"), []
@@ -141,9 +141,7 @@ def show(found: dict) -> None:
     print(f"\n{'embedded':13s}" + "".join(f"{f'layer {i}':>15s}" for i in range(4)))
     for task, of in found["embedded"].items():
         print(f"{task:13s}" + "".join(f"{x['hot']:9.3f} {x['cold']:5.3f}" for x in of.values()))
-    print(
-        "\noverlap of the hot 8 of so many tokens with those of all (Jaccard, visits drawn alone)"
-    )
+    print("\noverlap (Jaccard) of the hot 8 of so many tokens with those of all")
     print(f"{'tokens':13s}" + "".join(f"{n:>9,}" for n in SAMPLES))
     for domain, of in found["domains"].items():
         print(f"{domain:13s}" + "".join(f"{x:9.3f}" for x in of["stability"].values()))
