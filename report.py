@@ -143,7 +143,7 @@ class RoutingLine:
 
 @dataclass
 class AnswerLine:
-    """What is checked of a line of answers-TASK.jsonl."""
+    """What is checked of a line of answers-TASK.jsonl. Its texts may be any."""
 
     correct: bool
 
@@ -201,15 +201,30 @@ def kind_of(run: dict) -> str:
 
 def config_of(run: dict) -> MoEConfig:
     """The sizes of a run's model. Runs of before run.json had them need the model's config.json."""
-    if run.get("config"):
+    if not run.get("config"):
+        return read_config(locate(run["model"]))
+    try:
         return MoEConfig(**run["config"])
-    return read_config(locate(run["model"]))
+    except TypeError as error:
+        raise ValueError(
+            f"the config in the run.json of {run['model']} is damaged ({error}): delete it there"
+        ) from error
+
+
+def of_layers(lists: dict[str, list], cfg: MoEConfig, path: Path) -> list[list]:
+    """A list for each MoE layer, in order. Raises ValueError for those of another model."""
+    layers = [str(layer) for layer in cfg.moe_layers]
+    if lists.keys() != set(layers):
+        raise ValueError(
+            f"{path} has layers {', '.join(lists)}, the model {', '.join(layers)}: delete the file"
+        )
+    return [lists[layer] for layer in layers]
 
 
 def loss_curve(folder: Path) -> dict:
     """The loss of each step; of a long run, means over `every` steps. None: not finite."""
     steps = [json.loads(line) for line in lines_up_to(folder / "metrics.jsonl", 2**53)]
-    losses = [step["loss"] for step in steps]
+    losses = [step.get("loss", math.nan) for step in steps]
     every = max(1, math.ceil(len(losses) / N_POINTS))
     means = []
     for at in range(0, len(losses), every):
@@ -222,7 +237,7 @@ def experts_of(folder: Path, run: dict) -> dict:
     """Visits of each expert, the experts in each rule's order, and what adapters on them cost."""
     cfg, method, path = config_of(run), parse_method(run["method"]), folder / "hot_experts.json"
     hot = HotList.read(path, cfg) if path.exists() else None
-    visits = visits_of(folder, hot)
+    visits = visits_of(folder, cfg, hot)
     scores = {}
     if hot and (hot.gates or hot.counts):
         scores = {layer: torch.tensor(of) for layer, of in (hot.gates or hot.counts).items()}
@@ -267,17 +282,21 @@ def chosen_by(run: dict, hot: HotList | None, method: Method) -> str:
     )
 
 
-def visits_of(folder: Path, hot: HotList | None) -> list[dict]:
+def visits_of(folder: Path, cfg: MoEConfig, hot: HotList | None) -> list[dict]:
     """The counts that are known, [layer][expert]: those of training first, then the catcher's."""
-    found = []
-    if (folder / "visits.json").exists():
-        kept = read_json(folder / "visits.json", "the visits that train.py counted", VisitsFile)
-        first, last = kept["steps"]
+    found, path = [], folder / "visits.json"
+    if path.exists():
+        kept = read_json(path, "the visits that train.py counted, or no such file", VisitsFile)
+        counts, steps = of_layers(kept["counts"], cfg, path), kept["steps"]
+        if len(steps) != 2 or {len(of) for of in counts} != {cfg.n_experts}:
+            raise ValueError(
+                f"{path} is not of two steps and {cfg.n_experts} experts a layer: delete the file"
+            )
         found.append(
             {
-                "name": f"in training, steps {first} to {last}",
+                "name": f"in training, steps {steps[0]} to {steps[1]}",
                 "tokens": kept["n_tokens"],
-                "counts": list(kept["counts"].values()),
+                "counts": counts,
             }
         )
     if hot and hot.counts:
@@ -344,22 +363,22 @@ def texts_of(folder: Path, run: dict, n_runs: int) -> list[dict]:
     """
     if kind_of(run) == "safety":
         return []
+    cfg, path = config_of(run), folder / "routing.jsonl"
+    kept = read_lines(path, RoutingLine)
+    room = ROOM // (n_runs * max(1, len(kept)) * len(cfg.moe_layers) * cfg.top_k)  # tokens
     found = []
-    kept = read_lines(folder / "routing.jsonl", RoutingLine)
     for line in kept:
-        of_token = sum(len(of[0]) for of in line["experts"].values())  # choices in all layers
-        n = min(len(line["tokens"]), ROOM // (n_runs * len(kept) * of_token))
-        gates = [
-            [[round(100 * gate) for gate in token] for token in of[:n]]
-            for of in line["gates"].values()
-        ]
+        n = min(len(line["tokens"]), room)
+        experts, gates = (of_layers(line[part], cfg, path) for part in ("experts", "gates"))
+        if any(len(of) != len(line["tokens"]) for of in (*experts, *gates)):
+            raise ValueError(f"{path} has other tokens than experts of tokens: delete the file")
         found.append(
             {
                 "nPrompt": line["n_prompt"],
                 "cut": len(line["tokens"]) - n,
                 "tokens": [str(token) for token in line["tokens"][:n]],
-                "experts": [of[:n] for of in line["experts"].values()],
-                "gates": gates,
+                "experts": [of[:n] for of in experts],
+                "gates": [[[round(100 * g) for g in token] for token in of[:n]] for of in gates],
             }
         )
     return found
@@ -372,16 +391,18 @@ def answers_of(folder: Path, run: dict) -> tuple[list[dict], list[dict]]:
     """What the base answered and what the run answered; of other tasks than math, nothing."""
     if kind_of(run) != "math":
         return [], []
-    task = run["task"]
-    before, after = (
-        read_lines(folder / f"answers-{name}.jsonl", AnswerLine) for name in (f"{task}-base", task)
-    )
-    return before, after
+    found = []
+    for name in (f"{run['task']}-base", run["task"]):
+        records = read_lines(folder / f"answers-{name}.jsonl", AnswerLine)
+        texts = [{part: str(r.get(part)) for part in ("prompt", "gold", "output")} for r in records]
+        found.append([t | {"correct": r["correct"]} for t, r in zip(texts, records, strict=True)])
+    return found[0], found[1]
 
 
 def turned(before: list[dict], after: list[dict]) -> str:
     """How many answers changed from wrong to right, and so on, in a sentence."""
-    pairs = [(b["correct"], a["correct"]) for b, a in zip(before, after, strict=False)]
+    both = [(b, a) for b, a in zip(before, after, strict=False) if b["prompt"] == a["prompt"]]
+    pairs = [(b["correct"], a["correct"]) for b, a in both]
     if not pairs:
         return ""
     return (
@@ -401,10 +422,10 @@ def shown_answers(names: list[str], asked: list[tuple[list[dict], list[dict]]]) 
         said, gold = {}, ""  # {(when, text): what the page shows}: runs that say the same share it
         for name, (before, after) in zip(names, asked, strict=True):
             for when, records in (("before", before), ("after", after)):
-                r = next((r for r in records if r.get("prompt") == prompt), None)
+                r = next((r for r in records if r["prompt"] == prompt), None)
                 if r is None:
                     continue
-                gold, text = str(r.get("gold")), shortened(str(r.get("output")))
+                gold, text = r["gold"], shortened(r["output"])
                 new = {"when": f"{when} training", "who": [], "text": text, "right": r["correct"]}
                 said.setdefault((when, text), new)["who"].append(name)
         in_order = sorted(said.values(), key=lambda of: of["when"], reverse=True)  # before, after
@@ -414,11 +435,11 @@ def shown_answers(names: list[str], asked: list[tuple[list[dict], list[dict]]]) 
 
 def picked(before: list[dict], after: list[dict]) -> list[str]:
     """The prompts of two problems of each kind: became right, stayed wrong, and so on."""
-    was = {r.get("prompt"): r["correct"] for r in before}
+    was = {r["prompt"]: r["correct"] for r in before}
     of_kind: dict[tuple, list[str]] = {}
     for r in after:
-        kind = (was.get(r.get("prompt")), r["correct"])
-        of_kind.setdefault(kind, []).append(str(r.get("prompt")))
+        kind = (was.get(r["prompt"]), r["correct"])
+        of_kind.setdefault(kind, []).append(r["prompt"])
     return [prompt for prompts in of_kind.values() for prompt in prompts[:2]]
 
 

@@ -319,6 +319,16 @@ def test_what_is_damaged_or_no_run_ends_in_one_line(cli, run, tmp_path):
             if (name, damage) != ("results.json", b"{}\n"):  # which says that nothing was scored
                 assert name in refused(cli, "report.py", "--run", "r")
         path.write_bytes(sound)
+    for name, part in (
+        ("visits.json", '"1"'),
+        ("routing.jsonl", '"1"'),
+        ("run.json", '"n_experts"'),
+    ):
+        path = run / name
+        sound = path.read_text()
+        path.write_text(sound.replace(part, '"7"'))  # of another model
+        assert name in refused(cli, "report.py", "--run", "r")
+        path.write_text(sound)
     assert (run / "report.html").read_bytes() == page
 
 
