@@ -238,12 +238,12 @@ def experts_of(folder: Path, run: dict) -> dict:
     cfg, method, path = config_of(run), parse_method(run["method"]), folder / "hot_experts.json"
     hot = HotList.read(path, cfg) if path.exists() else None
     visits = visits_of(folder, cfg, hot)
+    ranked_by = (hot.gates or hot.counts) if hot else {}
+    if visits and not ranked_by:  # nothing was chosen, or by other means: by what training visited
+        ranked_by = dict(zip(cfg.moe_layers, visits[0]["counts"], strict=True))
     scores = {}
-    if hot and (hot.gates or hot.counts):
-        scores = {layer: torch.tensor(of) for layer, of in (hot.gates or hot.counts).items()}
-    elif visits:  # nothing was chosen, or by other means: the order is that of training
-        layers = zip(cfg.moe_layers, visits[0]["counts"], strict=True)
-        scores = {layer: torch.tensor(of) for layer, of in layers}
+    for layer in cfg.moe_layers if ranked_by else ():
+        scores[layer] = torch.tensor(ranked_by[layer], dtype=torch.float64)  # as the catcher has it
     adapted = run.get("adapted")  # not there yet before training
     if adapted is not None:
         adapted = [sorted(adapted.get(str(layer), [])) for layer in cfg.moe_layers]
@@ -290,7 +290,7 @@ def visits_of(folder: Path, cfg: MoEConfig, hot: HotList | None) -> list[dict]:
         counts, steps = of_layers(kept["counts"], cfg, path), kept["steps"]
         if len(steps) != 2 or {len(of) for of in counts} != {cfg.n_experts}:
             raise ValueError(
-                f"{path} is not of two steps and {cfg.n_experts} experts a layer: delete the file"
+                f"{path}: want two steps, and visits of {cfg.n_experts} experts: delete the file"
             )
         found.append(
             {
@@ -304,7 +304,7 @@ def visits_of(folder: Path, cfg: MoEConfig, hot: HotList | None) -> list[dict]:
             {
                 "name": "when experts were chosen",
                 "tokens": hot.n_tokens,
-                "counts": list(hot.counts.values()),
+                "counts": [hot.counts[layer] for layer in cfg.moe_layers],
             }
         )
     return found

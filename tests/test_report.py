@@ -278,6 +278,18 @@ def test_a_given_list_without_visits_is_ordered_by_those_of_training(cli, quick,
     assert [sorted(ids[:3]) for ids in run["ranked"]["hot"]] == list(chosen.values())
 
 
+def test_a_list_by_routing_weight_is_read_in_full_precision_and_in_order_of_layers(cli, run):
+    gates = [0.25] * 8
+    gates[3] += 1e-12
+    visits = {"1": [1] * 8, "0": [2] * 8}
+    hot = {"experts": {"1": [3], "0": [3]}, "counts": visits, "gates": dict.fromkeys("10", gates)}
+    (run / "hot_experts.json").write_text(json.dumps(hot | {"score": "gate", "k": 1}))
+    done(cli, "report.py", "--run", "r")
+    (shown,) = data_in(run / "report.html")["runs"]
+    assert [ids[0] for ids in shown["ranked"]["hot"]] == [3, 3]
+    assert [of[0] for of in shown["visits"][1]["counts"]] == [2, 1]
+
+
 def test_a_run_that_has_only_begun_and_one_of_before_have_a_page(cli, run):
     for name in ("visits.json", "routing.jsonl", "hot_experts.json", "adapter.safetensors"):
         (run / name).unlink()
