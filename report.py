@@ -28,7 +28,7 @@ from moe_model import IGNORE, MoEConfig, MoEModel
 from plumbing import ranks
 from plumbing.checkpoint import empty_model, locate, read_config
 from plumbing.cli import Parser, command
-from plumbing.data import TASKS, Encoded
+from plumbing.data import TASKS, Encoded, encode_prompt
 from plumbing.files import check, read_json, write_atomically, write_json
 from plumbing.run_folder import lines_up_to, read_results, read_run
 from plumbing.tokenizer import Tokenizer
@@ -83,7 +83,8 @@ def some_texts(job: Job, records: list[dict]) -> list[Encoded]:
         picked += [r for r in records if not r["correct"]][:1]
     texts = []
     for r in picked:
-        prompt, answer = job.tokenizer.encode(r["prompt"]), job.tokenizer.encode(r["output"])
+        prompt = encode_prompt(r["prompt"], job.tokenizer, "a prompt")
+        answer = job.tokenizer.encode_answer(r["prompt"], r["output"])
         texts.append(Encoded([*prompt, *answer, job.tokenizer.eos], len(prompt)))
     return texts
 

@@ -19,6 +19,7 @@ import train
 from catcher import RULES, Catcher, choose, visited_share
 from hellora import adapter_flops, attach, count_params, load_run, parse_method
 from plumbing.checkpoint import empty_model, parse_config
+from plumbing.data import encode_prompt
 
 ROWS = [
     {"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}
@@ -183,9 +184,10 @@ def test_the_base_s_answers_are_kept_and_paired_with_those_of_the_run(run):
 def test_kept_routing_is_that_of_the_trained_model(run):
     model, tokenizer, _ = load_run(run)
     first, line = (lines(run / f"{of}.jsonl")[0] for of in ("answers-tiny-math", "routing"))
-    ids = [*tokenizer.encode(first["prompt"]), *tokenizer.encode(first["output"])]
+    prompt = encode_prompt(first["prompt"], tokenizer, "")
+    ids = [*prompt, *tokenizer.encode_answer(first["prompt"], first["output"])]
     assert "".join(line["tokens"]) == first["prompt"] + first["output"]
-    assert line["n_prompt"] == len(tokenizer.encode(first["prompt"]))
+    assert line["n_prompt"] == len(prompt)
     _, routing = model(torch.tensor([ids]))
     for layer, r in routing.items():
         assert line["experts"][str(layer)] == r.expert_ids[0].tolist()
