@@ -170,7 +170,7 @@ def read_lines(path: Path, schema: object) -> list[dict]:
 def collect(folders: list[Path]) -> dict:
     """All that the page shows, ready for JSON."""
     records = [read_run(folder) for folder in folders]
-    names = [f"{run['method']}, k {run.get('k')}, seed {run.get('seed')}" for run in records]
+    names = [name_of(run) for run in records]
     if len(set(names)) < len(names):
         names = [folder.resolve().name for folder in folders]
     asked = [answers_of(folder, run) for folder, run in zip(folders, records, strict=True)]
@@ -193,6 +193,14 @@ def collect(folders: list[Path]) -> dict:
         "harmful": [r["task"] for r in records if kind_of(r) == "safety"],
         "settings": setting_rows(records),
     }
+
+
+def name_of(run: dict) -> str:
+    """What a run is called beside others: its method, how many experts, its seed."""
+    parts = [run["method"]]
+    if parse_method(run["method"]).chooses:
+        parts.append(f"{run['coverage']:.0%}" if run.get("coverage") else f"k {run.get('k')}")
+    return ", ".join([*parts, f"seed {run.get('seed')}"])
 
 
 def kind_of(run: dict) -> str:
@@ -274,12 +282,13 @@ def chosen_by(run: dict, hot: HotList | None, method: Method) -> str:
     if not hot.counts:
         return "This run adapts experts that a file lists, without the visits behind them."
     what = "mean routing weight" if hot.score == "gate" else "visits"
-    few = f", the fewest with {run['coverage']:.0%} of all" if run.get("coverage") else ""
+    few = f" (the fewest with {run['coverage']:.0%} of it)" if run.get("coverage") else ""
     tokens = "answer tokens" if hot.count == "answers" else "tokens"
-    where = "in the warm-up" if hot.catcher == "warmup" else f"({hot.catcher})"
+    where = {"warmup": "in the warm-up", "forward": "in the base model"}.get(hot.catcher, "")
     return (
-        f"This run adapts the {hot.rule} experts of each layer{few}, by {what} of "
-        f"{hot.n_tokens:,} {tokens} {where}."
+        f"This run adapts the {hot.rule} experts of each layer by {what}{few}, counted over "
+        f"{hot.n_tokens:,} {tokens} {where}".rstrip()
+        + "."
     )
 
 
