@@ -282,7 +282,7 @@ def chosen_by(run: dict, hot: HotList | None, method: Method) -> str:
     if not hot.counts:
         return "This run adapts experts that a file lists, without the visits behind them."
     what = "mean routing weight" if hot.score == "gate" else "visits"
-    few = f" (the fewest with {run['coverage']:.0%} of it)" if run.get("coverage") else ""
+    few = f" (the fewest with {run['coverage']:.0%} of all)" if run.get("coverage") else ""
     tokens = "answer tokens" if hot.count == "answers" else "tokens"
     where = {"warmup": "in the warm-up", "forward": "in the base model"}.get(hot.catcher, "")
     return (
