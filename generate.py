@@ -123,13 +123,13 @@ def decode_batch(
             tokens = logits.argmax(-1)  # [B, 1]
         outputs[rows, step] = tokens[:, 0]
         stopped = torch.isin(tokens[:, 0], stop_ids)
-        length[rows[stopped]] = length[rows[stopped]].clamp(max=step)
+        length[rows] = torch.where(stopped, length[rows].clamp(max=step), length[rows])
         if ended:
             tails = outputs[rows, max(0, step + 1 - TAIL) : step + 1].tolist()
             stopped = torch.tensor([ended(tail) for tail in tails], device=model.device)
-            length[rows[stopped]] = length[rows[stopped]].clamp(max=step + 1)
+            length[rows] = torch.where(stopped, length[rows].clamp(max=step + 1), length[rows])
         going_on = length[rows] > step + 1
-        n_going_on = int(going_on.sum())
+        n_going_on = int(going_on.sum())  # here a GPU's host waits, once a token
         if ranks.largest(n_going_on, model.device) == 0:
             break
         if 0 < n_going_on < SHRINK * len(rows):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moe_model import (
     Block,
+    Ends,
     Experts,
     GroupedLinear,
     Linear,
@@ -258,12 +259,12 @@ class LoRAGroupedLinear(nn.Module):
             return y
         # An adapted expert that no row visits takes part as well. So its gradient is zero, and not
         # None: AdamW skips None, but moves a parameter of gradient zero by its momentum.
-        ends = rows.ends[as_index(self.adapted, x.device)]  # [k] the others have no rows here
+        ends = ends_of(self.adapted, rows.ends)  # of k experts; the others have no rows here
         a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
         low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
         y += rows.matmul(low, b, ends)  # + B low
         if self.lora.magnitude is not None:
-            y = y * self.dora_scale(ends, len(y)).to(x.dtype)
+            y = y * self.dora_scale(ends.tensor, len(y)).to(x.dtype)
         return y
 
     def dora_scale(self, ends: Tensor, n: int) -> Tensor:
@@ -284,6 +285,8 @@ class LoRAExperts(Experts):
             matmul=base.matmul,
         )
         self.adapted = adapted  # [k] ids, ascending
+        n = self.n_experts
+        self.key = [e if e in adapted else e + n for e in range(n)]  # [E] what rows are sorted by
 
     def forward(self, tokens: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
         """Tokens [M, D], routing weights [M, K], experts visited [M, K] -> weighted sums [M, D]."""
@@ -294,13 +297,23 @@ class LoRAExperts(Experts):
             return self.mlp(tokens, weight, AdaptedRows(slot, ends, self.matmul))
         # One sort puts the rows of adapted experts first: the others count as E to 2E - 1. The
         # weights stay in the order of ids, so loading, merging and saving need not know of it.
-        is_adapted = torch.isin(expert, as_index(self.adapted, expert.device))  # [N]
-        key = torch.where(is_adapted, expert, expert + n_experts)  # [N]
+        key = as_index(self.key, expert.device)[expert]  # [N]
         slot, ends = sort_by_expert(key, 2 * n_experts)
-        n = int(ends[n_experts - 1])  # adapted rows; here a GPU's host waits, once a layer
-        adapted = AdaptedRows(slot[:n], ends[:n_experts], self.matmul)
-        others = Rows(slot[n:], ends[n_experts:] - n, self.matmul)
+        sizes = ends.sizes  # [2E] here a GPU's host waits, once a layer
+        n = sum(sizes[:n_experts])  # adapted rows
+        first = Ends(ends.tensor[:n_experts], sizes[:n_experts])
+        second = Ends(ends.tensor[n_experts:] - n, sizes[n_experts:])
+        adapted = AdaptedRows(slot[:n], first, self.matmul)
+        others = Rows(slot[n:], second, self.matmul)
         return self.mlp(tokens, weight, adapted) + self.mlp(tokens, weight, others)
+
+
+def ends_of(experts: list[int], ends: Ends) -> Ends:
+    """The ends of these experts [k], ascending, in rows that visit no other."""
+    if len(experts) == len(ends.tensor):
+        return ends  # LoRA: of all
+    of = as_index(experts, ends.tensor.device)
+    return Ends(ends.tensor[of], [ends.sizes[e] for e in experts])
 
 
 def as_index(ids: Iterable[int], device: torch.device) -> Tensor:

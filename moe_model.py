@@ -96,30 +96,60 @@ class MLP(nn.Module):
 # ---- experts: the same MLP, with matrices that depend on the row's expert ------------------------
 
 
-def looped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+class Ends:
+    """Where each expert's rows end, in rows that are sorted by expert."""
+
+    def __init__(self, tensor: Tensor, sizes: list[int] | None = None):
+        """sizes: how many rows each expert has, if the host knows it already."""
+        self.tensor = tensor  # [E] int32, one past the last row of each: what a kernel reads
+        self.known = sizes
+
+    @property
+    def sizes(self) -> list[int]:
+        """[E] how many rows each expert has: what a loop needs.
+
+        For these numbers a GPU's host waits. They are kept, so it waits once a layer.
+        """
+        if self.known is None:
+            self.known = self.tensor.diff(prepend=self.tensor.new_zeros(1)).tolist()
+        return self.known
+
+
+def looped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """Multiply each segment of rows by its own matrix, one after the other.
 
-    x [n, in] in E segments that end at `ends` [E]; weight [E, in, out] -> [n, out].
+    x [n, in] in E segments that end at `ends`; weight [E, in, out] -> [n, out].
     """
     if len(x) == 0:
         return x @ weight[0]  # no row either, but weight gets a gradient of zero
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = zip(x.split(sizes), weight.unbind(0), strict=True)
+    parts = zip(x.split(ends.sizes), weight.unbind(0), strict=True)
     return torch.cat([part @ w for part, w in parts if len(part)])
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """What looped_mm computes, in one call. A frozen weight gets no gradient, so x is not kept.
 
-    The loop handles what the kernel cannot: no row at all (pytorch #152668); rows whose size is no
-    multiple of 16 bytes, as with rank 2; trained weights on Blackwell, where the gradient of an
-    expert without rows is wrong (pytorch #172439).
+    The loop takes what the kernel cannot: no row at all (pytorch #152668), and see one_call.
     """
-    narrow = any(size * x.element_size() % 16 for size in weight.shape[1:])
-    blackwell = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
-    if len(x) == 0 or narrow or (blackwell and weight.requires_grad):
+    if len(x) == 0 or not one_call(x, weight):
         return looped_mm(x, weight, ends)
-    return F.grouped_mm(x, weight, offs=ends)
+    return F.grouped_mm(x, weight, offs=ends.tensor)
+
+
+def one_call(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes these, and no host waits in it.
+
+    On CUDA it is a kernel in bf16 on Hopper and Blackwell (compute capability 9 and 10). Elsewhere
+    it loops as well, and the host waits in each call. Source: PyTorch's GroupedBlas.cpp.
+    """
+    if any(size * x.element_size() % 16 for size in weight.shape[1:]):
+        return False  # it wants rows of a multiple of 16 bytes; with rank 2 they are shorter
+    if not x.is_cuda:
+        return True
+    card, _ = torch.cuda.get_device_capability(x.device)
+    if card == 10 and weight.requires_grad:
+        return False  # the gradient of an expert without rows is wrong (pytorch #172439)
+    return card in (9, 10) and x.dtype == torch.bfloat16
 
 
 MATMULS = {"grouped": grouped_mm, "loop": looped_mm}  # the choices of --experts
@@ -133,15 +163,15 @@ class Rows(NamedTuple):
     """
 
     slot: Tensor  # [n] the slot that each row serves
-    ends: Tensor  # [E] int32, one past the last row of each expert
-    matmul: Callable[[Tensor, Tensor, Tensor], Tensor]  # one of MATMULS
+    ends: Ends  # of E experts
+    matmul: Callable[[Tensor, Tensor, Ends], Tensor]  # one of MATMULS
 
 
-def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Ends]:
     """The expert of each slot [N] -> slots sorted by expert [N], each expert's end [n_experts]."""
     in_order, slot = expert.sort(stable=True)
     ends = torch.searchsorted(in_order, torch.arange(n_experts, device=slot.device), right=True)
-    return slot, ends.int()
+    return slot, Ends(ends.int())
 
 
 def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
@@ -294,8 +324,12 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these sequences of the batch only."""
-        self.k, self.v, self.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
+        """Keep these sequences of the batch only [n], ascending, in the memory that is there."""
+        n = len(rows)
+        for half in (self.k, self.v):
+            for layer in half:  # [B, G, S, C]; to move all layers at once would take it all twice
+                layer[:n, :, : self.length] = layer[rows, :, : self.length]
+        self.k, self.v, self.pad = self.k[:, :n], self.v[:, :n], self.pad[rows]
 
 
 class Positions(NamedTuple):
@@ -464,7 +498,7 @@ class MoEModel(nn.Module):
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n] -> scalar
             return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
-        wanted = targets != IGNORE
+        wanted = (targets != IGNORE).nonzero(as_tuple=True)  # a GPU's host waits for how many
         chunks = zip(x[wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True)
         return sum(recomputed(chunk_loss, *chunk) for chunk in chunks)
 

@@ -23,7 +23,7 @@ from hellora import (
     merge,
     parse_method,
 )
-from moe_model import MATMULS, Linear, MoEModel
+from moe_model import MATMULS, Ends, Linear, MoEModel
 from train import make_optimizer
 
 WHOLE = [
@@ -122,7 +122,7 @@ def test_dora_makes_no_tensor_of_the_weights_size(olmoe, dtype):
     init_adapters(model, 0)
     one, stack = model.layers[0].attn.q, model.layers[0].moe.experts.up
     x = torch.ones(2, 32, dtype=dtype)
-    ends = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2], dtype=torch.int32)
+    ends = Ends(torch.tensor([1, 1, 1, 1, 1, 1, 1, 2], dtype=torch.int32))
     rows = AdaptedRows(torch.tensor([0, 1]), ends, MATMULS["loop"])
     for module, more in ((one, ()), (stack, (rows,))):
         with Sizes() as sizes:

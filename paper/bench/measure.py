@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hellora import Method, adapter_flops
-from moe_model import MoEConfig, MoEModel, grouped_mm, looped_mm
+from moe_model import Ends, MoEConfig, MoEModel, grouped_mm, looped_mm
 from plumbing.data import Batch
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def check_grouped_mm(
 ) -> dict:
     """Is F.grouped_mm right for narrow groups, one of them empty, forward and backward?"""
     random = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
-    ends = torch.tensor([40, 40, 177, 256], dtype=torch.int32, device=device)
+    ends = Ends(torch.tensor([40, 40, 177, 256], dtype=torch.int32, device=device))
     stored = (
         torch.randn(4, rank, width, **random) / width**0.5,
         torch.randn(4, width, rank, **random),
