@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moe_model import IGNORE, MoEConfig, MoEModel, Routing
 from plumbing import ranks
-from plumbing.checkpoint import locate, read_config
+from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute
 from plumbing.data import (
     TASKS,
@@ -32,6 +32,7 @@ from plumbing.data import (
     load_examples,
     micro_batches,
 )
+from plumbing.device import warn_of_slow_cpu
 from plumbing.files import read_json, write_json
 from plumbing.run_folder import by_layer, located, read_run
 from plumbing.tokenizer import load_tokenizer
@@ -346,6 +347,7 @@ def main() -> None:
     device, dtype = compute(args.device, args.dtype)
     task, source = args.task or default_task(args.model), locate(args.model)
     cfg = read_config(source)
+    warn_of_slow_cpu(count_base(cfg), device, args.device)
     k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
 
     # The same look at the task that train.py --catcher forward takes.

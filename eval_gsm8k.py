@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import generate
+from generate import BATCH, generate
 from hellora import load_run
 from moe_model import IGNORE, MoEModel
-from plumbing.checkpoint import read_config
+from plumbing.checkpoint import count_base, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
     HUMANEVAL,
@@ -50,6 +50,7 @@ from plumbing.data import (
     encode_prompt,
     load_examples,
 )
+from plumbing.device import warn_of_slow_cpu
 from plumbing.files import write_atomically
 from plumbing.run_folder import located, read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +110,7 @@ def evaluate(
     examples: list[Example],
     template: str,
     max_new: int,
-    batch_size: int,
+    batch_size: int | None,
     label: str = "score",
 ) -> tuple[dict, list[dict]]:
     """results.json's entry for `examples`, and a record of each problem."""
@@ -266,7 +267,8 @@ def parse_args() -> argparse.Namespace:
     add("--shots", type=number(int, low=0), default=0,
         help="put N solved training problems before each, as the harness does (default 0)")
     add("--template", help="prompt and answer form (default: the run's, or the task's)")
-    add("--batch-size", type=COUNT, default=100, help="problems decoded together (default 100)")
+    add("--batch-size", type=COUNT,
+        help="problems decoded together (default 100, on a GPU as many of them as fit)")
     add("--max-new", type=COUNT,
         help="tokens generated at most (default: the task's; 512 for gsm8k)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
@@ -322,12 +324,13 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     else:
         check_scorable(examples, tokenizer, max_len)
     device, dtype = compute(args.device, args.dtype or run["dtype"])
+    warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
     if folder:
         model, _, _ = load_run(folder, not args.factored, dtype, device)
     else:
         model = MoEModel.from_pretrained(source, dtype, device)
     if args.loss:
-        result, records = measure_loss(model, data, args.batch_size)
+        result, records = measure_loss(model, data, args.batch_size or BATCH)
         shown = f"loss {result['loss']:.4f} nats per answer token, {result['exact']:.1%} exact"
     else:
         result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from moe_model import KVCache, MoEModel
 from plumbing import ranks
+from plumbing.device import free_bytes
 
+BATCH = 100  # prompts decoded together, if they fit
 # Finished rows leave the batch when fewer than this share go on: each time costs a cache copy.
 SHRINK = 0.75
 TAIL = 16  # tokens in which `ended` looks for the end of a text
@@ -45,7 +47,7 @@ def generate(
     prompts: list[list[int]],
     max_new: int,
     stops: tuple[int, ...],
-    batch_size: int,
+    batch_size: int | None,
     label: str = "",
     sampling: Sampling | None = None,
     ended: Callable[[list[int]], bool] | None = None,
@@ -54,9 +56,9 @@ def generate(
 
     They end before the first of `stops`, after `max_new` tokens, at the model's context, or where
     `ended` is true of the last TAIL tokens, which are kept. Without `sampling`, each token is the
-    likeliest. Prompts of like length share a batch, and several ranks share the prompts. With a
-    `label` a progress bar shows. Raises ValueError for a prompt beyond the context, or without any
-    token.
+    likeliest. Prompts of like length share a batch, and several ranks share the prompts. Without a
+    batch_size it is BATCH, or on a GPU as many as fit. With a `label` a progress bar shows. Raises
+    ValueError for a prompt beyond the context, or without any token.
     """
     for n, prompt in enumerate(prompts, 1):
         if not prompt:
@@ -66,6 +68,8 @@ def generate(
         raise ValueError(
             f"a prompt has {longest} tokens, but the model's context is {model.cfg.max_len}"
         )
+    if batch_size is None:
+        batch_size = fitting_batch(model, longest, max_new)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
@@ -80,6 +84,29 @@ def generate(
     for part in ranks.gathered(done):
         done |= part
     return [done[i] for i in range(len(prompts))]
+
+
+def fitting_batch(model: MoEModel, longest: int, max_new: int) -> int:
+    """How many of the longest prompts to decode together: BATCH, or what a GPU has memory for.
+
+    Counted for each: the cache, and what the first pass holds in one layer. That is K rows of each
+    token, with the experts' input, output and three hidden vectors; queries, keys and values in
+    float32; and one number per head for each pair of tokens, where heads share keys.
+    """
+    if model.device.type != "cuda":
+        return BATCH
+    cfg, size = model.cfg, model.dtype.itemsize
+    length = min(longest + max_new, cfg.max_len)
+    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * length * size
+    rows = cfg.top_k * (3 * cfg.dim + 4 * cfg.expert_dim) * size
+    pairs = 8 * cfg.n_heads * longest if cfg.n_kv_heads < cfg.n_heads else 0
+    each = cache + longest * (rows + 12 * cfg.dim * 4 + pairs)
+    free = free_bytes(model.device)
+    n = max(1, min(BATCH, int(0.85 * free / each)))
+    n = -ranks.largest(-n, model.device)  # the smallest of all ranks': they take equal steps
+    if n < BATCH:
+        print(f"{n} prompts are decoded together: {free / 1e9:.1f} GB are free")
+    return n
 
 
 @torch.no_grad()

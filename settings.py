@@ -22,6 +22,7 @@ from plumbing.checkpoint import (
     BACKBONES,
     Checkpoint,
     check_weights,
+    count_base,
     empty_model,
     locate,
     read_config,
@@ -37,6 +38,7 @@ from plumbing.data import (
     load_examples,
     steps_per_epoch,
 )
+from plumbing.device import warn_of_slow_cpu
 from plumbing.files import sha256
 from plumbing.hub import commit_of
 from plumbing.run_folder import (
@@ -126,6 +128,8 @@ def parse_args(description: str) -> argparse.Namespace:
     what("--eval-data", type=Path, metavar="FILE",
          help="rows to score, in place of the task's test split")
     what("--eval-limit", type=COUNT, default=500, metavar="N", help="rows to score (default 500)")
+    what("--eval-batch", type=COUNT, metavar="N",
+         help="problems decoded together (default 100, on a GPU as many of them as fit)")
     what("--no-eval", action="store_true", help="score nothing")
     what("--template", metavar="NAME",
          help="form of prompts: plain or lori for math; alpaca, lori or bare for others")
@@ -248,6 +252,7 @@ class Job:
     data: list[Encoded]
     n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
+    eval_batch: int | None  # of these, decoded together; None: as many as fit
     start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
     matmul: str  # "grouped" or "loop" (MATMULS)
@@ -276,6 +281,7 @@ def prepare(args: argparse.Namespace) -> Job:
     commit = ranks.once(lambda: commit_of(locate(args.model, weights=False)))
     newest = locate(at_commit(args.model, commit), weights=False)
     cfg, tokenizer = read_config(newest), load_tokenizer(newest)
+    warn_of_slow_cpu(count_base(cfg), device, args.device)
     settings = resolve(args, cfg, dtype) | {"commit": commit}
     settings["bos"] = bos_for(tokenizer, settings["template"])
     start = take_over(args.mask_from, method, settings)
@@ -311,6 +317,7 @@ def prepare(args: argparse.Namespace) -> Job:
         data=data,
         n_dropped=len(examples) - len(data),
         tests=tests,
+        eval_batch=args.eval_batch,
         start=start,
         micro_batch=args.micro_batch or default_micro_batch(settings),
         matmul=args.experts,

@@ -36,13 +36,13 @@ from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
 from plumbing.cli import DTYPES, advice, command, deferred_stop, say
 from plumbing.data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
+from plumbing.device import free_bytes
 from plumbing.files import sha256, write_json
 from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
 
 CATCHER_SHARE = 0.1  # of the training data; Table 1
 MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts (but see --clip)
 MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient, after which a run gives up
-EVAL_BATCH = 100  # problems decoded together
 
 
 def train_step(
@@ -324,13 +324,16 @@ def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict
     when: "base" or "after" training. Returns a record of each problem.
     """
     task = job.settings["task"]
+    if ranks.is_cut(model):
+        whole = ranks.put_together(model, free_bytes(job.device))
+        print(f"each rank {'holds the whole model' if whole else 'gets each layer anew'} to score")
     result, records = evaluate(
         model,
         job.tokenizer,
         job.tests,
         job.settings["template"],
         TASKS[task].max_new,
-        EVAL_BATCH,
+        job.eval_batch,
         label=f"score {when}",
     )
     if when == "base":
@@ -371,6 +374,7 @@ def run_job(job: Job, folder: Path) -> None:
     """Score the base, find the experts, attach, train, save, merge, score: all into `folder`."""
     record = ranks.once(lambda: open_record(job, folder))
     shown = {name: value for name, value in job.settings.items() if value is not None}
+    shown["device"] = record["versions"]["device"]
     print("\n".join(f"{name:12s} {value}" for name, value in shown.items()))
     print(f"run folder   {folder}")
     write_json(folder / "run.json", record)

@@ -36,7 +36,7 @@ from hellora import load_run
 from moe_model import MoEModel
 from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
 from plumbing import ranks
-from plumbing.checkpoint import locate
+from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
     HUMANEVAL,
@@ -48,6 +48,7 @@ from plumbing.data import (
     numbered_rows,
     read_rows,
 )
+from plumbing.device import warn_of_slow_cpu
 from plumbing.files import sha256, write_atomically
 from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -230,6 +231,8 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
         if not problem.prompt:
             raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
     device, dtype = compute(args.device, args.dtype or run["dtype"])
+    cfg = read_config(locate(run["model"] if folder else args.model))
+    warn_of_slow_cpu(count_base(cfg), device, args.device)
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
@@ -315,7 +318,8 @@ def parse_args() -> argparse.Namespace:
     add("--top-p", type=SHARE, help="draw from this share of each choice (default 0.95)")
     add("--seed", type=SEED, default=0, help="of the samples (default 0)")
     add("--max-new", type=COUNT, help="tokens of a completion at most (default: 512; tiny-code 96)")
-    add("--batch-size", type=COUNT, default=100, help="samples decoded together (default 100)")
+    add("--batch-size", type=COUNT,
+        help="samples decoded together (default 100, on a GPU as many of them as fit)")
     add("--seconds", type=number(float, above=0, high=3600), default=SECONDS,
         help=f"a program's time (default {SECONDS:g})")
     add("--workers", type=COUNT, help="programs run at a time (default: one a core)")

@@ -21,9 +21,10 @@ from generate import generate
 from hellora import load_run
 from moe_model import MoEModel
 from paper.scoring.refusals import RULE, RULES
-from plumbing.checkpoint import locate
+from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, say
 from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt, read_rows
+from plumbing.device import warn_of_slow_cpu
 from plumbing.hub import snapshot
 from plumbing.run_folder import read_run
 from plumbing.tokenizer import load_tokenizer
@@ -98,7 +99,10 @@ def parse_args() -> argparse.Namespace:
                    help="alpaca, lori (another than in training), bare (default: the run's)")
     p.add_argument("--limit", type=COUNT, metavar="N", help="the first N; kept as TASK-part")
     p.add_argument("--max-new", type=COUNT, help="tokens of an answer at most; kept as TASK-part")
-    p.add_argument("--batch-size", type=COUNT, default=100, help="decoded together (default 100)")
+    p.add_argument(
+        "--batch-size", type=COUNT,
+        help="decoded together (default 100, on a GPU as many of them as fit)",
+    )  # fmt: skip
     p.add_argument("--show", type=COUNT, default=0, metavar="N", help="print N prompts and answers")
     p.add_argument("--keep-texts", action="store_true",
                    help="prompts and answers into answers-TASK.jsonl")
@@ -130,6 +134,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
             f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
         )
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
+    warn_of_slow_cpu(count_base(read_config(locate(run["model"]))), device, args.device)
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:

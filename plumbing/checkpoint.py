@@ -583,6 +583,11 @@ def base_parameters(cfg: MoEConfig) -> dict[str, tuple[torch.Size, list[str]]]:
     return {name: (p.shape, hub_names(name, cfg)) for name, p in bare.named_parameters()}
 
 
+def count_base(cfg: MoEConfig) -> int:
+    """How many numbers such a model has, without adapters."""
+    return sum(shape.numel() for shape, _ in base_parameters(cfg).values())
+
+
 def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
     """Raise ValueError unless `source` holds just the tensors of such a model.
 

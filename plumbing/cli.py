@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from plumbing import device as devices
 from plumbing import ranks
 
 LOST = (
@@ -172,10 +173,13 @@ def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.
     The default on cpu is fp32. Of several ranks each joins the others here, and gets a device of
     its own. Raises ValueError for cuda on a machine without it.
     """
+    devices.prepare_cuda()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch finds no GPU here: want --device cpu, or a torch with CUDA"
         )
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None and default == "cpu":
+        devices.warn_of_unseen_gpu()
     mine = ranks.start(torch.device(device or default))
     return mine, DTYPES[dtype or ("bf16" if mine.type == "cuda" else "fp32")]

@@ -49,7 +49,10 @@ def start(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", mine)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=PATIENCE, device_id=device if on_gpu else None
+    )
     if rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         # every bar, wherever it is made: rank 0's are enough
@@ -213,6 +216,22 @@ def put(t: Tensor, value: Tensor) -> None:
         t.copy_(value)
     else:
         rows.copy_(value[first_row(t) :][: len(rows)])
+
+
+def put_together(model: nn.Module, free: int) -> bool:
+    """Have every rank keep a cut model in one piece from now on, if `free` bytes of each allow it.
+
+    So its layers are sent once, and not in each pass. It is for passes without gradients. A fifth
+    of what is free is left for those. Returns whether it was done.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not all(gathered(size <= 0.8 * free)):
+        return False
+    for part in model.modules():
+        if hasattr(part, "unshard"):
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+    return True
 
 
 def is_cut(model: nn.Module) -> bool:

@@ -3,7 +3,9 @@
 Runs train.py several times in one group of processes, as starting a group takes longer than a short
 run. FILE is a JSON list of command lines. Each run's folder gets counted.json: the bytes that rank
 0 got from the others in the training loop's collectives, if they go round in a ring, what
-ranks.traffic had said, and the bytes that each rank read to load the model.
+ranks.traffic had said, the bytes that each rank read to load the model; and scored.json: the bytes
+got in scoring before and after training, and those of the whole model. Before training no memory is
+free for a cut model in one piece, after it there is what the machine has.
 """
 
 import json
@@ -62,7 +64,20 @@ def fitting(model, job, folder):
     return visits
 
 
-read = []
+def scoring(job, model, folder, when):
+    """train.score_model, watched."""
+    train.free_bytes = free_bytes if when == "after" else lambda _device: 0
+    with Wire() as wire:
+        score_model(job, model, folder, when)
+    scored[when] = wire.bytes
+    scored["model"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not ranks.rank():
+        (folder / "scored.json").write_text(json.dumps(scored))
+
+
+read, scored = [], {}
+free_bytes = train.free_bytes
+score_model, train.score_model = train.score_model, scoring
 fit, train.fit = train.fit, fitting
 load_weights, train.load_weights = train.load_weights, loading
 

@@ -16,8 +16,8 @@ import paper
 
 ORDER = [  # a file may import only files before it
     "plumbing.__init__",
-    "plumbing.quiet", "plumbing.ranks", "plumbing.files", "plumbing.hub", "plumbing.cli",
-    "plumbing.tokenizer",
+    "plumbing.quiet", "plumbing.ranks", "plumbing.files", "plumbing.hub", "plumbing.device",
+    "plumbing.cli", "plumbing.tokenizer",
     "moe_model",
     "plumbing.checkpoint", "plumbing.data", "plumbing.run_folder", "plumbing.saves",
     "catcher", "hellora", "generate", "eval_gsm8k", "settings", "report", "train", "export",

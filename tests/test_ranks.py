@@ -97,6 +97,12 @@ def test_two_ranks_give_the_numbers_of_one(ranks, tmp_path):
             # AdamW enlarges rounding
             torch.testing.assert_close(mine[name], t, rtol=0, atol=2e-4, msg=name)
 
+    # Cut up, the model is sent for each token; with memory for it in one piece, once. A rank gets
+    # the half that it lacks. 5 %: besides, numbers of each step.
+    sent = json.loads((tmp_path / "full" / "scored.json").read_text())
+    assert sent["after"] == pytest.approx(sent["model"] / 2, rel=0.05)
+    assert sent["base"] > 10 * sent["after"]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])

@@ -1,0 +1,71 @@
+"""The device: what CUDA is told before it starts, what is free on it, and when to warn of it.
+
+Nothing here has run on CUDA yet. PyTorch's source was read for it.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+LARGE = 1_000_000_000  # parameters; a model of that many is too slow for most on a CPU
+# Where a user may have told PyTorch how to keep a GPU's memory.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def prepare_cuda() -> None:
+    """Tell PyTorch how to use CUDA. To be called before anything is on a GPU.
+
+    Memory comes in segments that grow: each micro-batch has another length, and what is freed would
+    else be of the wrong size for the next. Attention does not go to cuDNN, which plans for about
+    half a second at each new length (transformers #48163). Products in bf16 add up in float32.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def warn_of_unseen_gpu() -> None:
+    """A line on stderr if this machine has NVIDIA's driver, and PyTorch finds no GPU.
+
+    None if CUDA_VISIBLE_DEVICES is set, as this hides GPUs on purpose.
+    """
+    if shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        _warn(
+            f"nvidia-smi is installed, but torch {torch.__version__} (built {built}) finds no GPU, "
+            "so the CPU computes: want a torch that fits the driver, or --device cpu"
+        )
+
+
+def warn_of_slow_cpu(n_params: int, device: torch.device, asked: str | None) -> None:
+    """A line on stderr if a model of billions starts on a CPU that nobody asked for."""
+    if device.type == "cpu" and asked is None and n_params >= LARGE:
+        _warn(
+            f"the model has {n_params / 1e9:.1f} billion parameters, and the CPU computes: "
+            "want a GPU, or --device cpu"
+        )
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that this process may still take, in bytes. 0 where nobody tells.
+
+    Of a GPU: what no process holds, and what PyTorch keeps there for its next tensors. Of the CPU:
+    a part for each rank on this machine.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    told = Path("/proc/meminfo")
+    for line in told.read_text().splitlines() if told.exists() else []:
+        if line.startswith("MemAvailable:"):  # in kB
+            return 1024 * int(line.split()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0
