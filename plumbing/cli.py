@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import inf
@@ -31,25 +32,45 @@ LONGEST_LINE = 2000  # characters of an error: a file may have any text where a 
 
 
 def command(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and end the process with the exit code that its outcome deserves."""
+    """Run `main` and end the process with the exit code that its outcome deserves.
+
+    One of several ranks ends at once: what Python does at its exit may wait for the others, or have
+    gloo's threads abort it.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file may know few characters
         sys.stdout.reconfigure(errors="replace")
+    if ranks.world() == 1:
+        sys.exit(outcome(main))
+    try:
+        code = outcome(main)
+    except SystemExit as end:  # --help
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def outcome(main: Callable[[], None]) -> int:
+    """Run `main`. The exit code; a fault of ours is raised."""
     try:
         main()
+        ranks.stop()
     except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
-        sys.exit(_fail(error))
+        return _fail(error)
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
-            less = "train.py --no-eval leaves it to eval_*.py, with a smaller --batch-size"
-            sys.exit(_fail(OSError(f"out of memory: if it was scoring, {less}")))
+            fewer = "train.py --eval-batch N or eval_*.py --batch-size N decodes fewer at a time"
+            return _fail(OSError(f"out of memory: if it was scoring, {fewer}"))
         if not ranks.is_lost(error):
             raise
-        sys.exit(_fail(OSError(LOST)))
+        return _fail(OSError(LOST))
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
-        sys.exit(130)
-    ranks.stop()
-    sys.exit(0)
+        return 130
+    return 0
 
 
 def _fail(error: Exception) -> int:
