@@ -130,10 +130,12 @@ def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        if micro_batch > 1:
+        if not recompute:
+            way_out = "add --recompute"
+        elif micro_batch > 1:
             way_out = f"add --micro-batch {micro_batch // 2}"
         else:
-            way_out = "want more memory" if recompute else "add --recompute"
+            way_out = "want more memory"
         raise OSError(
             f"out of memory with --micro-batch {micro_batch}: "
             f"the same command goes on from the last save; {way_out}"

@@ -122,16 +122,17 @@ def test_a_disk_that_is_full_during_a_save_costs_only_the_steps_since_the_one_be
     assert numbers(tmp_path / "full") == numbers(whole[0])
 
 
-def test_a_lack_of_memory_names_the_micro_batch_to_try(trial, tmp_path):
+def test_a_lack_of_memory_names_recomputation_and_then_the_micro_batch_to_try(trial, tmp_path):
     # the logits of a step: 32 rows x some 400 tokens x 1024 entries x 4 bytes are over 50 MB
     rows = [{"question": "How many?", "answer": f"{'one ' * 100}#### {n}"} for n in range(32)]
     long = write_rows(tmp_path / "long.jsonl", rows)
     flags = ["--batch-size", 32, "--steps", 2, "--save-every", 1, "--no-eval"]
     words = small_run(toy_in(tmp_path), long, *flags)
-    full = trial(tmp_path / "r", "full memory", "step", 1, words=words)
-    assert full["code"] == 2, full
-    last = full["err"].strip().splitlines()[-1]
-    assert re.search(r"out of memory with --micro-batch (\d+): .*; add --micro-batch", last), last
+    for more, advice in (([], "--recompute"), (["--recompute"], "--micro-batch 8")):
+        full = trial(tmp_path / "r", "full memory", "step", 1, words=[*words, *more])
+        assert full["code"] == 2, full
+        last = full["err"].strip().splitlines()[-1]
+        assert re.search(rf"out of memory with --micro-batch 16: .*; add {advice}$", last), last
     assert trial(tmp_path / "r", words=words)["code"] == 0
     assert trial(tmp_path / "whole", words=words)["code"] == 0
     assert numbers(tmp_path / "r") == numbers(tmp_path / "whole")
