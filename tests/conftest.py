@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the numbers here are a CPU's, in fp32
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

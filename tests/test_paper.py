@@ -181,7 +181,8 @@ def measured(tmp_path, monkeypatch):
     grid.write_json(cell.folder / "run.json", run)
     (cell.folder / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.0}\n')
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, on_cpu):
+        assert on_cpu  # as what is committed was measured
         called.append(arguments)
         task, folder = arguments[-1], tmp_path / arguments[arguments.index("--run") + 1]
         values = {name: len(called) for kind in settings.SCORES.values() for name in kind}

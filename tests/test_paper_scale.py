@@ -215,7 +215,9 @@ def test_every_command_of_every_table_ends_well_on_a_random_checkpoint_and_64_ro
     for name in ("ROOT", "RUNS", "RESULTS", "TRIALS"):
         monkeypatch.setattr(grid, name, tmp_path / getattr(grid, name).relative_to(ROOT))
     called = []
-    monkeypatch.setattr(grid, "python", lambda *words: (called.append(words), python(*words)))
+    monkeypatch.setattr(
+        grid, "python", lambda *words, **how: (called.append(words), python(*words, **how))
+    )
 
     code, out, err = cli("paper.reproduce", "--table", "all", *flags, "--json")
     assert code == 0, err

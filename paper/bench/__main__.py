@@ -5,15 +5,15 @@
     python -m paper.bench --model tiny --only lora,hellora   any checkpoint
 
 All configurations have the same weights, batch and training step (train.train_step), and take
-turns, round by round. "-loop" multiplies expert by expert; "peft" is PEFT on transformers 5;
-"peft-v4-..." is PEFT on the layout of transformers 4, where each expert is a module, as it
-presumably was for the paper. Full fine-tuning comes after the others, alone, as it needs the
-memory. With --json the file is written anew after each round.
+turns, round by round. On a GPU each has all its rounds at once, as together they need more memory
+than one has. "-loop" multiplies expert by expert; "peft" is PEFT on transformers 5; "peft-v4-..."
+is PEFT on the layout of transformers 4, where each expert is a module, as it presumably was for the
+paper. Full fine-tuning comes after the others, alone, as it needs the memory. With --json the file
+is written anew after each round.
 """
 
 import argparse
 import json
-import os
 import platform
 import re
 import tempfile
@@ -268,7 +268,7 @@ class Bench:
             row["flops_a_token"], row["trained"] = numbers
 
     def steps(self, names: list[str], world: World, part: str = "step") -> None:
-        """Rounds over some configurations, all of them in memory."""
+        """Rounds over some configurations, all of them in memory at a time."""
         sessions = {}
         for name in tqdm(names, "prepare", leave=False):
             row = self.rows[name]
@@ -332,8 +332,10 @@ class Bench:
             name for name in self.rows if self.table[name].method == "fft" and "step" in self.parts
         ]
         if "step" in self.parts:
-            self.steps([name for name in self.rows if name not in whole], world)
-            measure.free()
+            names = [name for name in self.rows if name not in whole]
+            for group in [[name] for name in names] if self.device.type == "cuda" else [names]:
+                self.steps(group, world)
+                measure.free()
         if "generate" in self.parts:
             attempt(
                 failures, "generate", lambda: self.others("generate", decoders(world, self.new))
@@ -412,8 +414,6 @@ def hardware() -> str:
 
 def main() -> None:
     """Measure, and print the table last."""
-    # Many models share one GPU.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     torch.backends.cuda.matmul.allow_tf32 = True  # for PEFT, whose adapters multiply in fp32
     Bench(parse_args()).run()
 

@@ -74,6 +74,14 @@ class Cell:
         return bool(self.data or self.limit or Path(self.model).is_absolute())
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it is made on the CPU in fp32, with or without a GPU: models of this repository.
+
+        So were the numbers that are committed, and a GPU in bf16 gives others.
+        """
+        return self.model == MODEL or self.model.startswith(BASES)
+
+    @property
     def stand_ins(self) -> dict[str, str]:
         """What a trial has in place of the paper's model and data."""
         return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
@@ -149,7 +157,7 @@ class Cell:
     def make(self) -> None:
         """Run its command, or go on with it, unless it is finished."""
         if not self.finished:
-            python(*self.command())
+            python(*self.command(), on_cpu=self.on_cpu)
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class Base(Cell):
 
     def record(self) -> dict:
         """See Cell."""
-        device, _ = compute(None, None)
+        device, _ = compute("cpu" if self.on_cpu else None, None)
         about = {"model": self.model, "method": "base", **self.stand_ins}
         return about | {"hashes": {"model": fingerprint(self.source)}, "versions": versions(device)}
 
@@ -411,7 +419,7 @@ def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
     make(cell)
     for task in missing_tasks(cell, tasks):
         if not cell.scores(task):
-            python(*cell.evaluation(task))
+            python(*cell.evaluation(task), on_cpu=cell.on_cpu)
         result, (_, scores) = cell.scores(task), cell.scoring(task)
         shown = so_far(cell)  # again: another process may have added to it meanwhile
         for score, of in (("problems", "total"), *((name, name) for name in scores)):

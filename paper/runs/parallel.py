@@ -14,13 +14,15 @@ ROOT = Path(__file__).parent.parent.parent  # of the repository
 RUNNING: set[subprocess.Popen] = set()  # the commands under way
 
 
-def python(*arguments: str) -> None:
+def python(*arguments: str, on_cpu: bool = False) -> None:
     """Run a command of this repository in a process of its own, on one thread, in the clone's root.
 
     One thread each is the most work per core, and makes a cell's numbers independent of the cores
-    there are. Raises OSError with the command and the last line that it printed if it fails.
+    there are. on_cpu: hide GPUs from it, so that it computes on the CPU in fp32. Raises OSError
+    with the command and the last line that it printed if it fails.
     """
-    how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
+    how = {"cwd": ROOT, "env": env, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, *arguments], **how, **pipes) as child:
         RUNNING.add(child)
