@@ -59,24 +59,28 @@ def built(folder, name, device, matmul="grouped", recompute=False, dtype=torch.f
     return model
 
 
+def watched(layer, in_layer, at):
+    """Have the layer's forward add its waits to in_layer[at]. Recomputing may end it early."""
+    forward = layer.forward
+
+    def run(*args):
+        before = stand_in.waits.total()
+        try:
+            return forward(*args)
+        finally:
+            in_layer[at] += stand_in.waits.total() - before
+
+    layer.forward = run
+
+
 def stepped(model):
     """Two steps' numbers; and of the second, the waits in each layer and in all."""
     optimizer, catcher = make_optimizer(model, 0.01), Catcher(model.cfg.n_experts)
-    in_layer = dict.fromkeys(range(len(model.layers)), 0)
-
-    def enter(_layer, _args):
-        began.append(stand_in.waits.total())
-
-    def leave(layer, _args, _out):
-        in_layer[number[layer]] += stand_in.waits.total() - began.pop()
-
-    began, number = [], {layer: i for i, layer in enumerate(model.layers)}
-    numbers, total = [], 0
+    in_layer, numbers, total = dict.fromkeys(range(len(model.layers)), 0), [], 0
     for step in range(2):
         if step == 1:  # the first makes what is made once, as ids on the device
-            for layer in model.layers:
-                layer.register_forward_pre_hook(enter)
-                layer.register_forward_hook(leave)
+            for at, layer in enumerate(model.layers):
+                watched(layer, in_layer, at)
         before = stand_in.waits.total()
         numbers += train_step(model, optimizer, EXAMPLES, 2, 0.0, catcher)
         total = stand_in.waits.total() - before
