@@ -53,6 +53,7 @@ VALUES = {  # in the program -> what is equal to it in the test
     "-0.0": "0.0",
     "float('-inf')": "-float('inf')",
     "2 ** 4000": "2 ** 4000",
+    "[10 ** 5000, -(10 ** 5000)]": "[10 ** 5000, -(10 ** 5000)]",
     "1 + 2j": "1 + 2j",
     "b'\\x00\\n'": "b'\\x00\\n'",
     "'\\ud800\\n\\u00e9\\'\"inf'": "'\\ud800\\n\\u00e9\\'\"inf'",
@@ -109,7 +110,8 @@ def test_what_claims_to_be_equal_fails(value, wall):
         "(x := [], x.append(x))[0]",
         "__import__('functools').reduce(lambda x, _: [x], range(300), [])",
         "'x' * (1 << 21)",
-        "10 ** 5000",
+        "{frozenset({1})}",
+        "{frozenset({1}): 2}",
     ],
 )
 def test_what_is_no_literal_fails_whatever_the_test_asks(value, wall):
@@ -120,6 +122,17 @@ def test_a_program_keeps_its_state_between_calls_and_gets_arguments_by_name(eith
     program = "seen = []\ndef f(x, *, y=0): seen.append(x + y); return seen"
     test = "assert f(1) == [1]\nassert f(2, y=3) == [1, 5]"
     assert run_program(program, check(test), either, LONG) == "passed"
+
+
+def test_an_argument_may_be_a_very_long_integer(wall):
+    test = "assert f(10 ** 5000, y=[-(10 ** 4999)]) == 9 * 10 ** 4999"
+    assert run_program("def f(x, y): return x + y[0]", check(test), wall, LONG) == "passed"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_test_that_ends_its_interpreter_has_failed_and_no_more(status, either):
+    test = check(f"import os\nassert f() == 1\nos._exit({status})")
+    assert run_program("def f(): return 1", test, either, LONG) == "failed"
 
 
 def test_a_change_to_an_argument_stays_in_the_program(wall):
@@ -135,7 +148,8 @@ def test_helpers_are_the_tasks_whatever_the_program_makes_of_them(wall):
 
 
 def test_a_test_that_calls_with_what_is_no_literal_is_named(wall):
-    for value in ("print", "iter([])", "float('nan')"):
+    sets = ("{frozenset([1])}", "{frozenset([1]): 2}", "{(1, frozenset())}")
+    for value in ("print", "iter([])", "float('nan')", *sets):
         with pytest.raises(ValueError, match="a task"):
             run_program("def f(x): return 1", check(f"assert f({value})"), wall, LONG)
 

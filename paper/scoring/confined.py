@@ -100,7 +100,8 @@ def spell(value: object) -> str:
         return "None"
     for kind in (bool, int, complex, str, bytes):
         if isinstance(value, kind):
-            return kind.__repr__(value)
+            # Of decimal digits Python takes 4,300 at most.
+            return int.__format__(value, "#x") if kind is int else kind.__repr__(value)
     if isinstance(value, float) and value == value:
         return float.__repr__(value).replace("inf", "1e999")
     if isinstance(value, dict):
@@ -145,6 +146,7 @@ def decide(
         def call(*args: object, **kwargs: object) -> object:
             try:
                 line = spell((name, args, kwargs))
+                literal_eval(line)  # a set in a set has no literal
             except TypeError:
                 os._exit(NO_LITERAL)
             calls.write(line.encode() + b"\n")

@@ -159,7 +159,8 @@ def run_program(program: str, check: Check, wall: tuple[str, ...], seconds: floa
 
 def outcome(task_id: str, status: int, errors: str) -> str:
     """The outcome that the exit status of a test stands for. Raises as run_program does."""
-    if status in (1, NOT_STARTED):  # 1: bubblewrap's own, or Python's
+    # 1 is bubblewrap's own, or Python's: both say why. A test that ends so has no way to say any.
+    if status == NOT_STARTED or (status == 1 and errors.strip()):
         raise OSError((errors.strip() or "a program was not started").splitlines()[-1])
     if status == NO_LITERAL:
         raise ValueError(
