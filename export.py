@@ -105,7 +105,8 @@ def write_hub(folders: list[Path], out: Path) -> None:
                     exact = update.merged(exact)
                 shard[name] = exact.to(stored.dtype)
                 worst = max(worst, (shard[name].float() - exact).abs().max().item())
-        write_tensors(shard, out / path.name)
+        if shard:  # one may hold no weight, or a tied one once more
+            write_tensors(shard, out / path.name)
     for file in beside(source):
         shutil.copy(file, out)
     (out / INDEX).unlink(missing_ok=True)  # the copy: it may be left over, or name stacks

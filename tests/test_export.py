@@ -223,6 +223,34 @@ def test_what_transformers_saved_is_trained_and_goes_back(cli, trained, tmp_path
     assert len(experts) == 1
 
 
+@pytest.mark.parametrize("alone", ["lm_head.weight", "model.layers.0.rotary_emb.inv_freq"])
+def test_a_shard_without_any_weight_of_the_model_is_not_written(cli, trained, tmp_path, alone):
+    """It would be an empty file, which no index names: a tied output layer, or no weight."""
+    base = toy(tmp_path / "qwen3_moe", "qwen3_moe")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[alone] = tensors.get(alone, torch.ones(4))
+    (base / "model.safetensors").unlink()
+    first, last = (f"model-{n:05d}-of-00002.safetensors" for n in (1, 2))
+    of = {name: last if name == alone else first for name in tensors}
+    for path in (first, last):
+        save_file({n: t for n, t in tensors.items() if of[n] == path}, base / path)
+    index = json.dumps({"metadata": {}, "weight_map": of})
+    (base / "model.safetensors.index.json").write_text(index)
+
+    folder = trained("hellora_pure", "--catcher", "forward", family="qwen3_moe")
+    code, _, err = cli("export.py", "--run", folder, "--format", "hub")
+    assert code == 0, err
+    named = json.loads((folder / "hub" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {path.name for path in (folder / "hub").glob("*.safetensors")} == set(named.values())
+    batch = tokens(3, 17)
+    live = logits_of(load_run(folder, merged=False)[0], batch)
+    got = logits_of(MoEModel.from_pretrained(folder / "hub"), batch)
+    torch.testing.assert_close(got, live, rtol=0, atol=2e-5)  # fp32
+
+
 def test_shards_saved_over_a_single_file_are_refused_until_one_is_removed(cli, tmp_path):
     """transformers leaves the older single file there, and then reads that one."""
     folder = tmp_path / "base"
