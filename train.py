@@ -121,6 +121,8 @@ def symptoms(model: MoEModel, loss: float, norm: float) -> str:
 
 
 def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
+    # Of a cut model each rank has looked at its own rows. All come here together.
+    bad = [name for names in ranks.gathered(bad) for name in names]
     """AdamW without weight decay over what is trained. Frozen weights have no optimizer state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)

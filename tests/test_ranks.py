@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HUB, ROOT, small_run, stacked, write_checkpoint, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from plumbing import saves
 
@@ -282,6 +282,16 @@ def ended(child, seconds=120):
     """Exit code, stdout and stderr of a process that ends in time: a minute, two if it is busy."""
     out, err = child.communicate(timeout=seconds)
     return child.returncode, out, err
+
+
+def test_a_weight_that_is_not_finite_in_another_ranks_rows_is_named(two, toy):
+    weights = load_file(toy / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][-1, 4] = torch.nan  # rank 1 has the last
+    save_file(weights, toy / "model.safetensors", {"format": "pt"})
+    code, _, err = ended(two("r"), 240)
+    assert code != 0
+    assert "layers.1.attn.k.weight" in err
+    assert "another --lr" not in err
 
 
 @pytest.mark.slow
