@@ -35,7 +35,15 @@ from moe_model import MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
 from plumbing.cli import DTYPES, advice, command, deferred_stop, say
-from plumbing.data import TASKS, Encoded, collate, examples_of_step, micro_batches, steps_per_epoch
+from plumbing.data import (
+    TASKS,
+    Encoded,
+    collate,
+    examples_of_step,
+    idle_ranks,
+    micro_batches,
+    steps_per_epoch,
+)
 from plumbing.device import free_bytes
 from plumbing.files import sha256, write_json
 from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
@@ -113,6 +121,8 @@ def is_finite(loss: float, norm: float) -> bool:
 def symptoms(model: MoEModel, loss: float, norm: float) -> str:
     """What a step that was not sound shows, and what to do, for an error."""
     bad = [n for n, p in model.named_parameters() if not ranks.mine(p).isfinite().all()]
+    # Of a cut model each rank has looked at its own rows. All come here together.
+    bad = [name for names in ranks.gathered(bad) for name in names]
     if bad:
         weights = f"weights that are not finite, first {bad[0]}: want a --model without them"
     else:
@@ -121,8 +131,6 @@ def symptoms(model: MoEModel, loss: float, norm: float) -> str:
 
 
 def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
-    # Of a cut model each rank has looked at its own rows. All come here together.
-    bad = [name for names in ranks.gathered(bad) for name in names]
     """AdamW without weight decay over what is trained. Frozen weights have no optimizer state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
@@ -359,6 +367,9 @@ def report_size(job: Job, model: MoEModel, trained: int, stored: int) -> None:
         n, cut = ranks.world(), ranks.is_cut(model)
         per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
         print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
+        full_step = min(job.settings["batch_size"], len(job.data))
+        if idle := idle_ranks(full_step, job.micro_batch):
+            print(idle)
 
 
 def report_share(model: MoEModel, shares: dict[int, float]) -> None:

@@ -467,3 +467,15 @@ def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     groups += [[]] * (-len(groups) % ranks.world())
     return groups[ranks.rank() :: ranks.world()]
+
+
+def idle_ranks(n_examples: int, size: int) -> str:
+    """What to say if `micro_batches` of a smaller size would give more ranks work; else ""."""
+    n_groups, even = -(-n_examples // size), -(-n_examples // ranks.world())
+    if n_groups >= ranks.world() or size <= even:
+        return ""
+    return (
+        f"--micro-batch {size} makes {n_groups} parts of a step's {n_examples} examples, so "
+        f"{ranks.world() - n_groups} of {ranks.world()} ranks have nothing but padding: "
+        f"--micro-batch {even} gives more of them a part"
+    )

@@ -22,6 +22,7 @@ from plumbing.data import (
     collate,
     encode,
     examples_of_step,
+    idle_ranks,
     load_examples,
     micro_batches,
     read_rows,
@@ -209,6 +210,30 @@ def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():
     assert len(examples_of_step(data, 2, 4, seed=0)) == 2  # the last step takes what is left
     assert examples_of_step(data, 4, 4, seed=0) == examples_of_step(data, 4, 4, seed=0)
     assert examples_of_step(data, 4, 4, seed=0) != examples_of_step(data, 4, 4, seed=1)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_ranks_with_padding_alone_are_told_of_if_a_smaller_size_helps(n_ranks, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", f"{n_ranks}")
+
+    def n_idle(data, size):
+        idle = 0
+        for rank in range(n_ranks):
+            monkeypatch.setenv("RANK", f"{rank}")
+            idle += not any(micro_batches(data, size))
+        return idle
+
+    for n in (1, 3, 5, 8, 32):
+        data = [Encoded([1, 2, 3], 1)] * n
+        idle = {size: n_idle(data, size) for size in range(1, n + 3)}
+        for size, found in idle.items():
+            said = idle_ranks(n, size)
+            even = -(-n // n_ranks)  # of the sizes that take one round, the smallest
+            assert bool(said) == (found > 0 and size > even)
+            if said:
+                assert f"{found} of {n_ranks} ranks" in said
+                assert f"--micro-batch {even} " in said
+                assert idle[even] <= found
 
 
 def test_micro_batches_keep_every_example_and_group_like_lengths():
