@@ -34,7 +34,7 @@ from plumbing.data import (
 )
 from plumbing.device import warn_of_slow_cpu
 from plumbing.files import read_json, write_json
-from plumbing.run_folder import by_layer, located, read_run
+from plumbing.run_folder import YOUNGER, by_layer, located, read_run
 from plumbing.tokenizer import load_tokenizer
 
 # ---- counting ------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class HotList:
     catcher: str = "file"  # "warmup" or "forward"; a list made by other means need not say
     rule: str = "hot"
     score: str = "count"
-    count: str = "all"  # of COUNTS
+    count: str = YOUNGER["count"]  # of COUNTS
     k: int = 0  # the most that a layer has
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}

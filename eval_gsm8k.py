@@ -316,7 +316,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     source = located(run)
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source)
-    tokenizer.bos = run.get("bos") if folder else bos_for(tokenizer, template)
+    tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)
     examples = problems(task, template, Path(path), limit, args.shots)
     max_len, data = read_config(source).max_len, []
     if args.loss:  # first, as loading the model may take minutes

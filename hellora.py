@@ -558,5 +558,5 @@ def load_run(
     if merged:
         merge(model)
     tokenizer = load_tokenizer(source)
-    tokenizer.bos = run.get("bos")  # what stood before each prompt in training
+    tokenizer.bos = run["bos"]  # what stood before each prompt in training
     return model.requires_grad_(False), tokenizer, run

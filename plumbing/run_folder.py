@@ -29,6 +29,9 @@ from plumbing.hub import COMMIT, commit_of, repo_of
 
 # ---- run.json ------------------------------------------------------------------------------------
 
+# Settings that are younger than some runs -> what a run that lacks them was trained with.
+YOUNGER = {"count": "all", "clip": "all", "bos": None, "drop_long": None}
+
 
 @dataclass
 class Hashes:
@@ -56,7 +59,7 @@ class RunRecord:
     alpha: float | None
     seed: int | None
     template: str | None
-    bos: int | None  # the token before each prompt; a run from before there was one has none
+    bos: int | None  # the token before each prompt
     eval_data: str | None  # a path
     eval_limit: Positive | None  # problems
     hashes: Hashes | None
@@ -71,9 +74,12 @@ class RunRecord:
 def read_run(folder: Path, *parts: str) -> dict:
     """The run.json of a run's folder, with these `parts` that only a run has that got as far.
 
+    Settings that an old run lacks are there as it was trained (YOUNGER).
     Raises FileNotFoundError or ValueError that say what to do.
     """
     run = read_json(folder / "run.json", "the folder of a run of train.py", RunRecord)
+    for setting, value in YOUNGER.items():
+        run.setdefault(setting, value)
     if missing := [part for part in parts if run.get(part) is None]:
         raise ValueError(f"{folder / 'run.json'} has no {missing[0]} yet: finish that run first")
     return run
@@ -191,13 +197,8 @@ OVERRIDABLE = {
 }  # what a run may go on with otherwise
 
 
-# Settings that are younger than some runs -> what a run that lacks them was trained with.
-YOUNGER = {"count": "all", "clip": "all"}
-
-
 def differences(saved: dict, settings: dict) -> list[str]:
     """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
-    saved = YOUNGER | saved
     same = ("commit", "model") if is_same_model(saved, settings) else ("commit",)
     return [
         f"{name}: {saved.get(name)} -> {value}"

@@ -292,6 +292,18 @@ def test_a_list_by_routing_weight_is_read_in_full_precision_and_in_order_of_laye
     assert [of[0] for of in shown["visits"][1]["counts"]] == [2, 1]
 
 
+def test_settings_that_an_old_run_lacks_are_those_that_it_had(cli, run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    younger = ("count", "clip", "bos", "drop_long")
+    old = {name: value for name, value in record.items() if name not in younger}
+    shutil.copytree(run, tmp_path / "old")
+    (tmp_path / "old" / "run.json").write_text(json.dumps(old))
+    done(cli, "report.py", "--run", "r", "old", "--out", "both.html")
+    rows = data_in(tmp_path / "both.html")["settings"]
+    assert {"count", "clip"} <= {row["name"] for row in rows}
+    assert not [row for row in rows if row["differ"]]
+
+
 def test_a_run_that_has_only_begun_and_one_of_before_have_a_page(cli, run):
     for name in ("visits.json", "routing.jsonl", "hot_experts.json", "adapter.safetensors"):
         (run / name).unlink()
