@@ -121,7 +121,7 @@ def evaluate(
     answers = generate(model, prompts, max_new, tokenizer.stops, batch_size, label)
     records = []
     for example, ids in zip(examples, answers, strict=True):
-        output, right = tokenizer.decode(ids), gold(example.row)
+        output, right = tokenizer.decode(ids, "inside"), gold(example.row)
         strict, flexible = extract(output, template)
         records.append(
             {

@@ -160,11 +160,11 @@ def draw_samples(
     sampling = Sampling(args.temperature, args.top_p, seeds) if args.temperature else None
 
     def ended(tail: list[int]) -> bool:
-        return END.search(tokenizer.decode(tail)) is not None
+        return END.search(tokenizer.decode(tail, "inside")) is not None
 
     stops = tokenizer.stops
     answers = generate(model, prompts, max_new, stops, args.batch_size, "sample", sampling, ended)
-    texts = [cut(tokenizer.decode(ids)) for ids in answers]
+    texts = [cut(tokenizer.decode(ids, "inside")) for ids in answers]
     return [
         {"task_id": p.task_id, "completion": text}
         for (p, _), text in zip(wanted, texts, strict=True)

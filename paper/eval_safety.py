@@ -145,7 +145,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
     ids = [encode_prompt(prompt, tokenizer, f"row {n}") for n, prompt in enumerate(prompts, 1)]
     max_new = args.max_new or TASKS[task].max_new
     answers = generate(model, ids, max_new, tokenizer.stops, args.batch_size, f"{folder or task}")
-    outputs = [tokenizer.decode(answer) for answer in answers]
+    outputs = [tokenizer.decode(answer, "inside") for answer in answers]
     signs = [RULES[args.rule].sign(output) for output in outputs]
     result = summary(harmful, signs) | {"rule": args.rule, "template": template}
     result["data"] = Path(path).name if path else HEX_PHI

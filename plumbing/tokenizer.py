@@ -152,13 +152,15 @@ class Tokenizer:
                     ids += self.bpe.encode(self.mark(piece, "behind" if j else at))
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], place: Place = "start") -> str:
         """The text of `ids`: special tokens by name, broken UTF-8 as U+FFFD, unknown ids left out.
 
-        A model may sample such an id: OLMoE's embedding has 50,304 rows for 50,280 tokens.
+        A model may sample such an id: OLMoE's embedding has 50,304 rows for 50,280 tokens. At the
+        "start" of a text SentencePiece's first blank is no part of it. In what a model generates
+        behind a prompt, "inside" a text, it is.
         """
         text = b"".join(self.token_bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.has_prefix else text
+        return text.removeprefix(" ") if self.has_prefix and place == "start" else text
 
 
 # ---- a folder's files ----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def answering(monkeypatch, *texts):
 
     monkeypatch.setattr(eval_safety, "generate", generate)
     monkeypatch.setattr(
-        "plumbing.tokenizer.Tokenizer.decode", lambda self, ids: bytes(ids).decode()
+        "plumbing.tokenizer.Tokenizer.decode", lambda self, ids, place: bytes(ids).decode()
     )
 
 

@@ -390,3 +390,16 @@ def test_all_of_gsm8k_has_them_with_the_real_tokenizers(template):
     examples = all_of_gsm8k(template)
     for folder in sorted({path.parent for path in Path(place).glob("*/tokenizer.*")}):
         assert_rows_are_whole_texts(load_tokenizer(folder), examples)
+@pytest.mark.parametrize("name", [*FAMILIES, *FORMS])
+@pytest.mark.parametrize("answer", ["    return 1\n", " 12", "12", "", " ", "\treturn"])
+def test_an_answer_comes_back_with_the_blanks_that_it_begins_with(name, answer, tmp_path):
+    if name in FORMS:
+        tokenizer = load_tokenizer(put(tmp_path, chat_json(**FORMS[name])))
+    else:
+        tokenizer = load_tokenizer(family_folder(name, tmp_path))
+    prompt = "def one():\n"
+    ids = tokenizer.encode_answer(prompt, answer)
+    assert tokenizer.decode(ids, "inside") == answer
+    assert tokenizer.decode(tokenizer.encode(prompt) + ids) == prompt + answer
+
+
