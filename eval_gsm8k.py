@@ -128,6 +128,7 @@ def evaluate(
                 "prompt": example.prompt,
                 "gold": right,
                 "output": output,
+                "ids": ids,
                 "strict": strict,
                 "flexible": flexible,
             }
@@ -208,7 +209,10 @@ def other_dtype(args: argparse.Namespace, run: dict) -> bool:
 
 
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
-    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was."""
+    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was.
+
+    ids: the tokens that were generated, which no text tells for certain.
+    """
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(
         folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8")

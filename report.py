@@ -83,9 +83,8 @@ def some_texts(job: Job, records: list[dict]) -> list[Encoded]:
         picked += [r for r in records if not r["correct"]][:1]
     texts = []
     for r in picked:
-        prompt = encode_prompt(r["prompt"], job.tokenizer, "a prompt")
-        answer = job.tokenizer.encode_answer(r["prompt"], r["output"])
-        texts.append(Encoded([*prompt, *answer, job.tokenizer.eos], len(prompt)))
+        prompt = encode_prompt(r["prompt"], job.tokenizer, "a problem")
+        texts.append(Encoded([*prompt, *r["ids"], job.tokenizer.eos], len(prompt)))
     return texts
 
 

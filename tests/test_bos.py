@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import small_run, toy_in, write_rows
 
 import eval_gsm8k
@@ -84,6 +85,23 @@ def test_training_counting_scoring_and_loading_have_the_bos(
             flags = ["--data", "rows.jsonl", "--task", "tiny-math", "--limit", 2]
             assert cli("eval_gsm8k.py", *model, *flags)[0] == 0
             assert (first_ids(asked) == {BOS}) == (name == "r")
+
+
+def test_the_page_has_the_routing_of_the_ids_that_the_model_saw(train, with_bos, tmp_path):
+    train(with_bos, "r")
+    model, tokenizer, _ = load_run(tmp_path / "r")
+    answers, texts = (
+        [json.loads(line) for line in (tmp_path / "r" / name).read_text().splitlines()]
+        for name in ("answers-tiny-math.jsonl", "routing.jsonl")
+    )
+    for answer, text in zip(answers, texts, strict=False):  # wrong ones may come again at the end
+        prompt = [BOS, *tokenizer.encode(answer["prompt"])]
+        ids = [*prompt, *answer["ids"]][:256]
+        assert tokenizer.decode(answer["ids"], "inside") == answer["output"]
+        assert (text["n_prompt"], len(text["tokens"])) == (len(prompt), len(ids))
+        _, routing = model(torch.tensor([ids]))
+        for layer, r in routing.items():
+            assert text["experts"][str(layer)] == r.expert_ids[0].tolist()
 
 
 def test_code_and_safety_are_scored_with_the_bos_too(train, with_bos, toy, asked, cli):

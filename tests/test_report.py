@@ -185,7 +185,7 @@ def test_kept_routing_is_that_of_the_trained_model(run):
     model, tokenizer, _ = load_run(run)
     first, line = (lines(run / f"{of}.jsonl")[0] for of in ("answers-tiny-math", "routing"))
     prompt = encode_prompt(first["prompt"], tokenizer, "")
-    ids = [*prompt, *tokenizer.encode_answer(first["prompt"], first["output"])]
+    ids = [*prompt, *first["ids"]]
     assert "".join(line["tokens"]) == first["prompt"] + first["output"]
     assert line["n_prompt"] == len(prompt)
     _, routing = model(torch.tensor([ids]))
