@@ -11,14 +11,16 @@ how it is cut into pieces, and which bytes have which rank.
 
 Several files of a folder may say the same thing. This is the one rule. transformers is 5.23.
 
-1. Pieces and their ids: tokenizer.model if it is there, else tokenizer.json. If both are there,
-   they must have the same pieces, because transformers reads the .json.
+1. Pieces and their ids: tokenizer.model if it is there, else tokenizer.json. Beside a .model, a
+   tokenizer.json with other pieces is that of another tokenizer: it is not read for anything, and
+   a line on stderr says so. (transformers would read that .json.)
 2. How a blank becomes ▁: tokenizer.json if it is there, as in transformers.
 3. Added tokens: all of tokenizer.json, and all of tokenizer_config.json's added_tokens_decoder. A
    folder without that decoder may have them in added_tokens.json. This is as in transformers. A
    token that is listed twice must have one id; the first list says how it is matched in a text.
    The tokens that a tokenizer.model has itself, such as </s>, are plain text in a text, as in
-   SentencePiece.
+   SentencePiece. A token that tokenizer_config.json names elsewhere, such as its pad_token, must be
+   one of all these: transformers would add another one.
 4. What ends a text: eos_token of tokenizer_config.json, eos_token_id of config.json and of
    generation_config.json. Some may be absent. The others must have a token in common: it ends a
    training example. Generation stops at each id of generation_config.json, as transformers'
@@ -26,25 +28,30 @@ Several files of a folder may say the same thing. This is the one rule. transfor
    first of EOS that is there is taken.
 5. What begins a text: the template in tokenizer.json's post_processor, as in transformers. If there
    is none: add_bos_token of tokenizer_config.json, as in transformers 4 (5.23 ignores it where
-   tokenizer.json is there). If both are there, they must agree. If neither is: nothing.
+   tokenizer.json is there). If both are there, they must agree. If neither is: nothing. So a lone
+   tokenizer.model puts nothing first. Nor does transformers there, although it documents
+   add_bos_token = True for Llama's class.
 
-A folder whose files contradict each other is refused, with a line that names both files.
+A folder whose files contradict each other otherwise is refused, with a line that names both files.
 """
 
 import json
 import re
 import struct
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal, NamedTuple
 
 import tiktoken
+
+from plumbing import ranks
 
 Vocab = dict[str, int]
 Merges = list[tuple[str, str]]
@@ -55,6 +62,11 @@ Shaper = Callable[[str, Place], str]  # a part, and where it stands -> its form
 
 EOS = ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")  # the families' names for what ends a text
 BOS = ("<s>", "<｜begin▁of▁sentence｜>")  # and for what begins one
+# What of tokenizer_config.json names special tokens, besides what begins and ends a text.
+NAMING = (
+    *("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
 # HF's ByteLevel
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SentencePiece does not cut, but no token reaches from one of these pieces into the next.
@@ -183,16 +195,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     names = (FILE, OWN, CONFIG, GENERATION, "added_tokens.json")
     files = {name: object_in(folder / name) for name in names}
-    with blaming(folder / FILE if files[FILE] else folder):
-        added = added_tokens(files)
     if (folder / MODEL).is_file():
         with blaming(folder / MODEL):
-            found = from_model(contents(folder / MODEL))
+            bpe, pieces, plain = from_model(contents(folder / MODEL))
+        if files[FILE]:
+            leave_out_other_pieces(pieces | plain, files, folder)
+        added = added_tokens(files, folder)
         with blaming(folder / FILE if files[FILE] else folder):
-            tokenizer = beside_model(*found, files[FILE], added)
+            tokenizer = beside_model(bpe, pieces, plain, files[FILE], added)
     else:
+        added = added_tokens(files, folder)
         with blaming(folder / FILE):
             tokenizer = from_json(files[FILE], added)
+    with blaming(folder / OWN):
+        check_named(files[OWN], {token["content"] for token in added} | tokenizer.specials.keys())
     set_ends(tokenizer, files, folder)
     with blaming(folder / (OWN if files[OWN] else FILE)):
         tokenizer.bos = first_token(tokenizer, files)
@@ -206,8 +222,6 @@ def beside_model(
 
     plain: the special tokens that the .model has itself. file: {} if there is no tokenizer.json.
     """
-    if file:
-        check_same_pieces(pieces | plain, file["model"]["vocab"], added)
     check_ids(pieces | plain, added)
     normalise, mark = shapers_of(file) if file else (show_spaces, unchanged)
     more = [token for token in added if token["content"] not in plain]
@@ -251,29 +265,57 @@ def want(fact: object, complaint: str) -> None:
         raise ValueError(complaint)
 
 
-def added_tokens(files: Files) -> list[dict[str, Any]]:
-    """The added tokens of all files, each once: what tokenizer.json says of one, and its file."""
-    listed = [(FILE, token) for token in files[FILE].get("added_tokens", [])]
+def lists_of_added(files: Files, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{file: the added tokens that it lists}."""
     decoder = files[OWN].get("added_tokens_decoder")
-    if decoder is not None:
-        listed += [(OWN, token | {"id": int(i)}) for i, token in decoder.items()]
-    else:
-        more = files["added_tokens.json"].items()
-        listed += [("added_tokens.json", {"content": text, "id": i}) for text, i in more]
+    with blaming(folder / OWN):
+        own = [token | {"id": int(i)} for i, token in (decoder or {}).items()]
+    more = files["added_tokens.json"].items() if decoder is None else ()
+    return {
+        FILE: files[FILE].get("added_tokens", []),
+        OWN: own,
+        "added_tokens.json": [{"content": text, "id": i} for text, i in more],
+    }
+
+
+def added_tokens(files: Files, folder: Path) -> list[dict[str, Any]]:
+    """The added tokens of all files, each once: what the first file says of one, and its name."""
     found: dict[str, dict] = {}
-    for name, token in listed:
-        first = found.setdefault(token["content"], token | {"file": name})
-        want(
-            first["id"] == token["id"],
-            f"{token['content']!r} has id {first['id']} in {first['file']}, {token['id']} in "
-            f"{name}: want the files of one model",
-        )
-        exact = token["content"] and not any(map(token.get, ("lstrip", "rstrip", "single_word")))
-        want(
-            exact or first["file"] != name,
-            f"added token {token}: want one that matches just its text",
-        )
+    for name, tokens in lists_of_added(files, folder).items():
+        with blaming(folder / name):
+            for token in tokens:
+                add_token(found, token, name)
     return [*found.values()]
+
+
+def add_token(found: dict[str, dict], token: dict[str, Any], name: str) -> None:
+    """Put an added token of the file `name` into `found`, unless an earlier file lists it."""
+    first = found.setdefault(token["content"], token | {"file": name})
+    want(
+        first["id"] == token["id"],
+        f"{token['content']!r} has id {first['id']} in {first['file']}, {token['id']} in "
+        f"{name}: want the files of one model",
+    )
+    exact = token["content"] and not any(map(token.get, ("lstrip", "rstrip", "single_word")))
+    want(
+        exact or first["file"] != name,
+        f"added token {token}: want one that matches just its text",
+    )
+
+
+def check_named(own: dict[str, Any], known: set[str]) -> None:
+    """Refuse a tokenizer_config.json that names a special token which is none of the `known`."""
+    for role in NAMING:
+        names = own.get(role) or []
+        if isinstance(names, dict) and "content" not in names:  # {role of the model's own: token}
+            names = [*names.values()]
+        for name in names if isinstance(names, list) else [names]:
+            text = name["content"] if isinstance(name, dict) else name
+            want(
+                text in known,
+                f"{role} names {text!r}, which is no special token of the tokenizer: want one that "
+                f"{FILE} or added_tokens_decoder lists",
+            )
 
 
 def by_form(added: list[dict[str, Any]], normalise: Shaper) -> tuple[Vocab, Vocab]:
@@ -296,30 +338,42 @@ def check_ids(vocab: Vocab, added: list[dict[str, Any]]) -> None:
             f"added token {text!r} has id {i} in {name}, {vocab.get(text)} in the vocabulary: "
             "want the vocabulary's id",
         )
-    ids = [*(vocab | {token["content"]: token["id"] for token in added}).values()]
-    unique = all(type(i) is int for i in ids) and len({*ids}) == len(ids)
-    want(unique, "ids that are no integers, or those of two tokens: want an integer for each")
-
-
-def check_same_pieces(pieces: Vocab, vocab: Vocab, added: list[dict[str, Any]]) -> None:
-    """Refuse a tokenizer.json whose `vocab` is not that of tokenizer.model, but for added tokens.
-
-    transformers takes the ids of the .json then, which are not those of the .model.
-    """
-    known = {token["content"]: token["id"] for token in added}
-    text_of = {i: text for text, i in (vocab | known).items()}
-    for text, i in pieces.items():
-        want(
-            text_of.get(i) == text,
-            f"id {i} is {text_of.get(i)!r} in {FILE}, but {text!r} in {MODEL}: want the files of "
-            "one model, or one of the two",
-        )
-    more = sorted(vocab.keys() - pieces.keys() - known.keys())
+    ids = vocab | {token["content"]: token["id"] for token in added}
     want(
-        not more,
-        f"{len(more)} pieces of {FILE} are not in {MODEL}, such as {more[:1]}: want the files of "
-        "one model, or one of the two",
+        all(type(i) is int for i in ids.values()),
+        "ids that are no integers: want an integer for each",
     )
+    n_with = Counter(ids.values())
+    shared = [text for text, i in ids.items() if n_with[i] > 1]
+    want(not shared, f"an id of two tokens, {shared[:2]}: want one for each")
+
+
+def leave_out_other_pieces(pieces: Vocab, files: Files, folder: Path) -> None:
+    """Empty what was read of tokenizer.json if it has other `pieces` than tokenizer.model.
+
+    An added token may stand among the pieces of the .json.
+    """
+    lists = lists_of_added(files, folder).values()
+    with blaming(folder):
+        added = {token["content"]: token["id"] for tokens in lists for token in tokens}
+    with blaming(folder / FILE):
+        vocab = dict(files[FILE]["model"]["vocab"])  # one that is not BPE may list pairs
+        text_of = {i: text for text, i in [*added.items(), *vocab.items()]}
+    other = [text for text, i in pieces.items() if text_of.get(i) != text]
+    other += sorted(vocab.keys() - pieces.keys() - added.keys())
+    if other:
+        files[FILE] = {}
+        say_once(
+            f"{folder / FILE} is not read: {len(other)} pieces, such as {other[0]!r}, are not the "
+            f"same in {MODEL}, which is read"
+        )
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line on stderr, from rank 0; nothing if it was said before: a command may read twice."""
+    if not ranks.rank():
+        print(line, file=sys.stderr)
 
 
 def set_ends(tokenizer: Tokenizer, files: Files, folder: Path) -> None:

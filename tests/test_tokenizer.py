@@ -296,6 +296,20 @@ def test_runs_of_spaces_may_be_listed_in_either_order(tmp_path):
     assert all(newer.encode(text) == model.encode(text) for text in texts)
 
 
+@pytest.mark.parametrize("name", ["olmo_like.json", "qwen_like.json", "deepseek_like.json"])
+def test_the_model_file_wins_over_the_json(name, tmp_path, capsys):
+    alone = load("mixtral_like.model", tmp_path / "alone")
+    load("mixtral_like.model", tmp_path)
+    capsys.readouterr()
+    both = load(name, tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "tokenizer.json") in line
+    assert "tokenizer.model" in line
+    for text in ["<s>", "The cat  sat", *ADDED[name]]:
+        assert both.encode(text) == alone.encode(text)
+    assert (both.bos, both.eos, both.stops) == (alone.bos, alone.eos, alone.stops)
+
+
 def test_the_pieces_are_those_of_the_model_file_if_both_are_there(tmp_path):
     file = sentencepiece_json()
     random.Random(0).shuffle(file["model"]["merges"])  # alone it is refused
@@ -503,7 +517,7 @@ def cut_by_regex(regex):
         ("olmo", set_at("model", "merges", 5, "a b c"), "damaged|too many"),
         ("olmo", set_at("model", "merges", 5, 17), "damaged"),
         ("olmo", lose_byte, "no token for the bytes"),
-        ("olmo", give_two_tokens_one_id, "want an integer for each"),
+        ("olmo", give_two_tokens_one_id, "two tokens"),
         ("olmo", set_at("model", "vocab", "a", "1"), "want an integer for each"),
         ("olmo", set_at("model", "vocab", "a", -3), "damaged|want"),
         ("olmo", set_at("model", "vocab", "a", 2**40), "damaged|want"),

@@ -117,8 +117,6 @@ def decoder(text, i):
 @pytest.mark.parametrize(
     ("change", "files", "named"),
     [
-        (other_piece, {}, ["id 400", "tokenizer.json", "tokenizer.model"]),
-        (one_piece_more, {}, ["▁zzz", "tokenizer.json", "tokenizer.model"]),
         (lambda file: file["added_tokens"][3].update(id=5), {}, ["<|im_end|>", "tokenizer.json"]),
         (lambda file: file["added_tokens"][3].update(id=N + 1), {}, ["two tokens"]),
         (str, decoder("<|im_end|>", N + 7), ["<|im_end|>", "tokenizer.json", OWN]),
@@ -128,6 +126,12 @@ def decoder(text, i):
         (str, {OWN: []}, [OWN]),
         (str, {OWN: {"added_tokens_decoder": {"x": {}}}}, ["tokenizer"]),
         (lambda file: file.update(normalizer={"type": "NFKC"}), {}, ["tokenizer.json", "NFKC"]),
+        (
+            str,
+            {OWN: {"added_tokens_decoder": {"700": added("<m>", 700, lstrip=True)}}},
+            [OWN, "<m>"],
+        ),
+        (lambda file: file["added_tokens"][3].update(rstrip=True), {}, ["tokenizer.json: added"]),
     ],
 )
 def test_files_of_two_tokenizers_are_refused_and_both_are_named(change, files, named, tmp_path):
@@ -138,6 +142,53 @@ def test_files_of_two_tokenizers_are_refused_and_both_are_named(change, files, n
         load_tokenizer(folder)
     assert all(name in str(caught.value) for name in named), caught.value
     assert "\n" not in str(caught.value)
+
+
+def unigram(file):
+    file["model"] = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]}
+
+
+@pytest.mark.parametrize("change", [other_piece, one_piece_more, unigram])
+def test_of_a_json_with_other_pieces_nothing_is_read_and_a_line_says_so(change, tmp_path, capsys):
+    file = chat_json(post_processor=template("<s>", 1), normalizer={"type": "NFKC"})
+    change(file)
+    both = load_tokenizer(put(put(tmp_path, MODEL), file))
+    load_tokenizer(tmp_path)  # as train.py, which reads it twice
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "tokenizer.json") in line
+    assert "tokenizer.model" in line
+    alone = load_tokenizer(put(tmp_path / "alone", MODEL))
+    assert both.encode(CHAT) == alone.encode(CHAT)
+    assert (both.bos, both.specials) == (alone.bos, alone.specials)
+    assert capsys.readouterr().err == ""  # alone, and with the same pieces, nothing is said
+    load_tokenizer(put(put(tmp_path / "same", MODEL), chat_json()))
+    assert capsys.readouterr().err == ""
+
+
+NAMED = [
+    {"pad_token": "[PAD]"},
+    {"unk_token": {"content": "[PAD]"}},
+    {"additional_special_tokens": ["<|im_end|>", "[PAD]"]},
+    {"extra_special_tokens": {"image_token": "[PAD]"}},
+    {"extra_special_tokens": [{"content": "[PAD]"}], "added_tokens_decoder": {}},
+]
+
+
+@pytest.mark.parametrize("own", NAMED)
+@pytest.mark.parametrize("content", [chat_json(), MODEL, read_fixture("qwen_like.json")])
+def test_a_special_token_that_is_only_named_is_refused(own, content, tmp_path):
+    """transformers would give it an id of its own, and have it count in a text."""
+    if content is MODEL:
+        own = {role: "[PAD]" for role in own if role != "added_tokens_decoder"}
+    folder = beside(put(tmp_path, content), {OWN: own})
+    with pytest.raises(ValueError, match=r"\[PAD\]") as caught:
+        load_tokenizer(folder)
+    assert str(folder / OWN) in str(caught.value)
+    known = json.loads(json.dumps(own).replace("[PAD]", "<unk>" if content is MODEL else "<known>"))
+    if content is not MODEL:
+        content = json.loads(json.dumps(content))
+        content["added_tokens"].append(added("<known>", 5000))
+    load_tokenizer(beside(put(tmp_path, content), {OWN: known}))
 
 
 # What ends a text.
@@ -252,6 +303,7 @@ def test_the_first_id_with_and_without_a_bos_is_that_of_transformers(
 @pytest.mark.parametrize(
     ("content", "own", "first"),
     [
+        (MODEL, None, None),  # lone: so AutoTokenizer and LlamaTokenizer of transformers 5.23
         (MODEL, {}, None),
         (MODEL, {"add_bos_token": False, "bos_token": "<s>"}, None),
         (MODEL, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, 1),
@@ -262,7 +314,8 @@ def test_the_first_id_with_and_without_a_bos_is_that_of_transformers(
 )
 def test_without_a_template_the_flag_says_whether_there_is_a_bos(content, own, first, tmp_path):
     # as transformers 4; transformers 5 looks at the flag only where there is no tokenizer.json
-    assert load_tokenizer(beside(put(tmp_path, content), {OWN: own})).bos == first
+    folder = put(tmp_path, content)
+    assert load_tokenizer(folder if own is None else beside(folder, {OWN: own})).bos == first
 
 
 @pytest.mark.parametrize(
@@ -355,6 +408,19 @@ def test_prompt_and_answer_read_as_the_whole_text_wherever_they_meet(
     assert tokenizer.decode(ids) == prompt + answer
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, *FORMS])
+@pytest.mark.parametrize("answer", ["    return 1\n", " 12", "12", "", " ", "\treturn"])
+def test_an_answer_comes_back_with_the_blanks_that_it_begins_with(name, answer, tmp_path):
+    if name in FORMS:
+        tokenizer = load_tokenizer(put(tmp_path, chat_json(**FORMS[name])))
+    else:
+        tokenizer = load_tokenizer(family_folder(name, tmp_path))
+    prompt = "def one():\n"
+    ids = tokenizer.encode_answer(prompt, answer)
+    assert tokenizer.decode(ids, "inside") == answer
+    assert tokenizer.decode(tokenizer.encode(prompt) + ids) == prompt + answer
+
+
 def test_an_answer_behind_a_special_token_is_as_in_the_whole_text(tmp_path):
     tokenizer = load_tokenizer(put(tmp_path, chat_json()))
     prompt = CHAT.removesuffix("12<|im_end|>").removesuffix("\n").removesuffix("assistant")
@@ -390,16 +456,3 @@ def test_all_of_gsm8k_has_them_with_the_real_tokenizers(template):
     examples = all_of_gsm8k(template)
     for folder in sorted({path.parent for path in Path(place).glob("*/tokenizer.*")}):
         assert_rows_are_whole_texts(load_tokenizer(folder), examples)
-@pytest.mark.parametrize("name", [*FAMILIES, *FORMS])
-@pytest.mark.parametrize("answer", ["    return 1\n", " 12", "12", "", " ", "\treturn"])
-def test_an_answer_comes_back_with_the_blanks_that_it_begins_with(name, answer, tmp_path):
-    if name in FORMS:
-        tokenizer = load_tokenizer(put(tmp_path, chat_json(**FORMS[name])))
-    else:
-        tokenizer = load_tokenizer(family_folder(name, tmp_path))
-    prompt = "def one():\n"
-    ids = tokenizer.encode_answer(prompt, answer)
-    assert tokenizer.decode(ids, "inside") == answer
-    assert tokenizer.decode(tokenizer.encode(prompt) + ids) == prompt + answer
-
-
