@@ -292,6 +292,7 @@ def prepare(args: argparse.Namespace) -> Job:
         if args.k is None and not args.coverage:  # the list says how many; its layers may differ
             settings["k"] = check_k(max(map(len, hot.experts.values())), cfg.n_experts)
         check_hot_list(hot, args, settings)
+        settings["count"] = hot.count  # of the list, not of this run
     folder = ranks.once(lambda: choose_folder(settings, args.out, args.resume, args.override))
 
     settings["commit"] = begun_on(folder) or commit
@@ -366,17 +367,20 @@ def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor
     """What an S run (keep < 1) takes over from its D run in `folder`: B's mask, and A.
 
     The same A by default, because an entry of B earned its place against D's row of A. With
-    --redraw-a the S run draws a new one, as LoRI's code does. Raises ValueError if the D run is not
-    finished, or is of another placement.
+    --redraw-a the S run draws a new one, as LoRI's code does. `settings` get the D run's `count`,
+    by which its experts were chosen. Raises ValueError if the D run is not finished, or is of
+    another placement or of other prompts.
     """
     saved = read_run(folder)
-    wanted = {name: settings[name] for name in ("task", "k", "rank", "alpha")}
+    same = ("task", "template", "bos", "k", "rank", "alpha")
+    wanted = {name: settings[name] for name in same}
     wanted |= {"method": d_method(settings["method"]), "finished": True}
     if not is_same_model(saved, settings):
         wanted["model"] = settings["model"]
     differ = [f"{n} is {saved.get(n)}, want {v}" for n, v in wanted.items() if saved.get(n) != v]
     if differ:
         raise ValueError(f"--mask-from {folder} does not fit: {'; '.join(differ)}")
+    settings["count"] = saved["count"]
     trained = saves.read_adapter(folder)
     trained_b = {name: t for name, t in trained.items() if name.endswith(".lora.B")}
     masks = lori_masks(trained_b, method.keep, settings["mask_scope"])

@@ -313,6 +313,37 @@ def test_every_method_trains_saves_and_evaluates(cli, quick, tmp_path, name):
     scored = (tmp_path / "r" / "answers-tiny-math.jsonl").read_text()
     for how in ([], ["--factored"]):
         assert cli("eval_gsm8k.py", "--run", "r", *how)[0] == 0
+def test_a_masked_run_says_how_its_experts_were_counted(cli, quick, tmp_path):
+    counted = ["--count", "answers", "--catcher", "forward"]
+    assert cli("train.py", *quick, "--method", "hellori-d", *counted, "--out", "d")[0] == 0
+    masked = [*quick, "--method", "hellori-s", "--mask-from", "d", "--out", "s"]
+    code, _, err = cli("train.py", *masked)
+    assert code == 0, err
+    listed = ["--hot-experts", "d/hot_experts.json", "--out", "listed"]
+    assert cli("train.py", *quick, "--method", "hellora", *listed)[0] == 0
+    for name in ("s", "listed"):
+        assert json.loads((tmp_path / name / "run.json").read_text())["count"] == "answers"
+
+
+def test_a_mask_is_that_of_a_run_with_the_same_prompts(cli, quick, tmp_path):
+    d = [*quick, "--method", "hellori-d", "--catcher", "forward", "--out", "d"]
+    assert cli("train.py", *d)[0] == 0
+    masked = [*quick, "--method", "hellori-s", "--mask-from", "d", "--out", "s"]
+    code, _, err = cli("train.py", *masked, "--template", "lori")
+    assert code == 2
+    assert "template is plain, want lori" in one_line(err)
+    path = tmp_path / "d" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"bos": 5}))
+    code, _, err = cli("train.py", *masked)
+    assert code == 2
+    assert "bos is 5, want None" in one_line(err)
+    del record["bos"]  # a run from before there was one
+    path.write_text(json.dumps(record))
+    code, _, err = cli("train.py", *masked)
+    assert code == 0, err
+
+
         assert (tmp_path / "r" / "answers-tiny-math.jsonl").read_text() == scored
 
 
