@@ -180,7 +180,8 @@ class LowRank(nn.Module):
 
         Returns [*stack, out]: a row has the weights of one output. The present length is a constant
         in the backward pass. It is made without a tensor of the weight's size: with b a row of
-        scale * B, |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b.
+        scale * B, |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b. See `present` for rows that
+        nearly cancel.
         Source: PEFT's DoraLinearLayer.forward.
         """
         with torch.no_grad():
@@ -191,13 +192,14 @@ class LowRank(nn.Module):
             cross = (weight @ a_t.to(weight.dtype)).float()  # [*stack, out, r]
             grown = (b * (2 * cross + b @ (a_t.mT @ a_t))).sum(-1)  # [*stack, out]
             length = (self.square + grown).clamp(min=0).sqrt()
-        return ratio(self.magnitude, length)
+        return ratio(self.magnitude, present(length, self.square.sqrt()))
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight [*stack, out, in] with the update folded in, in fp32."""
         after = weight.float() + self.delta()
         if self.magnitude is not None:
-            after = after * ratio(self.magnitude, row_length(after))[..., None]
+            length = present(row_length(after), row_length(weight))
+            after = after * ratio(self.magnitude, length)[..., None]
         return after
 
 
@@ -206,11 +208,19 @@ def row_length(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
 
 
-def ratio(wanted: Tensor, present: Tensor) -> Tensor:
-    """wanted / present, element by element; 1 where present is 0, as in a row of zeros."""
-    there = present > 0
+def present(after: Tensor, before: Tensor) -> Tensor:
+    """The length of rows that count as `after` long, and were `before` long without the update.
+
+    It is at least sqrt(eps) of that: to fp32 the square of a smaller rest is noise.
+    """
+    return after.clamp(min=torch.finfo(torch.float32).eps ** 0.5 * before)
+
+
+def ratio(wanted: Tensor, length: Tensor) -> Tensor:
+    """wanted / length, element by element; 1 where length is 0: a row of zeros without update."""
+    there = length > 0
     # Two `where`: the gradient of a division by 0 would be NaN, even where it is not chosen.
-    return torch.where(there, wanted / torch.where(there, present, 1), 1)
+    return torch.where(there, wanted / torch.where(there, length, 1), 1)
 
 
 class LoRALinear(nn.Module):

@@ -102,6 +102,35 @@ def test_doras_row_lengths_are_those_of_the_sum_whatever_b_has_grown_to():
         torch.testing.assert_close(1 / update.row_scale(weight).double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+def test_dora_live_and_merged_agree_where_an_update_nearly_cancels_its_row(rest):
+    """Row 0 of W + BA is `rest` of W's. Below sqrt(eps) = 3.5e-4 both take it for that long."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 24, generator=draw)
+    a, b = torch.randn(2, 24, generator=draw), torch.randn(40, 2, generator=draw)
+    a[0], b[0] = weight[0], torch.tensor([rest - 1, 0.0])
+    update = LowRank(a, b, 1.0, magnitude=weight.norm(dim=-1))
+    live = update.row_scale(weight)[0].item()
+    after = weight[0] + update.delta()[0]
+    merged = (update.merged(weight)[0].norm() / after.norm()).item() if after.any() else live
+    assert 1 / max(rest, 4e-4) / 4 < live <= 2900
+    assert 1 / 3 < live / merged < 3  # fp32: at 3.5e-4 the square is all noise, ...
+    if rest >= 1e-2:
+        assert live == pytest.approx(merged, rel=0.01)  # ... at 1e-2 eps / 1e-4 of it
+
+
+def test_dora_keeps_a_row_of_zeros_and_gives_it_its_length_once_there_is_an_update():
+    weight, a = torch.zeros(2, 24), torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    b = torch.tensor([[0.0, 0.0], [1e-3, 0.0]])
+    update = LowRank(a, b, 1.0, magnitude=torch.tensor([3.0, 5.0]))
+    assert update.row_scale(weight)[0] == 1
+    merged = update.merged(weight)
+    assert merged[0].eq(0).all()
+    torch.testing.assert_close(merged[1].norm(), torch.tensor(5.0))
+    live = update.row_scale(weight)[1] * update.delta()[1]
+    torch.testing.assert_close(live, merged[1])
+
+
 class Sizes(TorchDispatchMode):
     """The largest tensor that an operation makes."""
 
@@ -284,35 +313,6 @@ def test_off_mask_entries_stay_zero_under_weight_decay_and_clipping(olmoe):
     assert any((m.lora.B != 0).any() for m in adapters(model).values())
 
 
-def test_a_masked_run_says_what_it_needs(cli, quick, tmp_path):
-    code, _, err = cli("train.py", *quick, "--method", "hellori-s")
-    assert code == 2
-    assert "--mask-from" in one_line(err)
-    assert "hellori-d" in err  # what makes one
-    assert cli("train.py", *quick, "--method", "hellori-d", "--out", "d")[0] == 0
-    for flags, says in ((["--k", 3], "k"), (["--method", "lori-s"], "hellori-d")):
-        code, _, err = cli("train.py", *quick, "--method", "hellori-s", *flags, "--mask-from", "d")
-        assert code == 2
-        assert says in one_line(err)
-    code, _, err = cli("train.py", *quick, "--method", "lora", "--mask-from", "d")
-    assert code == 2
-    code, _, err = cli(
-        "train.py", *quick, "--method", "hellori-s", "--mask-from", "d", "--redraw-a", "--out", "s"
-    )
-    assert code == 0, err
-    d, s = (load_file(tmp_path / name / "adapter.safetensors") for name in "ds")
-    assert not any(torch.equal(d[n], s[n]) for n in d if n.endswith(".A"))
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_method_trains_saves_and_evaluates(cli, quick, tmp_path, name):
-    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
-    args = [a for a in quick if a != "--no-eval"]
-    code, _, err = cli("train.py", *args, "--eval-data", few, "--method", name, "--out", "r")
-    assert code == 0, err
-    scored = (tmp_path / "r" / "answers-tiny-math.jsonl").read_text()
-    for how in ([], ["--factored"]):
-        assert cli("eval_gsm8k.py", "--run", "r", *how)[0] == 0
 def test_a_masked_run_says_how_its_experts_were_counted(cli, quick, tmp_path):
     counted = ["--count", "answers", "--catcher", "forward"]
     assert cli("train.py", *quick, "--method", "hellori-d", *counted, "--out", "d")[0] == 0
@@ -344,6 +344,35 @@ def test_a_mask_is_that_of_a_run_with_the_same_prompts(cli, quick, tmp_path):
     assert code == 0, err
 
 
+def test_a_masked_run_says_what_it_needs(cli, quick, tmp_path):
+    code, _, err = cli("train.py", *quick, "--method", "hellori-s")
+    assert code == 2
+    assert "--mask-from" in one_line(err)
+    assert "hellori-d" in err  # what makes one
+    assert cli("train.py", *quick, "--method", "hellori-d", "--out", "d")[0] == 0
+    for flags, says in ((["--k", 3], "k"), (["--method", "lori-s"], "hellori-d")):
+        code, _, err = cli("train.py", *quick, "--method", "hellori-s", *flags, "--mask-from", "d")
+        assert code == 2
+        assert says in one_line(err)
+    code, _, err = cli("train.py", *quick, "--method", "lora", "--mask-from", "d")
+    assert code == 2
+    code, _, err = cli(
+        "train.py", *quick, "--method", "hellori-s", "--mask-from", "d", "--redraw-a", "--out", "s"
+    )
+    assert code == 0, err
+    d, s = (load_file(tmp_path / name / "adapter.safetensors") for name in "ds")
+    assert not any(torch.equal(d[n], s[n]) for n in d if n.endswith(".A"))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_method_trains_saves_and_evaluates(cli, quick, tmp_path, name):
+    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    args = [a for a in quick if a != "--no-eval"]
+    code, _, err = cli("train.py", *args, "--eval-data", few, "--method", name, "--out", "r")
+    assert code == 0, err
+    scored = (tmp_path / "r" / "answers-tiny-math.jsonl").read_text()
+    for how in ([], ["--factored"]):
+        assert cli("eval_gsm8k.py", "--run", "r", *how)[0] == 0
         assert (tmp_path / "r" / "answers-tiny-math.jsonl").read_text() == scored
 
 
