@@ -475,7 +475,7 @@ def idle_ranks(n_examples: int, size: int) -> str:
     if n_groups >= ranks.world() or size <= even:
         return ""
     return (
-        f"--micro-batch {size} makes {n_groups} parts of a step's {n_examples} examples, so "
-        f"{ranks.world() - n_groups} of {ranks.world()} ranks have nothing but padding: "
-        f"--micro-batch {even} gives more of them a part"
+        f"of a step's {n_examples} examples --micro-batch {size} makes a part for {n_groups} of "
+        f"{ranks.world()} ranks, so the others compute padding alone: --micro-batch {even} gives "
+        "more ranks a part"
     )

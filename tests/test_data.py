@@ -231,7 +231,7 @@ def test_ranks_with_padding_alone_are_told_of_if_a_smaller_size_helps(n_ranks, m
             even = -(-n // n_ranks)  # of the sizes that take one round, the smallest
             assert bool(said) == (found > 0 and size > even)
             if said:
-                assert f"{found} of {n_ranks} ranks" in said
+                assert f"{n_ranks - found} of {n_ranks} ranks" in said
                 assert f"--micro-batch {even} " in said
                 assert idle[even] <= found
 
