@@ -231,12 +231,11 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
         if not problem.prompt:
             raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
     device, dtype = compute(args.device, args.dtype or run["dtype"])
-    cfg = read_config(locate(run["model"] if folder else args.model))
-    warn_of_slow_cpu(count_base(cfg), device, args.device)
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
         source = locate(args.model)
+        warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
         model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
     part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)

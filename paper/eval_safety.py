@@ -134,11 +134,11 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
             f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
         )
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
-    warn_of_slow_cpu(count_base(read_config(locate(run["model"]))), device, args.device)
     if folder:
         model, tokenizer, _ = load_run(folder, True, dtype, device)
     else:
         source = locate(run["model"])
+        warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
         model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
         tokenizer.bos = bos_for(tokenizer, template)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
