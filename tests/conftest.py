@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,8 @@ from plumbing.checkpoint import base_parameters, parse_config
 from plumbing.cli import command
 
 ROOT = Path(__file__).parent.parent
+# A shell has what it starts in the background ignore SIGINT, and so do the children of that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 torch.set_num_threads(1)  # small matrices: threads only get in each other's way
 

@@ -333,12 +333,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
 @pytest.mark.parametrize("command", [["catcher.py"], ["-m", "paper.reproduce", "params"]])
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(command):
     words = [sys.executable, *command]
-    pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
-
-    def heed():  # what a shell starts in the background has SIGINT ignored, and its children too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(words, cwd=ROOT, preexec_fn=heed, **pipes) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while "libtorch" not in maps.read_text():
             assert process.poll() is None
