@@ -1,23 +1,61 @@
-"""Batched decoding with the KV cache: greedy, or sampled.
+"""Ask a tuned model, or any other, and read its answer as it is made.
 
-Letters: B sequences    T tokens per sequence    V vocabulary
+    python generate.py --run runs/DIR "Ravi had 48 toys and bought 17 more. How many has he now?"
+    python generate.py --run runs/DIR --compare --show-experts "Ravi had 48 toys ..."
+    python generate.py --run runs/DIR --file questions.txt        one prompt on each line
+    python generate.py --model tiny "Once there was a" --temperature 0.8
+
+Without a prompt, the lines of standard input are asked; in a terminal you are asked for them, until
+Ctrl-D. Each prompt is asked by itself: the model is told nothing of those before it.
+
+What is sent. A run knows the form of its training: a run on math gets your text as "Question: TEXT"
+and a line "Answer:". Text that has this form already does not get it twice. A model gets the text
+as it is; --task tiny-math gives it that task's form, as a Hub export of such a run wants it. --raw
+sends the text as it is in any case. The command says on standard error what it sends. A token that
+the model puts before each text (bos) stands first, as in training.
+
+One prompt is answered token by token. Several are decoded --batch-size at a time, and each answer
+stands below its prompt. The likeliest token is taken, unless --temperature has tokens drawn.
+
+--show-experts lists after each answer all of its tokens, the prompt's too, with the experts that
+each visited in each layer. "*" marks the experts that the run adapts: of HELLoRA the hot ones.
+
+Read it from top to bottom: how a token is drawn, many prompts at once, one prompt token by token,
+the command. Letters: B sequences    T tokens per sequence    V vocabulary
 """
 
-from collections.abc import Callable
+import argparse
+import codecs
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hellora import load_run
 from moe_model import KVCache, MoEModel
 from plumbing import ranks
+from plumbing.checkpoint import locate, read_config
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
+from plumbing.data import TASKS, bos_for, encode_prompt, question
 from plumbing.device import free_bytes
+from plumbing.run_folder import read_run
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 100  # prompts decoded together, if they fit
 # Finished rows leave the batch when fewer than this share go on: each time costs a cache copy.
 SHRINK = 0.75
 TAIL = 16  # tokens in which `ended` looks for the end of a text
+MAX_NEW = 256  # tokens of an answer, where no task says how many
+HOT, PLAIN = "\x1b[1;33m", "\x1b[0m"  # how a terminal shows an adapted expert
+
+# ---- how a token is drawn ------------------------------------------------------------------------
 
 
 class Sampling(NamedTuple):
@@ -42,6 +80,25 @@ def sample(logits: Tensor, temperature: float, top_p: float, at: Tensor) -> Tens
     return ids.gather(-1, torch.searchsorted(reach, at[:, None] * reach[:, -1:], right=True))[:, 0]
 
 
+def next_tokens(logits: Tensor, sampling: Sampling | None, at: Tensor | None) -> Tensor:
+    """Tokens [B] from logits [B, V]: drawn at `at` [B] (see `sample`), or the likeliest."""
+    if sampling is None:
+        return logits.argmax(-1)
+    return sample(logits, sampling.temperature, sampling.top_p, at)
+
+
+def draws(sampling: Sampling | None, max_new: int, device: torch.device) -> Tensor | None:
+    """[B, max_new], in [0, 1): the random numbers of each prompt, from its own seed."""
+    if sampling is None:
+        return None
+    seeds = sampling.seeds or [0]
+    rows = [torch.rand(max_new, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(rows).double().to(device)
+
+
+# ---- many prompts at once ------------------------------------------------------------------------
+
+
 def generate(
     model: MoEModel,
     prompts: list[list[int]],
@@ -60,16 +117,9 @@ def generate(
     batch_size it is BATCH, or on a GPU as many as fit. With a `label` a progress bar shows. Raises
     ValueError for a prompt beyond the context, or without any token.
     """
-    for n, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise ValueError(f"prompt {n} of {len(prompts)} has no tokens: want one at least")
-    longest = max(map(len, prompts), default=0)
-    if longest >= model.cfg.max_len:
-        raise ValueError(
-            f"a prompt has {longest} tokens, but the model's context is {model.cfg.max_len}"
-        )
+    check_prompts(prompts, model.cfg.max_len)
     if batch_size is None:
-        batch_size = fitting_batch(model, longest, max_new)
+        batch_size = fitting_batch(model, max(map(len, prompts), default=0), max_new)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
@@ -109,6 +159,16 @@ def fitting_batch(model: MoEModel, longest: int, max_new: int) -> int:
     return n
 
 
+def check_prompts(prompts: list[list[int]], max_len: int) -> None:
+    """Raise ValueError for a prompt that leaves no room in the context, or has no token."""
+    for n, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(f"prompt {n} of {len(prompts)} has no tokens: want one at least")
+    longest = max(map(len, prompts), default=0)
+    if longest >= max_len:
+        raise ValueError(f"a prompt has {longest} tokens, but the model's context is {max_len}")
+
+
 @torch.no_grad()
 def decode_batch(
     model: MoEModel,
@@ -124,10 +184,7 @@ def decode_batch(
     the longest answer, and a rank without prompts takes them with a prompt of padding.
     """
     n, prompts = len(prompts), prompts or [[0]]
-    if sampling:
-        seeds = sampling.seeds or [0]
-        draws = [torch.rand(max_new, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        at = torch.stack(draws).double().to(model.device)  # [B, max_new]
+    at = draws(sampling, max_new, model.device)  # [B, max_new]
     width = max(map(len, prompts))
     room = [min(max_new, model.cfg.max_len - len(p)) if n else 0 for p in prompts]
     length = torch.tensor(room, device=model.device)
@@ -142,12 +199,8 @@ def decode_batch(
     rows = torch.arange(len(prompts), device=model.device)  # the rows that are still in the batch
     for step in range(max_new):
         logits, _ = model(tokens, cache)  # [B, 1, V]
-        if sampling:
-            tokens = sample(logits[:, 0], sampling.temperature, sampling.top_p, at[rows, step])[
-                :, None
-            ]
-        else:
-            tokens = logits.argmax(-1)  # [B, 1]
+        drawn_at = at[rows, step] if sampling else None
+        tokens = next_tokens(logits[:, 0], sampling, drawn_at)[:, None]  # [B, 1]
         outputs[rows, step] = tokens[:, 0]
         stopped = torch.isin(tokens[:, 0], stop_ids)
         length[rows] = torch.where(stopped, length[rows].clamp(max=step), length[rows])
@@ -164,3 +217,321 @@ def decode_batch(
             rows, tokens = rows[keep], tokens[keep]
             cache.keep(keep)
     return [row[:end].tolist() for row, end in zip(outputs[:n], length[:n].tolist(), strict=True)]
+
+
+# ---- one prompt, token by token ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream(
+    model: MoEModel,
+    prompt: list[int],
+    max_new: int,
+    stops: tuple[int, ...],
+    sampling: Sampling | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` has for this prompt, each as soon as it is known.
+
+    Raises ValueError, with the first token, for a prompt beyond the context, or without any token.
+    """
+    check_prompts([prompt], model.cfg.max_len)
+    at = draws(sampling, max_new, model.device)  # [1, max_new]
+    max_new = min(max_new, model.cfg.max_len - len(prompt))
+    tokens = torch.tensor([prompt], device=model.device)  # [1, T]
+    no_padding = torch.zeros(1, dtype=torch.long, device=model.device)
+    cache = KVCache(model.cfg, no_padding, len(prompt) + max_new, model.dtype)
+    for step in range(max_new):
+        logits, _ = model(tokens, cache)  # [1, 1, V]
+        tokens = next_tokens(logits[:, 0], sampling, at[:, step] if sampling else None)[:, None]
+        token = int(tokens)
+        if token in stops:
+            return
+        yield token
+
+
+def pieces(tokens: Iterable[int], tokenizer: Tokenizer, lead: str = "") -> Iterator[str]:
+    """The text of `tokens` as they come: what `tokenizer.decode` makes of all, without `lead`.
+
+    A character may be of several tokens: it comes with the last of them. lead: what the form of the
+    prompt puts before an answer, such as a blank.
+    """
+    whole = codecs.getincrementaldecoder("utf-8")("replace")
+    text, shown = "", 0
+    for token in chain(tokens, [None]):
+        text += whole.decode(tokenizer.token_bytes.get(token, b""), final=token is None)
+        answer = text.removeprefix(" ") if tokenizer.has_prefix else text
+        answer = answer.removeprefix(lead)
+        yield answer[shown:]
+        shown = len(answer)
+
+
+# ---- the experts of each token -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def show_experts(
+    model: MoEModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    adapted: dict[int, list[int]],
+    color: bool,
+) -> Iterator[str]:
+    """Lines: each of the tokens `ids`, and the experts that it visits in each layer.
+
+    adapted: {layer: ids of the experts to mark}. color: mark them also by color.
+    """
+    _, routing = model.trunk(torch.tensor([ids], device=model.device))
+    visited = {layer: r.expert_ids[0].tolist() for layer, r in routing.items()}  # each [T][K]
+    marked = total = 0
+    some = any(adapted.values())
+    yield f"token            layer  experts, the likeliest first{', * adapted' if some else ''}"
+    for at, token in enumerate(ids):
+        name = repr(tokenizer.token_bytes.get(token, b"").decode("utf-8", "replace"))
+        for layer, of_tokens in visited.items():
+            cells = []
+            for expert in of_tokens[at]:
+                is_adapted = expert in adapted.get(layer, ())
+                cell = f"{'*' if is_adapted else ''}{expert}".rjust(4)
+                cells.append(f"{HOT}{cell}{PLAIN}" if is_adapted and color else cell)
+                marked += is_adapted
+                total += 1
+            yield f"{name:<16} {layer:5d} {''.join(cells)}"
+            name = ""
+    if some:
+        yield f"{marked / total:.1%} of these {total:,} visits went to adapted experts"
+
+
+def has_colors() -> bool:
+    """Whether standard output is a terminal that may be written to in color (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """One prompt, ready to be asked."""
+
+    number: int  # from 1
+    text: str  # as it was given
+    ids: list[int]
+    lead: str  # what its form puts before an answer
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask = p.add_argument_group("ask")
+    of = ask.add_mutually_exclusive_group(required=True).add_argument
+    what = ask.add_mutually_exclusive_group().add_argument
+    draw = p.add_argument_group("draw").add_argument
+    show = p.add_argument_group("show").add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
+    # fmt: off
+    of("--run", type=Path, metavar="DIR", help="the tuned model of a finished run of train.py")
+    of("--model", help="tiny, a backbone's name, a Hub id[@REVISION], a folder such as an export")
+    what("prompt", nargs="?", help="the text (default: the lines of standard input)")
+    what("--file", type=Path, metavar="FILE", help="a text file with a prompt on each line")
+    draw("--max-new", type=COUNT, metavar="N",
+         help=f"tokens of an answer at most (default: the task's, or {MAX_NEW})")
+    draw("--temperature", type=number(float, low=0), default=0.0, metavar="X",
+         help="0, the default, takes the likeliest token; 1 draws as the model says")
+    draw("--top-p", type=SHARE, metavar="P",
+         help="draw from the likeliest tokens that have this share together (default 1)")
+    draw("--seed", type=SEED, metavar="N", help="of the draws; prompt n has N + n - 1 (default 0)")
+    show("--compare", action="store_true",
+         help="with --run: the base's answer first, then the tuned one; takes memory for both")
+    show("--show-experts", action="store_true", help="list each token with its experts")
+    rare("--raw", action="store_true", help="send the text as it is, in no task's form")
+    rare("--task", choices=TASKS, metavar="T",
+         help=f"send it in this task's form (default: the run's): {', '.join(TASKS)}")
+    rare("--template", metavar="NAME", help="another form of the task (default: the run's)")
+    rare("--batch-size", type=COUNT, default=32, metavar="N",
+         help="prompts that are decoded together (default 32)")
+    # fmt: on
+    add_compute_flags(rare)
+    args = p.parse_args()
+    check_flags(args)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag that would do nothing."""
+    if args.compare and not args.run:
+        raise ValueError("--compare shows the base of a run: want --run with it")
+    if args.raw and (args.task or args.template):
+        raise ValueError("--raw sends the text in no form: omit --task and --template")
+    if args.template and not (args.run or args.task):
+        raise ValueError(f"--template {args.template} is a form of a task: want --task with it")
+    if not args.temperature and (args.top_p or args.seed is not None):
+        raise ValueError("--top-p and --seed are about draws: want --temperature above 0 with them")
+
+
+def given_prompts(args: argparse.Namespace) -> list[tuple[str, str]] | None:
+    """(place, text) of each prompt; None if they will be typed in a terminal.
+
+    Raises FileNotFoundError or ValueError for a file that is not there, or has no text.
+    """
+    if args.prompt is not None:
+        return [("the prompt", args.prompt)]
+    if args.file is None and sys.stdin.isatty():
+        return None
+    if args.file and not args.file.is_file():
+        raise FileNotFoundError(f"there is no file {args.file}: want a prompt on each line")
+    place = args.file or "standard input"
+    body = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
+    try:
+        lines = body.decode("utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{place} is not UTF-8 ({error}): want text") from error
+    found = [(f"{place}, line {n}", text) for n, text in enumerate(lines, 1) if text.strip()]
+    if not found:
+        raise ValueError(f"{place} has no text: want a prompt on each line, or one as an argument")
+    return found
+
+
+def typed_prompts() -> Iterator[str]:
+    """The lines that are typed in a terminal, until Ctrl-D. Ctrl-C ends the command."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys then work in input()
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        if text.strip():
+            yield text
+
+
+def prepare(
+    number: int, place: str, text: str, args: argparse.Namespace, tokenizer: Tokenizer, max_len: int
+) -> Question:
+    """The prompt in its form, as ids. Raises ValueError if it has no text, or too much."""
+    if not text.strip():
+        raise ValueError(f"{place} has no text: want some")
+    asked = question(text, args.task, args.template) if args.task else None
+    ids = encode_prompt(asked.prompt if asked else text, tokenizer, place)
+    if len(ids) >= max_len:
+        raise ValueError(
+            f"{place} has {len(ids)} tokens as it is sent, and the model's context of {max_len} is "
+            "for prompt and answer: want a shorter one"
+        )
+    return Question(number, text, ids, asked.answer if asked else "")
+
+
+def resolve(args: argparse.Namespace, run: dict) -> None:
+    """Fill in task, template (None: the text is sent as it is) and max_new, and say what is sent.
+
+    run: run.json, or {} of a model. Raises ValueError for a task or a template that is not known.
+    """
+    own = run.get("task")
+    if not args.raw and own is not None and args.task in (None, own):
+        args.task, args.template = own, args.template or run.get("template")
+    if args.task not in (None, *TASKS):
+        raise ValueError(f"{args.run} was trained on {args.task}, which has no form: want --raw")
+    args.max_new = args.max_new or (TASKS[args.task].max_new if args.task else MAX_NEW)
+    if args.task:
+        sent, other = (
+            repr(question("TEXT", args.task, args.template).prompt),
+            "--raw sends it as it is",
+        )
+    else:
+        sent, other = "the text as it is", "--task NAME sends it in a task's form"
+    print(f"what is sent: {sent} ({other})", file=sys.stderr)
+
+
+def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:
+    """{"base": the model as it is, "tuned": that of the run}: those that are asked."""
+    device, dtype = compute(args.device, args.dtype or run.get("dtype"))
+    tuned = {"tuned": load_run(args.run, True, dtype, device)[0]} if run else {}
+    base = {}
+    if args.compare or not run:
+        base["base"] = MoEModel.from_pretrained(source, dtype, device).requires_grad_(False)
+    return base | tuned
+
+
+def answers_of(
+    model: MoEModel, some: list[Question], tokenizer: Tokenizer, args: argparse.Namespace
+) -> Sequence[Iterable[int]]:
+    """For each question the tokens of its answer. Those of a single one come as they are made."""
+    sampling = None
+    if args.temperature:
+        seeds = [(args.seed or 0) + q.number - 1 for q in some]
+        sampling = Sampling(args.temperature, args.top_p or 1.0, seeds)
+    prompts, stops = [q.ids for q in some], tokenizer.stops
+    if len(some) == 1:
+        return [stream(model, prompts[0], args.max_new, stops, sampling)]
+    return generate(model, prompts, args.max_new, stops, len(some), "answer", sampling)
+
+
+def answer(
+    some: list[Question],
+    models: dict[str, MoEModel],
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    adapted: dict[int, list[int]],
+    titles: bool,
+) -> None:
+    """Ask each of the models, and print the answers. titles: print the prompts above them."""
+    answers = {label: answers_of(m, some, tokenizer, args) for label, m in models.items()}
+    for at, asked in enumerate(some):
+        if titles:
+            print(f"> {asked.text.strip()}")
+        for label, model in models.items():
+            if len(models) > 1:
+                print(f"{label}:")
+            said = print_answer(answers[label][at], tokenizer, asked.lead)
+            if args.show_experts:
+                ids = asked.ids + said
+                print("\n".join(show_experts(model, tokenizer, ids, adapted, has_colors())))
+        if titles:
+            print(flush=True)
+
+
+def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> list[int]:
+    """Print the text of `tokens` as they come; the tokens."""
+    said = []
+
+    def kept() -> Iterator[int]:
+        for token in tokens:
+            said.append(token)
+            yield token
+
+    for piece in pieces(kept(), tokenizer, lead):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return said
+
+
+def main() -> None:
+    """Check the prompts, load the models, answer."""
+    args = parse_args()
+    prompts = given_prompts(args)
+    run = read_run(args.run, "adapted") if args.run else {}
+    source = locate(run.get("model") or args.model)
+    tokenizer, max_len = load_tokenizer(source), read_config(source).max_len
+    resolve(args, run)
+    tokenizer.bos = run.get("bos") if run else bos_for(tokenizer, args.template)
+    questions = []  # read before the model, which may take minutes
+    for n, (place, text) in enumerate(prompts or [], 1):
+        questions.append(prepare(n, place, text, args, tokenizer, max_len))
+
+    models = load_models(args, run, source)
+    adapted = {int(layer): ids for layer, ids in run.get("adapted", {}).items()}
+    for start in range(0, len(questions), args.batch_size):
+        some = questions[start : start + args.batch_size]
+        answer(some, models, tokenizer, args, adapted, titles=len(questions) > 1)
+    if prompts is None:
+        for n, text in enumerate(typed_prompts(), 1):
+            try:
+                asked = prepare(n, "your text", text, args, tokenizer, max_len)
+            except ValueError as error:  # the next one may be right
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                answer([asked], models, tokenizer, args, adapted, titles=False)
+
+
+if __name__ == "__main__":
+    command(main)

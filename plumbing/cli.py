@@ -1,7 +1,7 @@
 """What all commands share: the flags of the computation, checked numbers, and how a command ends.
 
 Exit code 0: done. 2: a mistake that the user can mend, one line on stderr. 130: interrupted by the
-user. 1 and a traceback: a fault of ours.
+user. 141: what read its output is gone. 1 and a traceback: a fault of ours.
 """
 
 import argparse
@@ -25,6 +25,7 @@ LOST = (
     "another rank has ended or does not answer: its own lines say why; start all ranks again with "
     "the same command, which goes on from the last save"
 )
+PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
 
 
@@ -57,7 +58,11 @@ def outcome(main: Callable[[], None]) -> int:
     """Run `main`. The exit code; a fault of ours is raised."""
     try:
         main()
+        sys.stdout.flush()
         ranks.stop()
+    except BrokenPipeError:  # whoever read the output has seen enough, as in: ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still unsaid
+        return PIPE_CLOSED
     except (ValueError, OSError) as error:  # what the project's files raise for a user's mistake
         return _fail(error)
     except (RuntimeError, MemoryError) as error:
@@ -149,7 +154,14 @@ DECIMAL = re.compile("-?[0-9]+")  # int() would take 1_000 and digits of other s
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes end like all others: one line, exit code 2."""
+    """A command line whose mistakes end like all others: one line, exit code 2.
+
+    Its --help begins with the description: a command's docstring, which begins with one sentence
+    and some examples. The list of flags comes after it, so usage, the same list, is left out.
+    """
+
+    def __init__(self, **options: object):
+        super().__init__(usage=argparse.SUPPRESS, **options)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

@@ -330,14 +330,40 @@ def _parse(text: str, place: str) -> object:
         raise ValueError(f"{place} is not valid JSON ({error})") from error
 
 
-def load_examples(task: str, path: Path, template: str | None = None) -> list[Example]:
-    """The rows of a file as prompts and answers. Raises ValueError for an unknown template."""
+def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[str, str]]:
+    """The function that makes prompt and answer of a row. None: the task's own template.
+
+    Raises ValueError for an unknown template.
+    """
     kind, template = TASKS[task].kind, template or TASKS[task].template
     if (kind, template) not in TEMPLATES:
         known = ", ".join(name for of, name in TEMPLATES if of == kind)
         raise ValueError(f"unknown template {template!r} for task {task}: want one of {known}")
-    show = TEMPLATES[kind, template]
-    return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
+    return TEMPLATES[kind, template]
+
+
+def load_examples(task: str, path: Path, template: str | None = None) -> list[Example]:
+    """The rows of a file as prompts and answers. Raises ValueError for an unknown template."""
+    show = form_of(task, template)
+    return [Example(*show(row), row) for row in read_rows(path, FIELDS[TASKS[task].kind])]
+
+
+def question(text: str, task: str, template: str | None = None) -> Example:
+    """A text as a question of `task`, in the form that its rows have in training.
+
+    Its answer is what the form puts before an answer: a blank, or nothing. If the text has the form
+    already, or its beginning or end, it does not get it twice. Raises ValueError for an unknown
+    template.
+    """
+    field, *others = FIELDS[TASKS[task].kind]
+    show, text = form_of(task, template), text.strip()
+    before, _, after = show({f: "" for f in others} | {field: "\0"})[0].partition("\0")
+    if before.strip():
+        text = text.removeprefix(before.strip()).lstrip()
+    if after.strip():
+        text = text.removesuffix(after.strip()).rstrip()
+    row = {f: "" for f in others} | {field: text}
+    return Example(*show(row), row)
 
 
 class Encoded(NamedTuple):

@@ -1,10 +1,25 @@
-"""Batched, cached, shrinking batches against the slowest way to decode."""
+"""Decoding against the slowest way to decode; the command against what training and scoring do."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import HUB, ROOT, small_run, toy_in, write_checkpoint, write_rows
 
-from generate import generate
+import export
+import train
+from generate import Sampling, generate, has_colors, pieces, show_experts, stream
+from hellora import load_run
 from moe_model import MoEModel
+from plumbing.data import FIELDS, TASKS, TEMPLATES, load_examples, question
+from plumbing.tokenizer import load_tokenizer
 
 
 def slow_greedy(model, prompt, max_new, stops):
@@ -46,3 +61,293 @@ def test_a_prompt_without_tokens_is_refused_whoever_shares_the_batch(olmoe, prom
     at = prompts.index([]) + 1
     with pytest.raises(ValueError, match=f"prompt {at} of {len(prompts)}"):
         generate(MoEModel.from_pretrained(olmoe), prompts, 3, (), 2)
+
+
+# ---- one prompt, token by token ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0, 1.3])
+def test_a_stream_has_the_tokens_of_a_batch(checkpoint, temperature):
+    model = MoEModel.from_pretrained(checkpoint)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 96, (n,), generator=draw).tolist() for n in (4, 9, 1, 60)]
+    stops = tuple(range(0, 96, 11))
+    each = [Sampling(temperature, 0.9, [seed]) if temperature else None for seed in range(4)]
+    both = Sampling(temperature, 0.9, [0, 1, 2, 3]) if temperature else None
+    want = generate(model, prompts, 12, stops, 4, sampling=both)
+    got = [[*stream(model, p, 12, stops, one)] for p, one in zip(prompts, each, strict=True)]
+    assert got == want and any(want)
+
+
+def test_a_stream_refuses_what_a_batch_refuses(olmoe):
+    model = MoEModel.from_pretrained(olmoe)
+    for prompt, said in (([1] * 64, "context is 64"), ([], "no tokens")):
+        with pytest.raises(ValueError, match=said):
+            next(stream(model, prompt, 1, ()))
+
+
+@pytest.mark.parametrize("lead", ["", " "])
+@pytest.mark.parametrize("text", [" a word", "é, 🙂🙂 and 中文\n", "", "  two blanks", "e\u0301"])
+def test_pieces_are_the_text_in_whole_characters(text, lead):
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    ids = tokenizer.encode(text)
+    got = [*pieces(iter(ids), tokenizer, lead)]
+    assert "".join(got) == tokenizer.decode(ids).removeprefix(lead)
+    assert "\ufffd" not in "".join(got)
+
+
+def test_pieces_of_what_is_no_text_are_as_decoding_has_them():
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):  # random tokens: half characters, special tokens, ids without a token
+        ids = torch.randint(0, 1100, (8,), generator=draw).tolist()
+        assert "".join(pieces(ids, tokenizer)) == tokenizer.decode(ids)
+
+
+# ---- the form of a question ----------------------------------------------------------------------
+
+FORMS = [
+    (task, template)
+    for task, of in TASKS.items()
+    for kind, template in TEMPLATES
+    if kind == of.kind and not task.startswith("tiny-math-")
+]
+PLAIN = {("gsm8k", "plain"), ("tiny-math", "plain")}  # a blank before an answer is of their form
+
+
+@pytest.mark.parametrize(("task", "template"), FORMS)
+def test_a_question_has_the_form_of_training_and_has_it_once(task, template, tmp_path):
+    field, *others = FIELDS[TASKS[task].kind]
+    row = {field: "Add 3 to 4.", **dict.fromkeys(others, "")}
+    (trained,) = load_examples(task, write_rows(tmp_path / "rows.jsonl", [row]), template)
+    for text in ("Add 3 to 4.", " Add 3 to 4.\n", trained.prompt, trained.prompt.strip()):
+        asked = question(text, task, template)
+        assert asked.prompt == trained.prompt
+        assert asked.answer == (" " if (task, template) in PLAIN else "")
+
+
+def test_half_of_a_form_is_made_whole():
+    want = "Question: 3+4?\nAnswer:"
+    for text in ("3+4?", "Question: 3+4?", "3+4?\nAnswer:", "Question:3+4?\n Answer: "):
+        assert question(text, "tiny-math").prompt == want
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+ROWS = [{"question": f"{a}+3?", "answer": f"{a}+3={a + 3}\n#### {a + 3}"} for a in range(20)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run "r" of a few steps, its Hub export "hub", and its questions."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = write_rows(folder / "rows.jsonl", ROWS)
+    flags = ["--eval-data", rows, "--eval-limit", 5, "--steps", 4, "--lr", 0.03, "--out", "r"]
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        m.setattr(sys, "argv", ["train.py", *small_run(toy_in(folder), rows, *flags)])
+        train.main()
+        m.setattr(sys, "argv", ["export.py", "--run", "r", "--format", "hub", "--out", "hub"])
+        export.main()
+    return folder
+
+
+@pytest.fixture
+def ask(cli, made, monkeypatch):
+    """ask("--run", "r", ..., typed="...") -> (exit code, stdout, stderr), in the folder `made`.
+
+    typed: what stands on standard input.
+    """
+    monkeypatch.chdir(made)
+
+    def call(*flags, typed=""):
+        body = typed if isinstance(typed, bytes) else typed.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(body)))
+        return cli("generate.py", *flags)
+
+    return call
+
+
+def scored(folder):
+    """(question, answer) of each problem that train.py scored."""
+    lines = (folder / "r" / "answers-tiny-math.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["output"] for line in lines]
+    return [(row["question"], a) for row, a in zip(ROWS, answers, strict=False)]
+
+
+def test_a_run_answers_as_it_was_scored(ask, made):
+    (text, answer), *_ = scored(made)
+    code, out, err = ask("--run", "r", text)
+    assert code == 0, err
+    assert out == answer.removeprefix(" ") + "\n"
+    assert "Question: TEXT" in err  # what is sent is said
+
+
+def test_an_export_answers_as_its_run(ask):
+    _, want, _ = ask("--run", "r", "2+3?")
+    code, out, _ = ask("--model", "hub", "--task", "tiny-math", "2+3?")
+    assert (code, out) == (0, want)
+    code, plain, _ = ask("--model", "hub", "2+3?", "--max-new", 64)
+    _, raw, _ = ask("--run", "r", "--raw", "2+3?", "--max-new", 64)
+    assert code == 0 and plain == raw != want
+
+
+@pytest.mark.parametrize("family", HUB)
+def test_a_checkpoint_of_each_family_answers(family, ask, tmp_path):
+    hub = HUB[family] | {"vocab_size": 1024, "eos_token_id": 1023}
+    folder = write_checkpoint(tmp_path / family, hub)
+    code, out, err = ask("--model", folder, "abc")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "tokenizer" in err
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", folder)
+    tokenizer, model = load_tokenizer(folder), MoEModel.from_pretrained(folder)
+    want = tokenizer.decode(generate(model, [tokenizer.encode("abc")], 9, tokenizer.stops, 1)[0])
+    code, out, err = ask("--model", folder, "abc", "--max-new", 9)
+    assert (code, out) == (0, want + "\n"), err
+
+
+def test_a_hundred_lines_are_answered_in_their_order_however_many_at_a_time(ask, made):
+    lines = [ROWS[n % 20]["question"] for n in range(100)]
+    typed = (
+        "\ufeff" + "\r\n".join(lines) + "\n\n"
+    )  # as Windows has them; an empty line is no prompt
+    code, out, err = ask("--run", "r", "--max-new", 6, typed=typed)
+    assert code == 0, err
+    assert re.findall("(?m)^> (.*)$", out) == lines
+    (made / "lines.txt").write_text(typed)
+    for size in (1, 7):
+        again = ask("--run", "r", "--max-new", 6, "--file", "lines.txt", "--batch-size", size)
+        assert again[:2] == (0, out)
+    first = ask("--run", "r", "--max-new", 6, lines[0])[1]
+    assert out.startswith(f"> {lines[0]}\n{first}\n")
+
+
+def test_draws_depend_on_the_seed_and_on_the_place_of_a_prompt_alone(ask):
+    flags = ["--run", "r", "--temperature", 2, "--max-new", 6]
+    three, one = ask(*flags, typed="1+3?\n1+3?\n1+3?")[1], ask(*flags, "--seed", 2, "1+3?")[1]
+    blocks = three.split("> 1+3?\n")[1:]
+    assert len({*blocks}) == 3 and blocks[2] == one + "\n"
+    assert ask(*flags, "--top-p", 1e-9, "1+3?")[1] == ask("--run", "r", "--max-new", 6, "1+3?")[1]
+
+
+def test_the_base_stands_beside_the_tuned_model(ask):
+    tuned = ask("--run", "r", "1+3?")[1]
+    base = ask("--model", "toy", "--task", "tiny-math", "1+3?")[1]
+    code, out, _ = ask("--run", "r", "--compare", "1+3?")
+    assert (code, out) == (0, f"base:\n{base}tuned:\n{tuned}") and base != tuned
+
+
+def test_the_experts_shown_are_those_that_the_tokens_visit(ask, made):
+    code, out, _ = ask("--run", "r", "--show-experts", "--max-new", 3, "1+3?")
+    assert code == 0 and "\x1b" not in out  # no terminal: no color
+    _, table = out.split("token  ", 1)
+    model, tokenizer, run = load_run(made / "r")
+    prompt = tokenizer.encode("Question: 1+3?\nAnswer:")
+    ids = prompt + generate(model, [prompt], 3, tokenizer.stops, 1)[0]
+    _, routing = model(torch.tensor([ids]))
+    hot = {int(layer): experts for layer, experts in run["adapted"].items()}
+    want, marked = [], 0
+    for at in range(len(ids)):
+        for layer, r in routing.items():
+            visited = r.expert_ids[0, at].tolist()
+            want.append([layer, *(("*" if e in hot[layer] else "") + str(e) for e in visited)])
+            marked += len({*visited} & {*hot[layer]})
+    lines = table.splitlines()[1:-1]
+    assert [line[17:].split() for line in lines] == [[*map(str, row)] for row in want]
+    names = [line[:17].strip() for line in lines if line[:17].strip()]
+    assert "".join(eval(name) for name in names) == tokenizer.decode(ids)
+    assert 0 < marked < len(want) * 2 and f"{marked / len(want) / 2:.1%}" in out
+
+    plain = [*show_experts(model, tokenizer, ids, hot, color=False)]
+    colored = "\n".join(show_experts(model, tokenizer, ids, hot, color=True))
+    assert colored.count("\x1b[0m") == marked
+    assert re.sub("\x1b\\[[0-9;]*m", "", colored) == "\n".join(plain)
+
+
+def test_color_is_for_terminals_that_want_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stdout, env, want in (
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ):
+        with monkeypatch.context() as m:
+            for name in ("NO_COLOR", "TERM"):
+                m.delenv(name, raising=False)
+            for name, value in env.items():
+                m.setenv(name, value)
+            m.setattr(sys, "stdout", stdout)
+            assert has_colors() == want
+
+
+def test_a_model_has_no_expert_to_mark(ask):
+    code, out, _ = ask("--model", "toy", "--show-experts", "--max-new", 2, "abc")
+    assert code == 0 and "layer" in out and "*" not in out
+
+
+def test_in_a_terminal_prompts_are_asked_for(ask, made, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    too_long = "word " * 600
+    want = ask("--run", "r", "1+3?")[1]
+    monkeypatch.setattr(io, "TextIOWrapper", lambda _: Terminal(f"1+3?\n\n{too_long}\n1+3?\n"))
+    code, out, err = ask("--run", "r")
+    assert code == 0
+    assert out.count(want) == 2  # an empty line is passed over, a mistake is said, and it goes on
+    assert err.count("error: your text has") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "typed", "named"),
+    [
+        (["--run", "r", "word " * 600], "", "512"),
+        (["--run", "r"], "1+3?\n" + "word " * 600, "line 2"),
+        (["--run", "r", " \n"], "", "the prompt"),
+        (["--run", "r"], "\n\n", "standard input"),
+        (["--run", "r"], b"\xff\xfe1\x00", "UTF-8"),
+        (["--run", "r", "--file", "none.txt"], "", "none.txt"),
+        (["--run", "r", "a <|endoftext|> b"], "", "<|endoftext|>"),
+        (["--run", "r", "--template", "alpaca", "x"], "", "alpaca"),
+        (["--run", "r", "--seed", 3, "x"], "", "--temperature"),
+        (["--run", "r", "--top-p", 0.5, "x"], "", "--temperature"),
+        (["--run", "r", "--raw", "--task", "gsm8k", "x"], "", "--raw"),
+        (["--model", "toy", "--template", "lori", "x"], "", "--task"),
+        (["--model", "toy", "--compare", "x"], "", "--run"),
+        (["--run", "r", "--file", "rows.jsonl", "x"], "", "--file"),
+        (["--run", "toy", "x"], "", "run.json"),
+        (["x"], "", "--run"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(flags, typed, named, ask):
+    code, out, err = ask(*flags, typed=typed)
+    err = "".join(line for line in err.splitlines(True) if not line.startswith("what is sent"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert named in err
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a closed pipe"])
+def test_a_stop_in_the_middle_of_an_answer_is_quiet(how, made):
+    (made / "many.txt").write_text("1+3?\n" * 2000)
+    flags = ["--run", "r", "--max-new", "300", "--file", "many.txt", "--batch-size", "1"]
+    asking = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), *flags],
+        cwd=made, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    try:
+        assert asking.stdout.read(1) == b">"  # the first answer is under way
+        if how == "Ctrl-C":
+            asking.send_signal(signal.SIGINT)
+        else:
+            asking.stdout.close()
+        err = asking.stderr.read().decode()
+        assert asking.wait(60) == (130 if how == "Ctrl-C" else 141)
+    finally:
+        asking.kill()
+    assert "Traceback" not in err and "error" not in err
+    assert ("interrupted" in err) == (how == "Ctrl-C")
