@@ -1,6 +1,7 @@
 """Count which experts a task visits, layer by layer, and choose the ones to adapt.
 
     python catcher.py --model tiny --task tiny-math      counts on the base model, no training
+    python catcher.py --data own.jsonl --k 4 --out hot.json     of your own rows, kept in a file
     python catcher.py --run DIR                          shows the list that a run was trained with
 
 Read it from top to bottom: counting, the rules of choosing, the list that is kept, the command.
@@ -309,26 +310,27 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     add("--model", default="tiny",
         help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
     add("--data", type=Path, help="rows in place of the task's training split")
-    add("--drop-long", action="store_true", help="leave out rows longer than the model's context")
+    rare("--drop-long", action="store_true", help="leave out rows longer than the model's context")
     add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
-    add("--coverage", type=SHARE, help="not k, but the fewest experts with this share of visits")
-    add("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
-    add("--score", choices=["count", "gate"], default="count",
-        help="rank experts by visits, or by mean routing weight (default count)")
-    add("--count", choices=COUNTS, default="all",
-        help="count the visits of all tokens, or of those that predict an answer (default all)")
-    add("--share", type=SHARE, default=0.1, help="share of the split to look at (default 0.1)")
-    add("--seed", type=SEED, default=0, help="picks that share (default 0)")
-    add("--batch-size", type=COUNT, default=16, help="examples in one pass (default 16)")
+    rare("--coverage", type=SHARE, help="not k, but the fewest experts with this share of visits")
+    rare("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
+    rare("--score", choices=["count", "gate"], default="count",
+         help="rank experts by visits, or by mean routing weight (default count)")
+    rare("--count", choices=COUNTS, default="all",
+         help="count the visits of all tokens, or of those that predict an answer (default all)")
+    rare("--share", type=SHARE, default=0.1, help="share of the split to look at (default 0.1)")
+    rare("--seed", type=SEED, default=0, help="picks that share (default 0)")
+    rare("--batch-size", type=COUNT, default=16, help="examples in one pass (default 16)")
     either("--out", type=Path, help="write hot_experts.json here")
     either("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
     # fmt: on
-    add_compute_flags(add)
+    add_compute_flags(rare)
     args = p.parse_args()
     others = [flag for flag, value in vars(args).items() if value != p.get_default(flag)]
     if args.run and others != ["run"]:

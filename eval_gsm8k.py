@@ -261,6 +261,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     either, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     either("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
     either("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
@@ -270,17 +271,17 @@ def parse_args() -> argparse.Namespace:
         help="score the first N problems (default: as many as the run scored; else all)")
     add("--shots", type=number(int, low=0), default=0,
         help="put N solved training problems before each, as the harness does (default 0)")
-    add("--template", help="prompt and answer form (default: the run's, or the task's)")
-    add("--batch-size", type=COUNT,
-        help="problems decoded together (default 100, on a GPU as many of them as fit)")
-    add("--max-new", type=COUNT,
-        help="tokens generated at most (default: the task's; 512 for gsm8k)")
+    rare("--template", help="prompt and answer form (default: the run's, or the task's)")
+    rare("--batch-size", type=COUNT,
+         help="problems decoded together (default 100, on a GPU as many of them as fit)")
+    rare("--max-new", type=COUNT,
+         help="tokens generated at most (default: the task's; 512 for gsm8k)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
     add("--loss", action="store_true",
         help="measure the cross-entropy of the given answers, of any task; decode nothing")
-    add("--factored", action="store_true", help="keep the adapters apart in place of merging them")
+    rare("--factored", action="store_true", help="keep the adapters apart in place of merging them")
     # fmt: on
-    add_compute_flags(add)
+    add_compute_flags(rare)
     return p.parse_args()
 
 

@@ -2,6 +2,7 @@
 
     python export.py --run runs/DIR --format hub    a whole checkpoint, adapters folded in
     python export.py --run runs/DIR --format peft   an adapter that peft and vLLM put on the base
+    python export.py --run runs/a --run runs/b --format hub --out both      two runs in one model
 
 What was written is read back and run beside the live adapters. Only then it gets its final name.
 """
@@ -316,14 +317,13 @@ def main() -> None:
         "--run", type=Path, action="append", required=True, metavar="DIR",
         help="run folder of train.py; several times with --format hub: their updates are added",
     )  # fmt: skip
-    p.add_argument("--format", choices=["hub", "peft"], required=True)
-    p.add_argument(
-        "--partial", action="store_true", help="peft: adapted experts only, for transformers 4"
-    )
+    p.add_argument("--format", choices=["hub", "peft"], required=True, help="see above")
     p.add_argument(
         "--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)"
     )
-    p.add_argument(
+    rare = p.add_argument_group("rarely needed").add_argument
+    rare("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
+    rare(
         "--device",
         choices=["cpu", "cuda"],
         help="to read it back on; default: cuda if there is one",

@@ -111,11 +111,10 @@ CHOICE = {"coverage": None, "catcher": "warmup", "score": "count", "count": "all
 def parse_args(description: str) -> argparse.Namespace:
     """The command line. Every flag is listed once, here. description: the text above the flags."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_argument_group("what").add_argument
-    method = p.add_argument_group("method").add_argument
+    what, method = (p.add_argument_group(name).add_argument for name in ("what", "method"))
     training = p.add_argument_group("training")
     train, either = training.add_argument, training.add_mutually_exclusive_group().add_argument
-    run = p.add_argument_group("run").add_argument
+    run, rare = (p.add_argument_group(name).add_argument for name in ("run", "rarely needed"))
     suffixes = ", ".join(f"_{s}" for s in SUFFIXES)
     # fmt: off
     what("--model", default="tiny",
@@ -123,7 +122,7 @@ def parse_args(description: str) -> argparse.Namespace:
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
     what("--data", type=Path, metavar="FILE",
          help="rows to train on, in place of the task's training split")
-    what("--drop-long", action="store_true", default=None,
+    rare("--drop-long", action="store_true", default=None,
          help="leave out rows that are longer than the model's context")
     what("--eval-data", type=Path, metavar="FILE",
          help="rows to score, in place of the task's test split")
@@ -139,51 +138,51 @@ def parse_args(description: str) -> argparse.Namespace:
     method("--rank", type=COUNT, help="rank of the updates (default: the recipe's)")
     method("--alpha", type=number(float, above=0),
            help="updates are scaled by alpha / rank (default: the recipe's)")
-    method("--coverage", type=SHARE,
-           help="in place of --k: the fewest experts with this share of visits")
-    method("--catcher", choices=["warmup", "forward"], default=CHOICE["catcher"],
-           help="count in a LoRA warm-up, or on the base model (default warmup)")
-    method("--score", choices=["count", "gate"], default=CHOICE["score"],
-           help="hot by visits, or by mean routing weight (default count)")
-    method("--count", choices=COUNTS, default=CHOICE["count"],
-           help="count the visits of all tokens, or of those that predict an answer (default all)")
-    method("--hot-experts", type=Path, metavar="FILE",
-           help="a hot_experts.json to use, also ESFT's; nothing is counted")
+    rare("--coverage", type=SHARE,
+         help="in place of --k: the fewest experts with this share of visits")
+    rare("--catcher", choices=["warmup", "forward"], default=CHOICE["catcher"],
+         help="count in a LoRA warm-up, or on the base model (default warmup)")
+    rare("--score", choices=["count", "gate"], default=CHOICE["score"],
+         help="hot by visits, or by mean routing weight (default count)")
+    rare("--count", choices=COUNTS, default=CHOICE["count"],
+         help="count the visits of all tokens, or of those that predict an answer (default all)")
+    rare("--hot-experts", type=Path, metavar="FILE",
+         help="a hot_experts.json to use, also ESFT's; nothing is counted")
     method("--mask-from", type=Path, metavar="RUN",
            help="the D run that gives lori-s or hellori-s its mask")
-    method("--mask-scope", choices=["model", "layer", "matrix"],
-           help="within what the mask's entries compete (default model)")
-    method("--redraw-a", action="store_true",
-           help="lori-s, hellori-s: draw a new A, as LoRI's code does")
+    rare("--mask-scope", choices=["model", "layer", "matrix"],
+         help="within what the mask's entries compete (default model)")
+    rare("--redraw-a", action="store_true",
+         help="lori-s, hellori-s: draw a new A, as LoRI's code does")
     either("--epochs", type=COUNT, help="passes over the data (default: the recipe's)")
     either("--steps", type=COUNT, help="optimizer steps, in place of --epochs")
     train("--batch-size", type=COUNT,
           help="examples in an optimizer step (default: the recipe's)")
-    train("--micro-batch", type=COUNT,
-          help="examples in one forward pass (default 16, or fewer so that all ranks have some)")
+    rare("--micro-batch", type=COUNT,
+         help="examples in one forward pass (default 16, or fewer so that all ranks have some)")
     train("--lr", type=number(float, above=0),
           help="learning rate (default: the recipe's, which the warm-up always has)")
-    train("--clip", choices=["all", "each"], default="all",
-          help="clip the gradients all together, or each matrix by itself as LoRI (default all)")
-    train("--balance", type=number(float, low=0), default=0.0, metavar="C",
-          help="factor of the balancing loss, Eq. 1 (default 0)")
+    rare("--clip", choices=["all", "each"], default="all",
+         help="clip the gradients all together, or each matrix by itself as LoRI (default all)")
+    rare("--balance", type=number(float, low=0), default=0.0, metavar="C",
+         help="factor of the balancing loss, Eq. 1 (default 0)")
     train("--seed", type=SEED, default=0, help="of data order, A and catcher (default 0)")
     run("--out", type=Path, metavar="DIR",
         help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
     run("--resume", action="store_true",
         help="go on with an unfinished run, or fail if there is none")
-    run("--override", action="store_true",
-        help="go on with the unfinished run in --out under other settings")
-    run("--save-every", type=COUNT, default=50, metavar="N",
-        help="steps between saves (default 50)")
-    run("--experts", choices=MATMULS, default="grouped",
-        help="multiply experts in one call, or in a loop (default grouped)")
-    run("--shard", choices=["full", "none"], default="full",
-        help="with torchrun: cut up the model (full, the default), or not")
-    run("--recompute", action="store_true",
-        help="run layers again in the backward pass: less memory, slower")
+    rare("--override", action="store_true",
+         help="go on with the unfinished run in --out under other settings")
+    rare("--save-every", type=COUNT, default=50, metavar="N",
+         help="steps between saves (default 50)")
+    rare("--experts", choices=MATMULS, default="grouped",
+         help="multiply experts in one call, or in a loop (default grouped)")
+    rare("--shard", choices=["full", "none"], default="full",
+         help="with torchrun: cut up the model (full, the default), or not")
+    rare("--recompute", action="store_true",
+         help="run layers again in the backward pass: less memory, slower")
     # fmt: on
-    add_compute_flags(run)
+    add_compute_flags(rare)
     return p.parse_args()
 
 

@@ -2,6 +2,7 @@
 
     python train.py --k 8 --method hellora                  the embedded model, minutes on a laptop
     python train.py --model olmoe-1b-7b --task gsm8k --k 8  the paper's run, on a GPU
+    python train.py --data own.jsonl --eval-data dev.jsonl  your own questions and answers
 
 1. The base model is scored.
 2. A short warm-up with LoRA on all experts counts which experts of each layer the task visits.

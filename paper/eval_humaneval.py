@@ -299,14 +299,15 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
     what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     what("--score", type=Path, nargs="+", metavar="FILE",
          help="score saved samples; needs no model")
     add("--allow-code-execution", action="store_true", help="run the programs, in bubblewrap")
-    add("--no-isolation", action="store_true",
-        help="run them without bubblewrap: only in a container that is thrown away afterwards")
+    rare("--no-isolation", action="store_true",
+         help="run them without bubblewrap: only in a container that is thrown away afterwards")
     add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
     add("--data", type=Path, metavar="FILE",
         help="problems in place of the task's, .jsonl or .jsonl.gz")
@@ -314,17 +315,18 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="with --model: keep samples and results here")
     add("--n", type=COUNT, help="samples of a problem (default 20)")
     add("--temperature", type=number(float, low=0), help="default 0.2; 0: greedy, with --n 1")
-    add("--top-p", type=SHARE, help="draw from this share of each choice (default 0.95)")
+    rare("--top-p", type=SHARE, help="draw from this share of each choice (default 0.95)")
     add("--seed", type=SEED, default=0, help="of the samples (default 0)")
-    add("--max-new", type=COUNT, help="tokens of a completion at most (default: 512; tiny-code 96)")
-    add("--batch-size", type=COUNT,
-        help="samples decoded together (default 100, on a GPU as many of them as fit)")
-    add("--seconds", type=number(float, above=0, high=3600), default=SECONDS,
-        help=f"a program's time (default {SECONDS:g})")
-    add("--workers", type=COUNT, help="programs run at a time (default: one a core)")
+    rare("--max-new", type=COUNT,
+         help="tokens of a completion at most (default: 512; tiny-code 96)")
+    rare("--batch-size", type=COUNT,
+         help="samples decoded together (default 100, on a GPU as many of them as fit)")
+    rare("--seconds", type=number(float, above=0, high=3600), default=SECONDS,
+         help=f"a program's time (default {SECONDS:g})")
+    rare("--workers", type=COUNT, help="programs run at a time (default: one a core)")
     # fmt: on
     p.set_defaults(**DRAWN)
-    add_compute_flags(add)
+    add_compute_flags(rare)
     return p.parse_args()
 
 

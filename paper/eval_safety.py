@@ -1,13 +1,12 @@
 """How often runs of train.py, or a model as it is, refuse harmful requests.
 
-It is a rate of keywords, and no guarantee.
-
     python -m paper.eval_safety --run runs/a runs/b   on HEx-PHI, which is gated, or --data FILE
     python -m paper.eval_safety --model tiny          on the built-in tiny-safety: no real harm
+    python -m paper.eval_safety --run runs/a --show 3        with some prompts and answers to read
 
-Greedy decoding; only generated text is searched. (LoRI's evaluator also searches the prompts, of
-which 17 in 330 hold a keyword.) Prompts and answers are neither printed nor kept, unless --show or
---keep-texts is given.
+It is a rate of keywords, and no guarantee. Greedy decoding; only generated text is searched.
+(LoRI's evaluator also searches the prompts, of which 17 in 330 hold a keyword.) Prompts and answers
+are neither printed nor kept, unless --show or --keep-texts is given.
 """
 
 import argparse
@@ -84,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     what = p.add_mutually_exclusive_group(required=True)
     rules = "; ".join(f"{name}: {rule.about}" for name, rule in RULES.items())
     tasks = [name for name, task in TASKS.items() if task.kind == "safety"]
+    rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     what.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
     what.add_argument("--model",
@@ -94,20 +94,20 @@ def parse_args() -> argparse.Namespace:
                    help=f"prompts in place of the task's: {WANTED}")
     p.add_argument("--out", type=Path, metavar="DIR",
                    help="with --model: keep results and answers here")
-    p.add_argument("--rule", choices=RULES, default=RULE, help=rules)
-    p.add_argument("--template",
-                   help="alpaca, lori (another than in training), bare (default: the run's)")
+    rare("--rule", choices=RULES, default=RULE, help=rules)
+    rare("--template",
+         help="alpaca, lori (another than in training), bare (default: the run's)")
     p.add_argument("--limit", type=COUNT, metavar="N", help="the first N; kept as TASK-part")
-    p.add_argument("--max-new", type=COUNT, help="tokens of an answer at most; kept as TASK-part")
-    p.add_argument(
+    rare("--max-new", type=COUNT, help="tokens of an answer at most; kept as TASK-part")
+    rare(
         "--batch-size", type=COUNT,
-        help="decoded together (default 100, on a GPU as many of them as fit)",
+         help="decoded together (default 100, on a GPU as many of them as fit)",
     )  # fmt: skip
     p.add_argument("--show", type=COUNT, default=0, metavar="N", help="print N prompts and answers")
-    p.add_argument("--keep-texts", action="store_true",
-                   help="prompts and answers into answers-TASK.jsonl")
+    rare("--keep-texts", action="store_true",
+         help="prompts and answers into answers-TASK.jsonl")
     # fmt: on
-    add_compute_flags(p.add_argument)
+    add_compute_flags(rare)
     return p.parse_args()
 
 

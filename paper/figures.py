@@ -1,6 +1,8 @@
 """Figures of the embedded model from the committed results: docs/figures/NAME.png and NAME.svg.
 
-    python -m paper.figures [--only NAMES]
+    python -m paper.figures                        all of them
+    python -m paper.figures --only losses jaccard     these two
+    python -m paper.figures --out drafts           in another folder
 
 It measures nothing. The same results give the same bytes of SVG. What made them:
     docs/results/visits/TASK-SHARE.json   python catcher.py --task TASK --share SHARE

@@ -6,6 +6,7 @@ A block "```text python -m paper.reproduce ..." has what that command prints, on
 "```text docs/results/FILE.json" the table of that benchmark. A test holds the pages to it.
 """
 
+import argparse
 import json
 import re
 import shlex
@@ -40,7 +41,7 @@ def filled(text: str) -> str:
 
 def main() -> None:
     """Every page."""
-    Parser(description=__doc__).parse_args()
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(page.relative_to(ROOT))

@@ -1,6 +1,7 @@
 """What fits where, and what goes over the wire, by arithmetic on the shapes, on N GPUs.
 
     python -m paper.plan --model mixtral-8x7b --gpus 8    one plan
+    python -m paper.plan --method lora --tokens 4096      OLMoE with LoRA, on one GPU
     python -m paper.plan --page                           writes the tables of docs/scaling.md anew
 
 Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW; rank 32.
@@ -121,13 +122,13 @@ def table(args: argparse.Namespace) -> str:
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add, rare = p.add_argument, p.add_argument_group("rarely needed").add_argument
     add("--model", default="olmoe-1b-7b", help=f"{', '.join(BACKBONES)} (no download), or a folder")
     add("--method", default="hellora", help=f"{', '.join(METHODS)}, and suffixes (default hellora)")
     add("--k", type=int, help="adapted experts per layer (default: as many as a token visits)")
     add("--gpus", type=COUNT, default=1, metavar="N", help="default 1")
     add("--tokens", type=COUNT, default=8192, help="of a micro-batch, on each GPU (default 8192)")
-    add("--page", action="store_true", help="write the tables of docs/scaling.md anew")
+    rare("--page", action="store_true", help="write the tables of docs/scaling.md anew")
     return p.parse_args(words)
 
 

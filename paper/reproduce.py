@@ -295,24 +295,26 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
-    add = p.add_argument
+    add, scale = p.add_argument, p.add_argument_group("--scale paper", TRIAL).add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
     what("what", nargs="?",
          choices=["all", "params", "flops", "claims", "text", "routing", *MODULES,
-                  *comparison.OTHERS])
+                  *comparison.OTHERS],
+         help="see above")
     what("--table", choices=["all", *map(str, range(1, 9))], help="one of the paper's")
     add("--scale", choices=["tiny", "paper"], default="tiny", help="of tables (default tiny)")
     add("--quick", action="store_true", help="one seed of one base, fewer rows and columns")
-    add("--share", type=SHARE, default=0.5159, help="hot share for flops (default 0.5159)")
-    add("--jobs", type=COUNT, help="runs at a time (default: one a core; at paper scale 1)")
+    rare("--share", type=SHARE, default=0.5159, help="hot share for flops (default 0.5159)")
+    rare("--jobs", type=COUNT, help="runs at a time (default: one a core; at paper scale 1)")
     add("--finished", action="store_true", help="run nothing: show what the finished runs give")
     add("--dry-run", action="store_true", help="list what is missing, and about how long it takes")
-    add("--json", action="store_true", help="print JSON in place of tables")
-    add = p.add_argument_group("--scale paper", TRIAL).add_argument
-    add("--seeds", type=COUNT, metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
-    add("--model", type=Path, metavar="FOLDER", help="a checkpoint in place of each table's")
-    add("--data", type=Path, metavar="FOLDER",
-        help="files in place of downloads, as far as they are there")
-    add("--limit", type=COUNT, metavar="N", help="first N rows and problems, one short answer each")
+    rare("--json", action="store_true", help="print JSON in place of tables")
+    scale("--seeds", type=COUNT, metavar="N", help=f"default {tables.N_SEEDS}; 1 with --limit")
+    scale("--model", type=Path, metavar="FOLDER", help="a checkpoint in place of each table's")
+    scale("--data", type=Path, metavar="FOLDER",
+          help="files in place of downloads, as far as they are there")
+    scale("--limit", type=COUNT, metavar="N",
+          help="first N rows and problems, one short answer each")
     # fmt: on
     args = p.parse_args(words)
     check(args)

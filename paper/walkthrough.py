@@ -8,6 +8,7 @@ examples/golden.py's waves. The terms are computed by hand, from the equations; 
 holds them to the modules.
 """
 
+import argparse
 import re
 from copy import deepcopy
 from functools import cache
@@ -248,7 +249,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Write the page anew."""
-    Parser(description=__doc__).parse_args()
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

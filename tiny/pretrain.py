@@ -1,7 +1,8 @@
-"""Makes the embedded model from a seed: tokenizer, pretraining, files as the Hub has them.
+"""Make the embedded model from a seed: tokenizer, pretraining, files as the Hub has them.
 
     python -m tiny.pretrain        about 20 minutes on one CPU core; replaces the files in tiny/
-    python -m tiny.pretrain --steps 100 --out /tmp/tiny-trial
+    python -m tiny.pretrain --steps 100 --out /tmp/tiny-trial     a short trial
+    python -m tiny.pretrain --seed 1 --out /tmp/tiny-1            another model of the kind
 
 Sizes are lettered as in moe_model.py.
 """
@@ -267,8 +268,8 @@ def train(
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=COUNT, default=3000)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and text (default 0)")
+    parser.add_argument("--steps", type=COUNT, default=3000, help="default 3000")
     parser.add_argument("--every", type=COUNT, default=500, help="steps from one probe to the next")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)"

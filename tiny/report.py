@@ -1,6 +1,8 @@
 """What the embedded model's README states, measured: skills, routing, and the untrained score.
 
-python -m tiny.report [--model DIR] [--shots 4]      # about two minutes on one core
+python -m tiny.report                           about two minutes on one core
+python -m tiny.report --shots 2                 after two solved problems in place of four
+python -m tiny.report --model /tmp/tiny-1       another model that tiny.pretrain made
 """
 
 import argparse
@@ -15,6 +17,7 @@ from torch import Tensor
 from catcher import choose, count_visits, overlap, sample, visited_share
 from eval_gsm8k import evaluate, few_shot, solved_problems
 from moe_model import MoEModel
+from plumbing.cli import Parser, command
 from plumbing.data import TASKS, Encoded, encode, load_examples
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
@@ -91,9 +94,7 @@ def report_accuracy(model: MoEModel, tokenizer: Tokenizer, shots: int) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
     )
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

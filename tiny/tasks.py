@@ -1,11 +1,13 @@
 """The built-in tasks of the tiny model: word problems, small Python functions, comply or refuse.
 
+    python -m tiny.tasks                    writes their files (FILES) beside this one
+    python -m tiny.tasks --out rows         writes them in another folder
+    python -m tiny.tasks --seed 1 --out rows-1      draws other rows of the same splits
+
 Everything is a function of a `random.Random`. What a row asks is named by its *problem*, a short
 string without the wording: the worked steps of a word problem, the expression of a function, the
 act of a request. A hash of the problem alone says which split may use it, and pretraining has a
 slice of its own, so no problem can stand on two sides, whatever the seed.
-
-    python -m tiny.tasks        # writes {math,code,safety}-{train,dev,test}.jsonl beside this file
 """
 
 import argparse
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from plumbing.cli import Parser, command
 
 Row = dict[str, Any]
 
@@ -382,7 +386,7 @@ FILES = {
 
 def main() -> None:
     """Writes the task files."""
-    parser = argparse.ArgumentParser(description="Write the built-in tasks of the embedded model.")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--seed", type=int, default=0, help="another seed draws other rows of the same splits"
     )
@@ -390,6 +394,7 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
     )
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, (make, split, n) in FILES.items():
         rows = draw(make, split, n, args.seed)
         path = args.out / f"{name}.jsonl"
@@ -398,4 +403,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -366,23 +366,24 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what, add = p.add_mutually_exclusive_group().add_argument, p.add_argument
+    rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     what("--shape", choices=SHAPES, default="small", help="of a random model (default small)")
     what("--model", help="in place of a shape: tiny, a folder, or a Hub id")
-    add("--tokens", type=COUNT, help="in a step (default: the shape's; 1024)")
-    add("--length", type=COUNT, help="tokens of a sequence (default: the shape's; 256)")
-    add("--share", type=SHARE, default=0.5159,
-        help="visits of a shape's hot experts (default 0.5159)")
-    add("--rounds", type=COUNT, default=5, help="turns of each configuration (default 5)")
-    add("--new", type=COUNT, default=64, help="tokens to generate for a prompt (default 64)")
+    rare("--tokens", type=COUNT, help="in a step (default: the shape's; 1024)")
+    rare("--length", type=COUNT, help="tokens of a sequence (default: the shape's; 256)")
+    rare("--share", type=SHARE, default=0.5159,
+         help="visits of a shape's hot experts (default 0.5159)")
+    rare("--rounds", type=COUNT, default=5, help="turns of each configuration (default 5)")
+    rare("--new", type=COUNT, default=64, help="tokens to generate for a prompt (default 64)")
     add("--only", metavar="NAMES", help=f"of {', '.join(configurations())}")
-    add("--parts", metavar="NAMES", default=",".join(PARTS),
-        help=f"of {', '.join(PARTS)} (default all)")
-    add("--minutes", type=number(float, above=0),
-        help="after which nothing new is begun (default 7; cpu 30)")
+    rare("--parts", metavar="NAMES", default=",".join(PARTS),
+         help=f"of {', '.join(PARTS)} (default all)")
+    rare("--minutes", type=number(float, above=0),
+         help="after which nothing new is begun (default 7; cpu 30)")
     add("--json", type=Path, metavar="FILE", help="where to write everything that was measured")
     # fmt: on
-    add_compute_flags(add)
+    add_compute_flags(rare)
     return p.parse_args()
 
 

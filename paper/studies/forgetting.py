@@ -1,7 +1,9 @@
 """What tuning on one task costs elsewhere: what pretraining taught, before and after.
 
-    python -m paper.studies.forgetting --run DIR          scores a run, into its results.json
-    python -m paper.reproduce forgetting          all methods, over seeds
+    python -m paper.studies.forgetting --run DIR              scores a run, into its results.json
+    python -m paper.studies.forgetting --run runs/a runs/b    two runs
+    python -m paper.studies.forgetting --model tiny           the embedded model itself
+    python -m paper.reproduce forgetting                      all methods, over seeds
 
 On the other tasks the embedded model scores nothing before and after, as it has not seen their
 form. So it is asked for what it can do: fresh text of each domain of its pretraining

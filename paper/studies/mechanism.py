@@ -1,6 +1,8 @@
 """What tuning changes besides the task: hot experts, cold ones, none and all, at equal task loss.
 
-    python -m paper.studies.mechanism --run DIR [--with DIR]     measures a run, into its results
+    python -m paper.studies.mechanism --run DIR                  measures a run, into its results
+    python -m paper.studies.mechanism --run runs/a --with runs/b    and what it keeps beside runs/b
+    python -m paper.studies.mechanism --run DIR --data own.jsonl    on other word problems
     python -m paper.reproduce mechanism                          all arms, over rates and seeds
 
 The plan is the last part of placement.md. A method that learns less also forgets less, so each arm
