@@ -18,7 +18,7 @@ One prompt is answered token by token. Several are decoded --batch-size at a tim
 stands below its prompt. The likeliest token is taken, unless --temperature has tokens drawn.
 
 --show-experts lists after each answer all of its tokens, the prompt's too, with the experts that
-each visited in each layer. "*" marks the experts that the run adapts: of HELLoRA the hot ones.
+each visited in each layer. "*" marks those that the run adapts: of HELLoRA the hot ones.
 
 Read it from top to bottom: how a token is drawn, many prompts at once, one prompt token by token,
 the command. Letters: B sequences    T tokens per sequence    V vocabulary
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hellora import load_run
+from hellora import load_run, parse_method
 from moe_model import KVCache, MoEModel
 from plumbing import ranks
 from plumbing.checkpoint import locate, read_config
@@ -53,7 +53,7 @@ BATCH = 100  # prompts decoded together, if they fit
 SHRINK = 0.75
 TAIL = 16  # tokens in which `ended` looks for the end of a text
 MAX_NEW = 256  # tokens of an answer, where no task says how many
-HOT, PLAIN = "\x1b[1;33m", "\x1b[0m"  # how a terminal shows an adapted expert
+HOT, PLAIN = "\x1b[1;33m", "\x1b[0m"  # how a terminal shows a marked expert
 
 # ---- how a token is drawn ------------------------------------------------------------------------
 
@@ -268,37 +268,47 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer, lead: str = "") -> Itera
 # ---- the experts of each token -------------------------------------------------------------------
 
 
+class Marked(NamedTuple):
+    """The experts that `show_experts` marks: those that a run adapts."""
+
+    word: str  # what they are: "hot", "cold", "random"; "adapted", where all are
+    experts: dict[int, list[int]]  # layer -> ids
+
+    @classmethod
+    def of(cls, run: dict) -> "Marked":
+        """Those of a run.json; none of {}, which stands for a model."""
+        rule = parse_method(run["method"]).rule if run else None
+        word = {"all": "adapted", "global-hot": "hot"}.get(rule, rule)
+        return cls(word, {int(layer): ids for layer, ids in run.get("adapted", {}).items()})
+
+
 @torch.no_grad()
 def show_experts(
-    model: MoEModel,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    adapted: dict[int, list[int]],
-    color: bool,
+    model: MoEModel, tokenizer: Tokenizer, ids: list[int], marked: Marked, color: bool
 ) -> Iterator[str]:
     """Lines: each of the tokens `ids`, and the experts that it visits in each layer.
 
-    adapted: {layer: ids of the experts to mark}. color: mark them also by color.
+    color: show the marked ones by color, too.
     """
+    some = any(marked.experts.values())
+    yield f"token            layer  experts, the likeliest first{f'; * {marked.word}' * some}"
     _, routing = model.trunk(torch.tensor([ids], device=model.device))
     visited = {layer: r.expert_ids[0].tolist() for layer, r in routing.items()}  # each [T][K]
-    marked = total = 0
-    some = any(adapted.values())
-    yield f"token            layer  experts, the likeliest first{', * adapted' if some else ''}"
+    n_marked = total = 0
     for at, token in enumerate(ids):
         name = repr(tokenizer.token_bytes.get(token, b"").decode("utf-8", "replace"))
         for layer, of_tokens in visited.items():
             cells = []
             for expert in of_tokens[at]:
-                is_adapted = expert in adapted.get(layer, ())
-                cell = f"{'*' if is_adapted else ''}{expert}".rjust(4)
-                cells.append(f"{HOT}{cell}{PLAIN}" if is_adapted and color else cell)
-                marked += is_adapted
+                is_marked = expert in marked.experts.get(layer, ())
+                cell = f"{'*' if is_marked else ''}{expert}".rjust(4)
+                cells.append(f"{HOT}{cell}{PLAIN}" if is_marked and color else cell)
+                n_marked += is_marked
                 total += 1
-            yield f"{name:<16} {layer:5d} {''.join(cells)}"
+            yield f"{name:<16} {layer:5d}  {' '.join(cells)}"
             name = ""
     if some:
-        yield f"{marked / total:.1%} of these {total:,} visits went to adapted experts"
+        yield f"{n_marked / total:.1%} of these {total:,} visits went to {marked.word} experts"
 
 
 def has_colors() -> bool:
@@ -471,7 +481,7 @@ def answer(
     models: dict[str, MoEModel],
     tokenizer: Tokenizer,
     args: argparse.Namespace,
-    adapted: dict[int, list[int]],
+    marked: Marked,
     titles: bool,
 ) -> None:
     """Ask each of the models, and print the answers. titles: print the prompts above them."""
@@ -485,7 +495,7 @@ def answer(
             said = print_answer(answers[label][at], tokenizer, asked.lead)
             if args.show_experts:
                 ids = asked.ids + said
-                print("\n".join(show_experts(model, tokenizer, ids, adapted, has_colors())))
+                print("\n".join(show_experts(model, tokenizer, ids, marked, has_colors())))
         if titles:
             print(flush=True)
 
@@ -519,10 +529,10 @@ def main() -> None:
         questions.append(prepare(n, place, text, args, tokenizer, max_len))
 
     models = load_models(args, run, source)
-    adapted = {int(layer): ids for layer, ids in run.get("adapted", {}).items()}
+    marked = Marked.of(run)
     for start in range(0, len(questions), args.batch_size):
         some = questions[start : start + args.batch_size]
-        answer(some, models, tokenizer, args, adapted, titles=len(questions) > 1)
+        answer(some, models, tokenizer, args, marked, titles=len(questions) > 1)
     if prompts is None:
         for n, text in enumerate(typed_prompts(), 1):
             try:
@@ -530,7 +540,7 @@ def main() -> None:
             except ValueError as error:  # the next one may be right
                 print(f"error: {error}", file=sys.stderr)
             else:
-                answer([asked], models, tokenizer, args, adapted, titles=False)
+                answer([asked], models, tokenizer, args, marked, titles=False)
 
 
 if __name__ == "__main__":

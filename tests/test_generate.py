@@ -15,7 +15,7 @@ from conftest import HUB, ROOT, small_run, toy_in, write_checkpoint, write_rows
 
 import export
 import train
-from generate import Sampling, generate, has_colors, pieces, show_experts, stream
+from generate import Marked, Sampling, generate, has_colors, pieces, show_experts, stream
 from hellora import load_run
 from moe_model import MoEModel
 from plumbing.data import FIELDS, TASKS, TEMPLATES, load_examples, question
@@ -255,10 +255,11 @@ def test_the_experts_shown_are_those_that_the_tokens_visit(ask, made):
     assert [line[17:].split() for line in lines] == [[*map(str, row)] for row in want]
     names = [line[:17].strip() for line in lines if line[:17].strip()]
     assert "".join(eval(name) for name in names) == tokenizer.decode(ids)
-    assert 0 < marked < len(want) * 2 and f"{marked / len(want) / 2:.1%}" in out
+    assert 0 < marked < len(want) * 2
+    assert out.splitlines()[-1].startswith(f"{marked / len(want) / 2:.1%}") and "hot experts" in out
 
-    plain = [*show_experts(model, tokenizer, ids, hot, color=False)]
-    colored = "\n".join(show_experts(model, tokenizer, ids, hot, color=True))
+    plain = [*show_experts(model, tokenizer, ids, Marked("hot", hot), color=False)]
+    colored = "\n".join(show_experts(model, tokenizer, ids, Marked.of(run), color=True))
     assert colored.count("\x1b[0m") == marked
     assert re.sub("\x1b\\[[0-9;]*m", "", colored) == "\n".join(plain)
 
