@@ -24,6 +24,9 @@ Read it from top to bottom: how a token is drawn, many prompts at once, one prom
 the command. Letters: B sequences    T tokens per sequence    V vocabulary
 """
 
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+
 import argparse
 import codecs
 import os
@@ -41,11 +44,22 @@ from tqdm import tqdm
 from hellora import load_run, parse_method
 from moe_model import KVCache, MoEModel
 from plumbing import ranks
-from plumbing.checkpoint import locate, read_config
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
+from plumbing.checkpoint import count_base, locate, read_config
+from plumbing.cli import (
+    COUNT,
+    SEED,
+    SHARE,
+    Parser,
+    add_compute_flags,
+    command,
+    compute,
+    number,
+    plain,
+    say,
+)
 from plumbing.data import TASKS, bos_for, encode_prompt, question
-from plumbing.device import free_bytes
-from plumbing.run_folder import read_run
+from plumbing.device import free_bytes, warn_of_slow_cpu
+from plumbing.run_folder import located, read_run
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 100  # prompts decoded together, if they fit
@@ -250,17 +264,16 @@ def stream(
 
 
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer, lead: str = "") -> Iterator[str]:
-    """The text of `tokens` as they come: what `tokenizer.decode` makes of all, without `lead`.
+    """The text of `tokens` as they come: in all what `tokenizer.decode` makes of them, less `lead`.
 
-    A character may be of several tokens: it comes with the last of them. lead: what the form of the
-    prompt puts before an answer, such as a blank.
+    They stand "inside" a text, behind a prompt. A character may be of several tokens: it comes with
+    the last of them. lead: what the form of the prompt puts before an answer, such as a blank.
     """
     whole = codecs.getincrementaldecoder("utf-8")("replace")
     text, shown = "", 0
     for token in chain(tokens, [None]):
         text += whole.decode(tokenizer.token_bytes.get(token, b""), final=token is None)
-        answer = text.removeprefix(" ") if tokenizer.has_prefix else text
-        answer = answer.removeprefix(lead)
+        answer = text.removeprefix(lead)
         yield answer[shown:]
         shown = len(answer)
 
@@ -357,8 +370,8 @@ def parse_args() -> argparse.Namespace:
     rare("--task", choices=TASKS, metavar="T",
          help=f"send it in this task's form (default: the run's): {', '.join(TASKS)}")
     rare("--template", metavar="NAME", help="another form of the task (default: the run's)")
-    rare("--batch-size", type=COUNT, default=32, metavar="N",
-         help="prompts that are decoded together (default 32)")
+    rare("--batch-size", type=COUNT, metavar="N",
+         help=f"prompts decoded together (default {BATCH}, on a GPU as many of them as fit)")
     # fmt: on
     add_compute_flags(rare)
     args = p.parse_args()
@@ -455,6 +468,7 @@ def resolve(args: argparse.Namespace, run: dict) -> None:
 def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:
     """{"base": the model as it is, "tuned": that of the run}: those that are asked."""
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
+    warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
     tuned = {"tuned": load_run(args.run, True, dtype, device)[0]} if run else {}
     base = {}
     if args.compare or not run:
@@ -473,7 +487,7 @@ def answers_of(
     prompts, stops = [q.ids for q in some], tokenizer.stops
     if len(some) == 1:
         return [stream(model, prompts[0], args.max_new, stops, sampling)]
-    return generate(model, prompts, args.max_new, stops, len(some), "answer", sampling)
+    return generate(model, prompts, args.max_new, stops, args.batch_size, "answer", sampling)
 
 
 def answer(
@@ -488,14 +502,14 @@ def answer(
     answers = {label: answers_of(m, some, tokenizer, args) for label, m in models.items()}
     for at, asked in enumerate(some):
         if titles:
-            print(f"> {asked.text.strip()}")
+            say(f"> {asked.text.strip()}")
         for label, model in models.items():
             if len(models) > 1:
                 print(f"{label}:")
             said = print_answer(answers[label][at], tokenizer, asked.lead)
             if args.show_experts:
                 ids = asked.ids + said
-                print("\n".join(show_experts(model, tokenizer, ids, marked, has_colors())))
+                print(*show_experts(model, tokenizer, ids, marked, has_colors()), sep="\n")
         if titles:
             print(flush=True)
 
@@ -510,7 +524,7 @@ def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> list
             yield token
 
     for piece in pieces(kept(), tokenizer, lead):
-        print(piece, end="", flush=True)
+        print(plain(piece), end="", flush=True)
     print(flush=True)
     return said
 
@@ -520,18 +534,19 @@ def main() -> None:
     args = parse_args()
     prompts = given_prompts(args)
     run = read_run(args.run, "adapted") if args.run else {}
-    source = locate(run.get("model") or args.model)
+    source = located(run) if run else locate(args.model)
     tokenizer, max_len = load_tokenizer(source), read_config(source).max_len
     resolve(args, run)
-    tokenizer.bos = run.get("bos") if run else bos_for(tokenizer, args.template)
+    tokenizer.bos = run["bos"] if run else bos_for(tokenizer, args.template)
     questions = []  # read before the model, which may take minutes
     for n, (place, text) in enumerate(prompts or [], 1):
         questions.append(prepare(n, place, text, args, tokenizer, max_len))
 
     models = load_models(args, run, source)
     marked = Marked.of(run)
-    for start in range(0, len(questions), args.batch_size):
-        some = questions[start : start + args.batch_size]
+    size = args.batch_size or BATCH
+    for start in range(0, len(questions), size):
+        some = questions[start : start + size]
         answer(some, models, tokenizer, args, marked, titles=len(questions) > 1)
     if prompts is None:
         for n, text in enumerate(typed_prompts(), 1):

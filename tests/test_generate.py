@@ -18,6 +18,7 @@ import train
 from generate import Marked, Sampling, generate, has_colors, pieces, show_experts, stream
 from hellora import load_run
 from moe_model import MoEModel
+from plumbing.cli import plain
 from plumbing.data import FIELDS, TASKS, TEMPLATES, load_examples, question
 from plumbing.tokenizer import load_tokenizer
 
@@ -92,7 +93,7 @@ def test_pieces_are_the_text_in_whole_characters(text, lead):
     tokenizer = load_tokenizer(ROOT / "tiny")
     ids = tokenizer.encode(text)
     got = [*pieces(iter(ids), tokenizer, lead)]
-    assert "".join(got) == tokenizer.decode(ids).removeprefix(lead)
+    assert "".join(got) == tokenizer.decode(ids, "inside").removeprefix(lead)
     assert "\ufffd" not in "".join(got)
 
 
@@ -101,7 +102,7 @@ def test_pieces_of_what_is_no_text_are_as_decoding_has_them():
     draw = torch.Generator().manual_seed(0)
     for _ in range(50):  # random tokens: half characters, special tokens, ids without a token
         ids = torch.randint(0, 1100, (8,), generator=draw).tolist()
-        assert "".join(pieces(ids, tokenizer)) == tokenizer.decode(ids)
+        assert "".join(pieces(ids, tokenizer)) == tokenizer.decode(ids, "inside")
 
 
 # ---- the form of a question ----------------------------------------------------------------------
@@ -134,6 +135,12 @@ def test_half_of_a_form_is_made_whole():
 
 # ---- the command ---------------------------------------------------------------------------------
 
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 ROWS = [{"question": f"{a}+3?", "answer": f"{a}+3={a + 3}\n#### {a + 3}"} for a in range(20)]
 
 
@@ -156,13 +163,16 @@ def made(tmp_path_factory):
 def ask(cli, made, monkeypatch):
     """ask("--run", "r", ..., typed="...") -> (exit code, stdout, stderr), in the folder `made`.
 
-    typed: what stands on standard input.
+    typed: what stands on standard input, or that input itself.
     """
     monkeypatch.chdir(made)
 
     def call(*flags, typed=""):
-        body = typed if isinstance(typed, bytes) else typed.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(body)))
+        if isinstance(typed, str):
+            typed = typed.encode()
+        if isinstance(typed, bytes):
+            typed = io.TextIOWrapper(io.BytesIO(typed))
+        monkeypatch.setattr(sys, "stdin", typed)
         return cli("generate.py", *flags)
 
     return call
@@ -179,7 +189,7 @@ def test_a_run_answers_as_it_was_scored(ask, made):
     (text, answer), *_ = scored(made)
     code, out, err = ask("--run", "r", text)
     assert code == 0, err
-    assert out == answer.removeprefix(" ") + "\n"
+    assert out == plain(answer.removeprefix(" ")) + "\n"
     assert "Question: TEXT" in err  # what is sent is said
 
 
@@ -202,7 +212,7 @@ def test_a_checkpoint_of_each_family_answers(family, ask, tmp_path):
     tokenizer, model = load_tokenizer(folder), MoEModel.from_pretrained(folder)
     want = tokenizer.decode(generate(model, [tokenizer.encode("abc")], 9, tokenizer.stops, 1)[0])
     code, out, err = ask("--model", folder, "abc", "--max-new", 9)
-    assert (code, out) == (0, want + "\n"), err
+    assert (code, out) == (0, plain(want) + "\n"), err
 
 
 def test_a_hundred_lines_are_answered_in_their_order_however_many_at_a_time(ask, made):
@@ -265,10 +275,6 @@ def test_the_experts_shown_are_those_that_the_tokens_visit(ask, made):
 
 
 def test_color_is_for_terminals_that_want_it(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     for stdout, env, want in (
         (Terminal(), {}, True),
         (Terminal(), {"NO_COLOR": "1"}, False),
@@ -289,15 +295,10 @@ def test_a_model_has_no_expert_to_mark(ask):
     assert code == 0 and "layer" in out and "*" not in out
 
 
-def test_in_a_terminal_prompts_are_asked_for(ask, made, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
+def test_in_a_terminal_prompts_are_asked_for(ask):
     too_long = "word " * 600
     want = ask("--run", "r", "1+3?")[1]
-    monkeypatch.setattr(io, "TextIOWrapper", lambda _: Terminal(f"1+3?\n\n{too_long}\n1+3?\n"))
-    code, out, err = ask("--run", "r")
+    code, out, err = ask("--run", "r", typed=Terminal(f"1+3?\n\n{too_long}\n1+3?\n"))
     assert code == 0
     assert out.count(want) == 2  # an empty line is passed over, a mistake is said, and it goes on
     assert err.count("error: your text has") == 1
