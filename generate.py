@@ -408,7 +408,10 @@ def given_prompts(args: argparse.Namespace) -> list[tuple[str, str]] | None:
         lines = body.decode("utf-8-sig").split("\n")
     except ValueError as error:
         raise ValueError(f"{place} is not UTF-8 ({error}): want text") from error
-    found = [(f"{place}, line {n}", text) for n, text in enumerate(lines, 1) if text.strip()]
+    found = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            found.append((f"{place}, line {n}", line.removesuffix("\r")))
     if not found:
         raise ValueError(f"{place} has no text: want a prompt on each line, or one as an argument")
     return found
@@ -429,9 +432,9 @@ def typed_prompts() -> Iterator[str]:
 
 
 def prepare(
-    number: int, place: str, text: str, args: argparse.Namespace, tokenizer: Tokenizer, max_len: int
+    n: int, place: str, text: str, args: argparse.Namespace, tokenizer: Tokenizer, max_len: int
 ) -> Question:
-    """The prompt in its form, as ids. Raises ValueError if it has no text, or too much."""
+    """Prompt n, in its form, as ids. Raises ValueError if it has no text, or too much."""
     if not text.strip():
         raise ValueError(f"{place} has no text: want some")
     asked = question(text, args.task, args.template) if args.task else None
@@ -441,7 +444,7 @@ def prepare(
             f"{place} has {len(ids)} tokens as it is sent, and the model's context of {max_len} is "
             "for prompt and answer: want a shorter one"
         )
-    return Question(number, text, ids, asked.answer if asked else "")
+    return Question(n, text, ids, asked.answer if asked else "")
 
 
 def resolve(args: argparse.Namespace, run: dict) -> None:
@@ -456,13 +459,11 @@ def resolve(args: argparse.Namespace, run: dict) -> None:
         raise ValueError(f"{args.run} was trained on {args.task}, which has no form: want --raw")
     args.max_new = args.max_new or (TASKS[args.task].max_new if args.task else MAX_NEW)
     if args.task:
-        sent, other = (
-            repr(question("TEXT", args.task, args.template).prompt),
-            "--raw sends it as it is",
-        )
+        form = question("TEXT", args.task, args.template).prompt
+        sent = f"{form!r} (--raw: the text as it is)"
     else:
-        sent, other = "the text as it is", "--task NAME sends it in a task's form"
-    print(f"what is sent: {sent} ({other})", file=sys.stderr)
+        sent = "the text as it is (--task NAME: in the form of a task)"
+    print(f"what is sent: {sent}", file=sys.stderr)
 
 
 def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:

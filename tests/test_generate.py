@@ -231,6 +231,11 @@ def test_a_hundred_lines_are_answered_in_their_order_however_many_at_a_time(ask,
     assert out.startswith(f"> {lines[0]}\n{first}\n")
 
 
+def test_the_line_ends_of_windows_are_no_part_of_a_prompt(ask):
+    flags = ["--model", "toy", "--max-new", 4]
+    assert ask(*flags, typed="ab\r\ncd\r\n") == ask(*flags, typed="ab\ncd")
+
+
 def test_draws_depend_on_the_seed_and_on_the_place_of_a_prompt_alone(ask):
     flags = ["--run", "r", "--temperature", 2, "--max-new", 6]
     three, one = ask(*flags, typed="1+3?\n1+3?\n1+3?")[1], ask(*flags, "--seed", 2, "1+3?")[1]
