@@ -23,8 +23,8 @@ from tqdm import tqdm
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
 from moe_model import MoEConfig, MoEModel
 from plumbing.checkpoint import (
-    BESIDE,
     FAMILIES,
+    FILES_BESIDE_WEIGHTS,
     INDEX,
     SINGLE,
     Checkpoint,
@@ -39,7 +39,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.cli import Parser, command, compute
 from plumbing.files import read_json, write_atomically, write_json
-from plumbing.hub import commit_of
+from plumbing.hub import snapshot_commit
 from plumbing.run_folder import base_of, located, read_run, repository
 from plumbing.saves import read_adapter
 
@@ -299,7 +299,7 @@ def check_beside(source: Path) -> None:
     snapshot of the Hub is made of links to blobs: the repository's, or those of the whole cache.
     """
     home = source.resolve()
-    homes = [home.parents[1] / "blobs", home.parents[2] / "blobs"] if commit_of(home) else []
+    homes = [home.parents[1] / "blobs", home.parents[2] / "blobs"] if snapshot_commit(home) else []
     for file in beside(source):
         if not any(file.resolve().is_relative_to(place) for place in (home, *homes)):
             raise ValueError(f"{file} is a link out of that folder: want the file itself there")
@@ -307,7 +307,7 @@ def check_beside(source: Path) -> None:
 
 def beside(source: Path) -> list[Path]:
     """The files of a model that a hub export copies as they are."""
-    return [file for pattern in BESIDE for file in source.glob(pattern)]
+    return [file for pattern in FILES_BESIDE_WEIGHTS for file in source.glob(pattern)]
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from plumbing.data import (
 )
 from plumbing.device import warn_of_slow_cpu
 from plumbing.files import sha256
-from plumbing.hub import commit_of
+from plumbing.hub import snapshot_commit
 from plumbing.run_folder import (
     at_commit,
     base_hashes,
@@ -277,7 +277,7 @@ def prepare(args: argparse.Namespace) -> Job:
     method = parse_method(args.method)
     # Of a model of the Hub, all but the weights at first: the settings choose the run's folder, and
     # an unfinished run there goes on with the commit that it began with.
-    commit = ranks.once(lambda: commit_of(locate(args.model, weights=False)))
+    commit = ranks.once(lambda: snapshot_commit(locate(args.model, weights=False)))
     newest = locate(at_commit(args.model, commit), weights=False)
     cfg, tokenizer = read_config(newest), load_tokenizer(newest)
     warn_of_slow_cpu(count_base(cfg), device, args.device)

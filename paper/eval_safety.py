@@ -37,10 +37,10 @@ def hex_phi() -> list[dict]:
     """HEx-PHI's rows, 10 files of 30. Raises OSError that says how to get access."""
     page = f"https://huggingface.co/datasets/{HEX_PHI}"
     print(f"HEx-PHI: {page} (gated, under a licence of its own: do not pass it on)")
-    try:
-        folder = snapshot(HEX_PHI, None, "category_1.csv", ("category_*.csv",), "dataset")
-    except FileNotFoundError as error:
-        raise OSError(f"{error}: --data FILE, {WANTED}") from error
+    instead = f"or give a copy that is here, with --data FILE: {WANTED}"
+    folder = snapshot(
+        HEX_PHI, None, "category_1.csv", last="category_*.csv", kind="dataset", instead=instead
+    )
     return [row for path in sorted(folder.glob("category_*.csv")) for row in read_prompts(path)]
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from moe_model import MoEConfig, MoEModel
 from plumbing import ranks
 
-BESIDE = (  # of a model's files, besides its weights; nothing here runs the Python ones
+FILES_BESIDE_WEIGHTS = (  # patterns; nothing here runs the Python ones
     "*.json", "tokenizer.model", "merges.txt", "*.jinja",
     "configuration_*.py", "modeling_*.py", "LICENSE*",
 )  # fmt: skip
@@ -280,7 +280,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     A model of the Hub is downloaded once and then cached. Its id may end in @ and a revision, such
     as a commit: that one is taken then, and not the newest. weights: False leaves them on the Hub,
     and takes the small files alone. Raises FileNotFoundError that says what to do if there is no
-    such model, or if the Hub does not give it.
+    such model, OSError if the Hub does not give it.
     """
     if model == "tiny":
         return Path(__file__).parent.parent / "tiny"
@@ -296,7 +296,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     from plumbing import hub  # here, as a checkpoint in a folder is read without it
 
     last = "*.safetensors" if weights else "tokenizer.*"
-    return hub.snapshot(repo, revision or None, "config.json", (*BESIDE, last))
+    return hub.snapshot(repo, revision or None, "config.json", FILES_BESIDE_WEIGHTS, last)
 
 
 def hub_id(model: str | Path) -> str:

@@ -66,10 +66,8 @@ class Source(NamedTuple):
         if found := ON_THE_HUB.fullmatch(self.place):  # checked by the Hub's checksum of the file
             repo, commit, name = found.groups()
             print(f"{self.place} (licence: {self.licence})")
-            try:
-                return snapshot(repo, commit, name, kind="dataset") / name
-            except FileNotFoundError as error:
-                raise OSError(f"{error}, with --data FILE") from error
+            instead = "or give a copy that is here, with --data FILE"
+            return snapshot(repo, commit, name, kind="dataset", instead=instead) / name
         path = self.cached()
         if path.exists() and has_checksum(path, self.checksum):
             return path

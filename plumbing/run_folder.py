@@ -25,7 +25,7 @@ from plumbing.files import (
     write_json,
     writing,
 )
-from plumbing.hub import COMMIT, commit_of, repo_of
+from plumbing.hub import COMMIT, snapshot_commit, snapshot_repo
 
 # ---- run.json ------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ def read_run(folder: Path, *parts: str) -> dict:
 
 def at_commit(model: str, commit: str | None) -> str:
     """What `locate` finds a model of the Hub by, as it was at a commit; any other as it is."""
-    if not commit or (Path(model).is_dir() and commit_of(Path(model)) == commit):
+    if not commit or (Path(model).is_dir() and snapshot_commit(Path(model)) == commit):
         return model
     if not COMMIT.fullmatch(commit):
         raise ValueError(f"{commit!r:.60} is no commit of {model}: want 40 hexadecimal digits")
@@ -99,7 +99,7 @@ def at_commit(model: str, commit: str | None) -> str:
 
 def repository(model: str) -> str:
     """ORG/NAME of a model of the Hub, however it is named: with a revision, or by its snapshot."""
-    return repo_of(Path(model)) or hub_id(model).partition("@")[0]
+    return snapshot_repo(Path(model)) or hub_id(model).partition("@")[0]
 
 
 def is_same_model(saved: dict, settings: dict) -> bool:

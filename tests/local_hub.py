@@ -72,6 +72,8 @@ class Answer(BaseHTTPRequestHandler):
             self.send(200, PORTAL, {"Content-Type": "text/html"})
         elif kind == "no JSON":
             self.send(200, b'{"sha": 7')
+        elif kind == "other JSON":
+            self.send(200, b'{"ok": true}', {"Content-Type": "application/json"})
         elif kind in CLOSED:
             self.refuse(*CLOSED[kind])
         elif str(kind).isdigit():

@@ -17,6 +17,7 @@ from local_hub import Hub
 
 from plumbing import data
 from plumbing.data import CODE_ALPACA, ON_THE_HUB, Source
+from plumbing.hub import explained, snapshot
 
 ROWS = [
     {"question": f"{'Tom ' * (n % 5)}has {n} pens. How many?", "answer": f"#### {n}"}
@@ -162,8 +163,8 @@ FAULTS = [  # (what the Hub does, what else is otherwise, what the message must 
     ({"kind": "gated"}, {}, "ask for access on http.*/org/moe, then log in .*HF_TOKEN"),
     ({"kind": "no access"}, {"HF_TOKEN": "hf_x"}, "ask for access on http.*account of the token"),
     ({"kind": "gated", "on": BIG}, {}, "ask for access"),
-    ({"kind": "private"}, {}, "none of that name.*if it is private, log in"),
-    ({"kind": "private"}, {"HF_TOKEN": "hf_x"}, "none of that name.*see whether the token"),
+    ({"kind": "private"}, {}, "no model of that name.*if it is private, log in"),
+    ({"kind": "private"}, {"HF_TOKEN": "hf_x"}, "no model of that name.*see whether the token"),
     ({"kind": "bad token"}, {"HF_TOKEN": "hf_x"}, "does not know this token.*log in"),
     ({"kind": "403"}, {"HF_TOKEN": "hf_x"}, "refuses it .403.*token that may read"),
     ({"kind": "403", "on": BIG}, {}, "403"),
@@ -174,10 +175,10 @@ FAULTS = [  # (what the Hub does, what else is otherwise, what the message must 
     *(({"kind": s}, {}, f"{s}.*HF_ENDPOINT") for s in ("400", "404", "405", "410", "451")),
     ({"kind": "404", "on": BIG}, {}, "404"),
     ({"kind": "500", "on": "/api/models"}, {}, "fault .500"),
-    ({"kind": "portal"}, {}, "not speak as the Hub.*wants a log-in"),
-    ({"kind": "portal", "on": "/api/models"}, {}, "not speak as the Hub.*wants a log-in"),
-    ({"kind": "portal", "on": BIG}, {}, "not speak as the Hub.*wants a log-in"),
-    ({"kind": "no JSON", "on": "/api/models"}, {}, "not speak as the Hub"),
+    ({"kind": "portal"}, {}, "cannot read.*HF_ENDPOINT.*log-in"),
+    ({"kind": "portal", "on": "/api/models"}, {}, "cannot read.*HF_ENDPOINT.*log-in"),
+    ({"kind": "portal", "on": BIG}, {}, "cannot read.*HF_ENDPOINT.*log-in"),
+    ({"kind": "no JSON", "on": "/api/models"}, {}, "cannot read.*HF_ENDPOINT"),
     ({"kind": "silent"}, {}, "no connection.*network"),
     ({"kind": "cut", "on": SMALL}, {}, "no connection.*broke off"),
     ({"kind": "cut", "on": BIG}, {}, "no connection.*broke off"),
@@ -186,7 +187,7 @@ FAULTS = [  # (what the Hub does, what else is otherwise, what the message must 
     ({"kind": "short", "on": BIG}, {}, "should be of size.*run the command again"),
     ({"kind": "wrong bytes", "on": SMALL}, {}, "config.json.* came twice with other bytes"),
     ({"kind": "wrong bytes", "on": BIG}, {}, "model.safetensors.* came twice with other bytes"),
-    ({}, {"model": "org/none"}, "none of that name: correct it"),
+    ({}, {"model": "org/none"}, "no model of that name.*correct the name"),
     ({}, {"model": f"{MODEL}@nope"}, "want a branch, a tag or a commit"),
     ({}, {"model": f"{MODEL}@{'9' * 40}"}, "want a branch, a tag or a commit"),
     ({}, {"model": "org/empty"}, "no config.json"),
@@ -197,7 +198,8 @@ FAULTS = [  # (what the Hub does, what else is otherwise, what the message must 
     ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "/dev/null/cache cannot be written.*HF_HOME"),
     ({}, {"fault": "full disk"}, "disk of .*cache is full.*HF_HOME"),
     ({}, {"model": "org/a--b"}, "org/a--b.*correct the name"),
-    ({}, {"HF_TOKEN": "ключ"}, "HF_TOKEN has letters"),
+    ({}, {"HF_TOKEN": "ключ"}, "HF_TOKEN contains characters"),
+    ({"kind": "other JSON", "on": "/api/models"}, {}, "cannot read.*HF_ENDPOINT.*log-in"),
 ]
 QUICK = {1, 10, 27, 34, 43}
 
@@ -233,6 +235,37 @@ def test_a_download_that_fails_says_why_and_what_to_do(hub, run, rows, at, tmp_p
     hub.faults = {}
     right(run("catcher", *count, MODEL, env=at))  # a good server mends it
     assert not wrong_files(cache)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "kind"),
+    [
+        ({}, "org/none", FileNotFoundError),
+        ({}, f"{MODEL}@nope", FileNotFoundError),
+        ({}, "org/empty", FileNotFoundError),
+        ({"kind": "gated"}, MODEL, OSError),
+        ({"kind": "500"}, MODEL, OSError),
+        ({"kind": "portal"}, MODEL, OSError),
+    ],
+)
+def test_only_what_the_hub_does_not_have_is_a_missing_file(hub, at, monkeypatch, fault, name, kind):
+    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for setting, value in {  # it reads the environment once, and other tests have it offline
+        "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False, **at
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.faults = fault
+    repo, _, revision = name.partition("@")
+    with pytest.raises(OSError, match=re.escape(name)) as caught:
+        snapshot(repo, revision or None, "config.json")
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), TypeError("x"), AssertionError("x")])
+def test_a_fault_of_ours_is_not_taken_for_the_networks(fault):
+    with pytest.raises(type(fault)), explained(MODEL, None, "model", "or not"):
+        raise fault
 
 
 def test_these_are_so_many_faults():
