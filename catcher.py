@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from moe_model import IGNORE, MoEConfig, MoEModel, Routing
 from plumbing import ranks
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute
 from plumbing.data import (
@@ -35,7 +36,7 @@ from plumbing.data import (
 )
 from plumbing.device import warn_of_slow_cpu
 from plumbing.files import read_json, write_json
-from plumbing.run_folder import YOUNGER, by_layer, located, read_run
+from plumbing.run_folder import YOUNGER, by_layer, read_run
 from plumbing.tokenizer import load_tokenizer
 
 # ---- counting ------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def main() -> None:
     """Count and choose, or show what a run chose."""
     args = parse_args()
     if args.run:
-        cfg = read_config(located(read_run(args.run), weights=False))
+        cfg = read_config(base_folder(read_run(args.run), weights=False))
         print(HotList.read(args.run / "hot_experts.json", cfg).show())
         return
     device, dtype = compute(args.device, args.dtype)

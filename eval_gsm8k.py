@@ -36,6 +36,7 @@ from tqdm import tqdm
 from generate import BATCH, generate
 from hellora import load_run
 from moe_model import IGNORE, MoEModel
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
@@ -52,7 +53,7 @@ from plumbing.data import (
 )
 from plumbing.device import warn_of_slow_cpu
 from plumbing.files import write_atomically
-from plumbing.run_folder import located, read_run, update_results
+from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 STRICT = {  # template -> where its answers put the number; the first match counts
@@ -318,7 +319,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     limit = args.limit or own.get("eval_limit")
     max_new = args.max_new or TASKS[task].max_new
 
-    source = located(run)
+    source = base_folder(run)
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source)
     tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
 from moe_model import MoEConfig, MoEModel
+from plumbing.base_model import base_folder, hub_repo, unchanged_base_folder
 from plumbing.checkpoint import (
     FAMILIES,
     FILES_BESIDE_WEIGHTS,
@@ -30,7 +31,7 @@ from plumbing.checkpoint import (
     Checkpoint,
     base_parameters,
     empty_model,
-    hub_id,
+    full_name,
     hub_names,
     locate,
     read_config,
@@ -40,7 +41,7 @@ from plumbing.checkpoint import (
 from plumbing.cli import Parser, command, compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
-from plumbing.run_folder import base_of, located, read_run, repository
+from plumbing.run_folder import read_run
 from plumbing.saves import read_adapter
 
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
@@ -66,14 +67,14 @@ def updates(model: MoEModel) -> dict[str, LowRank]:
 
 def adapters_alone(folder: Path) -> MoEModel:
     """The run's adapters with their values, on a base of shapes that takes no memory."""
-    model = empty_model(read_config(located(read_run(folder), weights=False)), torch.float32)
+    model = empty_model(read_config(base_folder(read_run(folder), weights=False)), torch.float32)
     attach_run(model, folder)
     return model
 
 
 def trained_in_full(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors as full fine-tuning left them."""
-    saved, cfg = read_adapter(folder), read_config(located(read_run(folder), weights=False))
+    saved, cfg = read_adapter(folder), read_config(base_folder(read_run(folder), weights=False))
     tensors = {}
     for name, (_, hub) in base_parameters(cfg).items():
         tensors |= zip(hub, saved[name] if len(hub) > 1 else [saved[name]], strict=True)
@@ -88,7 +89,7 @@ def write_hub(folders: list[Path], out: Path) -> None:
     copied. One shard is in memory at a time. Experts that were stacked get a tensor each, as the
     Hub has them; what is no weight is left out.
     """
-    source = located(read_run(folders[0]))
+    source = base_folder(read_run(folders[0]))
     in_full = parse_method(read_run(folders[0])["method"]).train_base
     replaced = trained_in_full(folders[0]) if in_full else {}
     changes = [] if in_full else [updates(adapters_alone(folder)) for folder in folders]
@@ -186,8 +187,8 @@ def spread(factor: Tensor, experts: list[int], n_experts: int) -> Tensor:
 def base_name(run: dict) -> str:
     """What a PEFT config calls a run's base model: its Hub id@COMMIT, or its folder."""
     if run.get("commit"):
-        return f"{repository(run['model'])}@{run['commit']}"
-    return str(locate("tiny")) if run["model"] == "tiny" else hub_id(run["model"])
+        return f"{hub_repo(run['model'])}@{run['commit']}"
+    return str(locate("tiny")) if run["model"] == "tiny" else full_name(run["model"])
 
 
 @torch.no_grad()
@@ -222,7 +223,7 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     checkpoint's own dtype, so that what should be equal is: a hub export and the model merged in
     memory, a peft export and the live adapters. What rounding to that dtype costs is only printed.
     """
-    source = located(read_run(folders[0]))
+    source = base_folder(read_run(folders[0]))
     stored = Checkpoint(source).dtypes()
     dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
     model = MoEModel.from_pretrained(source, dtype, device)
@@ -287,7 +288,7 @@ def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> N
         raise ValueError(
             f"{runs[0]['method']} does not fit --format peft ({why}): want --format hub"
         )
-    source = base_of(folders[0])
+    source = unchanged_base_folder(runs[0], folders[0])
     if form == "hub":
         check_beside(source)
 

@@ -18,6 +18,7 @@ from eval_gsm8k import check_scorable
 from hellora import METHODS, SUFFIXES, Method, adapters, attach, lori_masks, parse_method
 from moe_model import MATMULS, MoEConfig
 from plumbing import ranks, saves
+from plumbing.base_model import base_hashes, is_same_model, name_at_commit
 from plumbing.checkpoint import (
     BACKBONES,
     Checkpoint,
@@ -42,13 +43,10 @@ from plumbing.device import warn_of_slow_cpu
 from plumbing.files import sha256
 from plumbing.hub import snapshot_commit
 from plumbing.run_folder import (
-    at_commit,
-    base_hashes,
-    begun_on,
     choose_folder,
     differences,
-    is_same_model,
     read_run,
+    saved_commit,
     versions,
 )
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -278,7 +276,7 @@ def prepare(args: argparse.Namespace) -> Job:
     # Of a model of the Hub, all but the weights at first: the settings choose the run's folder, and
     # an unfinished run there goes on with the commit that it began with.
     commit = ranks.once(lambda: snapshot_commit(locate(args.model, weights=False)))
-    newest = locate(at_commit(args.model, commit), weights=False)
+    newest = locate(name_at_commit(args.model, commit), weights=False)
     cfg, tokenizer = read_config(newest), load_tokenizer(newest)
     warn_of_slow_cpu(count_base(cfg), device, args.device)
     settings = resolve(args, cfg, dtype) | {"commit": commit}
@@ -294,9 +292,9 @@ def prepare(args: argparse.Namespace) -> Job:
         settings["count"] = hot.count  # of the list, not of this run
     folder = ranks.once(lambda: choose_folder(settings, args.out, args.resume, args.override))
 
-    settings["commit"] = begun_on(folder) or commit
+    settings["commit"] = saved_commit(folder) or commit
     check_commit(args.mask_from, settings)
-    source = locate(at_commit(args.model, settings["commit"]))
+    source = locate(name_at_commit(args.model, settings["commit"]))
     cfg, tokenizer = read_config(source), load_tokenizer(source)
     tokenizer.bos = settings["bos"]
     check_weights(cfg, Checkpoint(source))

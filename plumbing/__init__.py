@@ -5,6 +5,7 @@ checkpoint   a model as the Hub stores it: config.json, tensor names, safetensor
 tokenizer    text to token ids and back, on tiktoken
 data         tasks, prompts, and the batch of step n
 files        files that are either whole or absent; JSON that is checked when it is read
+base_model   which model a run was trained on, and whether it has changed
 run_folder   a run's folder: its lock, run.json, metrics, results
 saves        what a stopped run resumes from
 cli          how a command starts, ends, and reads its flags

@@ -286,7 +286,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
         return Path(__file__).parent.parent / "tiny"
     if model != "" and Path(model).is_dir():  # Path("") would be the working directory
         return Path(model)
-    repo, _, revision = hub_id(model).partition("@")
+    repo, _, revision = full_name(model).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         example = BACKBONES["olmoe-1b-7b"].repo
         raise FileNotFoundError(
@@ -299,8 +299,8 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     return hub.snapshot(repo, revision or None, "config.json", FILES_BESIDE_WEIGHTS, last)
 
 
-def hub_id(model: str | Path) -> str:
-    """A BACKBONES name as its Hub id; any other model as it is."""
+def full_name(model: str | Path) -> str:
+    """The Hub id of a BACKBONES name; any other model's name as it is."""
     return BACKBONES[model].repo if model in BACKBONES else str(model)
 
 

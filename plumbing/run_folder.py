@@ -15,17 +15,15 @@ from filelock import FileLock, Timeout
 
 from moe_model import MoEConfig
 from plumbing import ranks
-from plumbing.checkpoint import hub_id, locate, shard_paths
+from plumbing.base_model import base_folder, is_same_model, unchanged_base_folder
 from plumbing.files import (
     Positive,
     check,
     read_json,
-    sha256,
     write_atomically,
     write_json,
     writing,
 )
-from plumbing.hub import COMMIT, snapshot_commit, snapshot_repo
 
 # ---- run.json ------------------------------------------------------------------------------------
 
@@ -85,79 +83,17 @@ def read_run(folder: Path, *parts: str) -> dict:
     return run
 
 
-# ---- its base model ------------------------------------------------------------------------------
-
-
-def at_commit(model: str, commit: str | None) -> str:
-    """What `locate` finds a model of the Hub by, as it was at a commit; any other as it is."""
-    if not commit or (Path(model).is_dir() and snapshot_commit(Path(model)) == commit):
-        return model
-    if not COMMIT.fullmatch(commit):
-        raise ValueError(f"{commit!r:.60} is no commit of {model}: want 40 hexadecimal digits")
-    return f"{repository(model)}@{commit}"
-
-
-def repository(model: str) -> str:
-    """ORG/NAME of a model of the Hub, however it is named: with a revision, or by its snapshot."""
-    return snapshot_repo(Path(model)) or hub_id(model).partition("@")[0]
-
-
-def is_same_model(saved: dict, settings: dict) -> bool:
-    """Whether a run goes on with its model if it is asked for another way, or has moved since.
-
-    It does under the same name, as the run keeps its commit; and under any other name of that
-    commit: ORG/NAME, ORG/NAME@COMMIT, the snapshot's folder.
-    """
-    if hub_id(saved["model"]) == hub_id(settings["model"]):
-        return True
-    same_repo = repository(saved["model"]) == repository(settings["model"])
-    return same_repo and saved.get("commit") == settings.get("commit") is not None
-
-
-def located(run: dict, weights: bool = True) -> Path:
-    """The folder of a run's base model, at the commit that it was trained on."""
-    return locate(at_commit(run["model"], run.get("commit")), weights)
-
-
-def begun_on(folder: Path) -> str | None:
-    """The commit that the run in `folder` keeps; None if none is there, or not of the Hub."""
+def saved_commit(folder: Path) -> str | None:
+    """The commit that the run in `folder` keeps; None if no run is there, or none of the Hub."""
     return read_run(folder).get("commit") if (folder / "run.json").exists() else None
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 of a model: config.json and all weights."""
-    return sha256(folder / "config.json", *shard_paths(folder))
-
-
-def base_hashes(folder: Path) -> dict[str, str]:
-    """The checksums of a model that a run keeps: `fingerprint`, and of its tokenizer's files."""
-    names = ("tokenizer.model", "tokenizer.json", "generation_config.json")  # the last ends texts
-    tokenizer = sha256(*(folder / name for name in names if (folder / name).is_file()))
-    return {"model": fingerprint(folder), "tokenizer": tokenizer}
-
-
 def base_of(folder: Path) -> Path:
-    """The folder of a run's base model.
+    """The folder of a run's base model. Raises as `unchanged_base_folder`."""
+    return unchanged_base_folder(read_run(folder, "hashes"), folder)
 
-    Raises FileNotFoundError or ValueError unless that model, its tokenizer included, is as it was
-    when the run began.
-    """
-    run = read_run(folder, "hashes")
-    try:
-        source = located(run)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} was trained on {run['model']}, which is not there any more: put it back "
-            f"({error})"
-        ) from error
-    was, now = run["hashes"], base_hashes(source)
-    for what in now:
-        if was.get(what) not in (None, now[what]):  # older runs do not know their tokenizer's
-            raise ValueError(
-                f"{run['model']} has changed (its {what}) since {folder} was trained on it: "
-                "put it back"
-            )
-    return source
+
+located = base_folder  # its name in report.py
 
 
 # ---- what else it says ---------------------------------------------------------------------------

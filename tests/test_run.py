@@ -21,6 +21,7 @@ from conftest import ROOT
 
 import eval_gsm8k
 from plumbing import cli, files, run_folder
+from plumbing.base_model import unchanged_base_folder
 
 SETTINGS = {
     "model": "tiny",
@@ -290,6 +291,12 @@ def test_an_evaluation_changes_only_its_own_entry(tmp_path):
         "a": {"base_accuracy": 0.0, "accuracy": 1.0},
         "b": {"accuracy": 0.5},
     }
+
+
+def test_a_base_model_that_cannot_be_read_is_named_and_so_is_its_run(tmp_path):
+    for model in (str(tmp_path / "gone"), "org/never-fetched"):  # the tests' Hub is offline
+        with pytest.raises(OSError, match=f"{tmp_path / 'a-run'}.*{model}"):
+            unchanged_base_folder({"model": model, "hashes": {}}, tmp_path / "a-run")
 
 
 @pytest.mark.parametrize(

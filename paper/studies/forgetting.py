@@ -20,9 +20,10 @@ from moe_model import MoEModel
 from paper.runs.grid import PRETRAINING, Base, Cell, Wanted, saved
 from paper.runs.rates import MAIN, SEEDS, TASK, cell
 from paper.runs.stats import signed, spread
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import Parser, command
-from plumbing.run_folder import located, read_run, update_results
+from plumbing.run_folder import read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import LENGTH, VOCAB_SIZE, arithmetic_probe, domain_loss
@@ -59,7 +60,7 @@ def main() -> None:
     args = parse_args()
     for folder in args.run or [None]:
         place = kept_in(folder, args)
-        source = located(read_run(folder)) if folder else locate(args.model)
+        source = base_folder(read_run(folder)) if folder else locate(args.model)
         if (size := read_config(source).vocab_size) != VOCAB_SIZE:
             raise ValueError(
                 f"{source} has {size:,} tokens, so it is no model of tiny.pretrain, "

@@ -38,9 +38,10 @@ from paper.studies.placement_runs import (
     problems_file,
     settings,
 )
+from plumbing.base_model import unchanged_base_folder
 from plumbing.cli import Parser, command
 from plumbing.data import TASKS, collate, encode, load_examples
-from plumbing.run_folder import base_of, read_results, read_run, update_results
+from plumbing.run_folder import read_results, read_run, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import LENGTH, Stream
@@ -141,8 +142,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure a run, print a line, keep it in results.json."""
     args = parse_args()
-    run = read_run(args.run)
-    source = base_of(args.run)
+    run = read_run(args.run, "hashes")
+    source = unchanged_base_folder(run, args.run)
     tokenizer, base = load_tokenizer(source), MoEModel.from_pretrained(source)
     tuned, _, _ = load_run(args.run)
     path = args.data or TASKS[run["task"]].test.fetch()

@@ -19,10 +19,11 @@ from paper.runs.grid import MODEL, ROOT, Run, Wanted, make, saved
 from paper.runs.rates import SEEDS, TASK, cell
 from paper.studies.comparison import OURS
 from plumbing import saves
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import locate, read_config
 from plumbing.data import TASKS, encode, load_examples
 from plumbing.files import read_json, write_json
-from plumbing.run_folder import located, read_run, versions
+from plumbing.run_folder import read_run, versions
 from plumbing.tokenizer import load_tokenizer
 from tiny.report import hot, visits
 
@@ -85,7 +86,7 @@ def at_save_before_last(folder: Path, step: int) -> MoEModel:
             f"{folder} was saved after step {save.step}, not {step}: it was stopped and "
             "resumed; take it away, to train it again"
         )
-    model = MoEModel.from_pretrained(located(read_run(folder)))
+    model = MoEModel.from_pretrained(base_folder(read_run(folder)))
     attach_run(model, folder)
     parts = {tuple(place.split("/", 1)): tensor for place, tensor in save.tensors.items()}
     weights = {name: tensor for (kind, name), tensor in parts.items() if kind == saves.WEIGHTS}
