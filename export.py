@@ -24,6 +24,7 @@ from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, par
 from moe_model import MoEConfig, MoEModel
 from plumbing.base_model import base_folder, hub_repo, unchanged_base_folder
 from plumbing.checkpoint import (
+    CHECKPOINT,
     FAMILIES,
     FILES_BESIDE_WEIGHTS,
     INDEX,
@@ -35,7 +36,6 @@ from plumbing.checkpoint import (
     hub_names,
     locate,
     read_config,
-    read_object,
     shard_paths,
 )
 from plumbing.cli import Parser, command, compute
@@ -125,7 +125,7 @@ def write_older_names(path: Path, cfg: MoEConfig) -> None:
 
     Where transformers 4 finds nothing, it takes its own default in silence.
     """
-    hub = read_object(path)
+    hub = read_json(path, CHECKPOINT)
     for field in ("rope_theta", "n_experts"):
         key, _ = FAMILIES[cfg.family][field]
         if hub.get(key) is None:

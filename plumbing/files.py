@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -75,6 +75,16 @@ def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def write_json_lines(path: Path, rows: Iterable[object]) -> None:
+    """Write each row as a line of JSON, all of them or none.
+
+    An unpaired surrogate, which no UTF-8 file can hold, becomes its escape in JSON.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    body = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda draft: draft.write_bytes(body))
 
 
 def sha256(*paths: Path) -> str:
