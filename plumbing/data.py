@@ -33,7 +33,7 @@ LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: of all of it, and until the next
 ON_THE_HUB = re.compile(
     r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/([^/]+)"
 )
-# Half a character. JSON's \\u can name it, but no file can hold it.
+# An unpaired surrogate. JSON can escape one, but no UTF-8 file can hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -242,9 +242,9 @@ def lori_chat(row: dict) -> tuple[str, str]:
     return f"{ask}\n\nHuman: {row['instruction']}\n\nAssistant:", ""
 
 
-TEMPLATES: dict[
-    tuple[str, str], Callable[[dict], tuple[str, str]]
-] = {  # (kind, --template) -> its function
+# (kind, --template) -> the function that makes a row a prompt and an answer. "refusal": the prompts
+# of paper/eval_safety.py, by the template of the training.
+TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {
     ("math", "plain"): plain_math,
     ("math", "lori"): lori_math,
     ("code", "alpaca"): alpaca,
@@ -253,10 +253,7 @@ TEMPLATES: dict[
     ("safety", "alpaca"): alpaca,
     ("safety", "lori"): lori_alpaca,
     ("safety", "bare"): bare_instruction,
-    (
-        "refusal",
-        "alpaca",
-    ): alpaca,  # the prompts of paper/eval_safety.py, by the template of the training
+    ("refusal", "alpaca"): alpaca,
     ("refusal", "lori"): lori_chat,
     ("refusal", "bare"): bare_instruction,
 }
@@ -280,13 +277,14 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
         for field in fields:
             if SURROGATE.search(row[field]):
                 raise ValueError(
-                    f"{path}, row {n} has half a character in {field!r}: want Unicode text"
+                    f"{path}, row {n} has an unpaired surrogate (\\ud800 to \\udfff) in {field!r}: "
+                    "want Unicode text"
                 )
         yield row
 
 
 def numbered_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    """`read_rows` with the number of each line or element. A text may have half a character."""
+    """`read_rows` with the number of each line or element. A text may have unpaired surrogates."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines"
@@ -397,13 +395,12 @@ def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place
 
 
 def encode(
-    examples: list[Example], tokenizer: Tokenizer, max_len: int, drop_long: bool | None = None
+    examples: list[Example], tokenizer: Tokenizer, max_len: int, drop_long: bool = False
 ) -> list[Encoded]:
     """Token ids of all examples.
 
     Raises ValueError for one whose text spells out an end, and if some are longer than the model's
-    context. These are left out instead if `drop_long` says so. None: of a command that has no such
-    flag.
+    context. These are left out instead if `drop_long`.
     """
     encoded = []
     for n, example in enumerate(examples, 1):
@@ -412,10 +409,10 @@ def encode(
         check_ends(answer, tokenizer.turn_ends, tokenizer, f"row {n} of the data")
         ids = [*prompt, *answer, tokenizer.eos]
         encoded.append(Encoded(ids, len(prompt)))
-    return that_fit(encoded, max_len, drop_long)
+    return without_long_rows(encoded, max_len, drop_long)
 
 
-def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool | None) -> list[Encoded]:
+def without_long_rows(encoded: list[Encoded], max_len: int, drop_long: bool) -> list[Encoded]:
     """The rows that fit into the context of `max_len` tokens; see `encode`."""
     fit = [e for e in encoded if len(e.ids) <= max_len]
     if len(fit) < len(encoded):
@@ -427,8 +424,10 @@ def that_fit(encoded: list[Encoded], max_len: int, drop_long: bool | None) -> li
             f"{sizes.index(max(sizes)) + 1} the longest, with {max(sizes)}"
         )
         if not (drop_long and fit):
-            flag = ", or --drop-long" if drop_long is False else ""
-            raise ValueError(f"{found}; want shorter ones{flag}")
+            raise ValueError(
+                f"{found}; want shorter rows (train.py and catcher.py leave them out with "
+                "--drop-long)"
+            )
         print(f"{found}; --drop-long leaves them out")
     return fit
 
