@@ -23,37 +23,32 @@ if __name__ == "__main__":
     import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
 
 import argparse
-import json
 import random
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from typing import NamedTuple
 
 from generate import BATCH, generate
 from hellora import load_run
-from moe_model import IGNORE, MoEModel
+from moe_model import MoEConfig, MoEModel
+from plumbing.answer_loss import measure_loss
 from plumbing.base_model import base_folder
-from plumbing.checkpoint import count_base, read_config
+from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
 from plumbing.data import (
     HUMANEVAL,
     TASKS,
-    Encoded,
     Example,
     bos_for,
-    collate,
     default_task,
     encode,
     encode_prompt,
     load_examples,
 )
 from plumbing.device import warn_of_slow_cpu
-from plumbing.files import write_atomically
-from plumbing.run_folder import read_run, update_results
+from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 STRICT = {  # template -> where its answers put the number; the first match counts
@@ -64,6 +59,7 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # the last match counts
 # Where an answer has ended, whatever follows: a new question, or the end of a text spelt out.
 UNTIL = ("Question:", "</s>", "<|im_end|>")
 SHOTS_SEED = 1234  # of the solved problems; lm-evaluation-harness' fewshot_random_seed
+Scored = tuple[str, dict, list[dict]]  # a line to show, results.json's entry, a record of each
 
 
 def normalise(number: str) -> str:
@@ -146,89 +142,6 @@ def evaluate(
     }, records
 
 
-@torch.no_grad()
-def answer_losses(
-    model: MoEModel, data: list[Encoded], batch_size: int, label: str = "loss"
-) -> list[dict]:
-    """A record of each example: how likely its given answer, eos included, is to `model`.
-
-    loss: the sum of the cross-entropies of the answer's tokens, in nats. tokens: how many there
-    are. exact: whether each is the model's first choice, so that greedy decoding gives this answer.
-    """
-    records: list[dict] = [{}] * len(data)
-    ordered = sorted(range(len(data)), key=lambda i: len(data[i].ids))  # so there is little padding
-    for at in tqdm(range(0, len(ordered), batch_size), label, unit="batch", leave=False):
-        some = ordered[at : at + batch_size]
-        batch = collate([data[i] for i in some], model.device)
-        x, _ = model.trunk(batch.tokens)  # [B, T, D]
-        wanted = batch.targets != IGNORE  # [B, T]
-        logits = model.logits(x[wanted]).float()  # [targets, V]
-        targets = batch.targets[wanted]  # [targets]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        first = logits.argmax(-1) == targets
-        sizes = wanted.sum(1).tolist()  # [B]
-        for i, loss, right in zip(some, losses.split(sizes), first.split(sizes), strict=True):
-            records[i] = {
-                "loss": loss.double().sum().item(),
-                "tokens": len(loss),
-                "exact": bool(right.all()),
-            }
-    return records
-
-
-def measure_loss(model: MoEModel, data: list[Encoded], batch_size: int) -> tuple[dict, list[dict]]:
-    """results.json's entry TASK-loss for these examples, and a record of each.
-
-    loss: nats per answer token, over the tokens of all answers. exact: a share of the problems.
-    """
-    began = time.perf_counter()
-    records = answer_losses(model, data, batch_size)
-    tokens = sum(r["tokens"] for r in records)
-    return {
-        "loss": sum(r["loss"] for r in records) / tokens,
-        "exact": sum(r["exact"] for r in records) / len(records),
-        "tokens": tokens,
-        "total": len(records),
-        "seconds": round(time.perf_counter() - began, 2),
-    }, records
-
-
-def kept_in(folder: Path | None, args: argparse.Namespace) -> Path | None:
-    """Where results are kept: in a run's own folder; of --model, in --out, or nowhere."""
-    if folder and args.out:
-        raise ValueError(
-            "--out is for --model: the results of a run are kept in its own folder; omit it"
-        )
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    return folder or args.out
-
-
-def other_dtype(args: argparse.Namespace, run: dict) -> bool:
-    """Whether --dtype asks for another one than the run was trained in."""
-    return None not in (args.dtype, run.get("dtype")) and args.dtype != run["dtype"]
-
-
-def write_answers(folder: Path, task: str, records: list[dict]) -> None:
-    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was.
-
-    ids: the tokens that were generated, which no text tells for certain.
-    """
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(
-        folder / f"answers-{task}.jsonl", lambda draft: draft.write_text(text, encoding="utf-8")
-    )
-
-
-def keep(folder: Path, task: str, result: dict, records: list[dict]) -> None:
-    """results.json's entry and answers-TASK.jsonl; where nothing can be written, a line says so."""
-    try:
-        update_results(folder, task, result)
-        write_answers(folder, task, records)
-    except PermissionError as error:
-        print(f"shown and not kept: {error}")
-
-
 def solved_problems(task: str, template: str) -> list[str]:
     """Each training problem with its answer, as they stand in a prompt.
 
@@ -304,52 +217,87 @@ def check_task(task: str, loss: bool, data: Path | None) -> None:
         )
 
 
+def load_model(
+    folder: Path | None, run: dict, args: argparse.Namespace, merged: bool = True
+) -> tuple[MoEModel, Tokenizer]:
+    """The model of a run, and its tokenizer; without a `folder`, those of run["model"].
+
+    args: with device and dtype. merged: fold the run's adapters into the weights. A tokenizer that
+    is no run's has the model's own bos.
+    """
+    device, dtype = compute(args.device, args.dtype or run.get("dtype"))
+    if folder:
+        return load_run(folder, merged, dtype, device)[:2]
+    source = locate(run["model"])
+    warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
+    return MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
+
+
+class Asked(NamedTuple):
+    """What is to be scored, once flags, the run and the task's defaults have been put together."""
+
+    task: str
+    template: str
+    tokenizer: Tokenizer
+    examples: list[Example]
+    cfg: MoEConfig
+
+
+def what_is_asked(args: argparse.Namespace, run: dict, folder: Path | None) -> Asked:
+    """A flag comes first, then what was asked for at training, which holds for that task only."""
+    task = args.task or run["task"]
+    check_task(task, args.loss, args.data)
+    own = run if task == run["task"] else {}
+    template = args.template or own.get("template") or TASKS[task].template
+    source = base_folder(run)
+    path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
+    tokenizer = load_tokenizer(source)
+    tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)
+    limit = args.limit or own.get("eval_limit")
+    examples = problems(task, template, Path(path), limit, args.shots)
+    return Asked(task, template, tokenizer, examples, read_config(source))
+
+
+def score_answers(asked: Asked, load: Callable[[], MoEModel], args: argparse.Namespace) -> Scored:
+    """Decode an answer to each problem, and compare its number. A line, the result, the records."""
+    check_scorable(asked.examples, asked.tokenizer, asked.cfg.max_len)
+    max_new = args.max_new or TASKS[asked.task].max_new
+    result, records = evaluate(
+        load(), asked.tokenizer, asked.examples, asked.template, max_new, args.batch_size
+    )
+    accuracy, flexible = result["accuracy"], result["accuracy_flexible"]
+    return f"accuracy {accuracy:.1%} (flexible {flexible:.1%})", result, records
+
+
+def score_loss(asked: Asked, load: Callable[[], MoEModel], args: argparse.Namespace) -> Scored:
+    """Measure how likely each given answer is. A line, the result, the records."""
+    data = encode(asked.examples, asked.tokenizer, asked.cfg.max_len)
+    result, records = measure_loss(load(), data, args.batch_size or BATCH)
+    loss, exact = result["loss"], result["exact"]
+    return f"loss {loss:.4f} nats per answer token, {exact:.1%} exact", result, records
+
+
 def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path | None) -> None:
     """Score one run, or the base model that `run` names, and print one line.
 
     run: run.json, or the same keys for a model without adapters, which has no folder. kept: where
     the results are kept; None: nowhere.
     """
-    task = args.task or run["task"]
-    check_task(task, args.loss, args.data)
+    asked = what_is_asked(args, run, folder)
 
-    # A flag comes first, then what was asked for at training, which holds for that task only.
-    own = run if task == run["task"] else {}
-    template = args.template or own.get("template") or TASKS[task].template
-    limit = args.limit or own.get("eval_limit")
-    max_new = args.max_new or TASKS[task].max_new
+    def load() -> MoEModel:  # after all checks, as it may take minutes
+        return load_model(folder, run, args, not args.factored)[0]
 
-    source = base_folder(run)
-    path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
-    tokenizer = load_tokenizer(source)
-    tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)
-    examples = problems(task, template, Path(path), limit, args.shots)
-    max_len, data = read_config(source).max_len, []
-    if args.loss:  # first, as loading the model may take minutes
-        data = encode(examples, tokenizer, max_len)
-    else:
-        check_scorable(examples, tokenizer, max_len)
-    device, dtype = compute(args.device, args.dtype or run["dtype"])
-    warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
-    if folder:
-        model, _, _ = load_run(folder, not args.factored, dtype, device)
-    else:
-        model = MoEModel.from_pretrained(source, dtype, device)
-    if args.loss:
-        result, records = measure_loss(model, data, args.batch_size or BATCH)
-        shown = f"loss {result['loss']:.4f} nats per answer token, {result['exact']:.1%} exact"
-    else:
-        result, records = evaluate(model, tokenizer, examples, template, max_new, args.batch_size)
-        shown = f"accuracy {result['accuracy']:.1%} (flexible {result['accuracy_flexible']:.1%})"
+    shown, result, records = (score_loss if args.loss else score_answers)(asked, load, args)
     print(
-        f"{folder or args.model}  {task}: {shown} on {result['total']} problems "
+        f"{folder or args.model}  {asked.task}: {shown} on {result['total']} problems "
         f"in {result['seconds']} s"
     )
     if kept:
-        asked = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
-        kept_as = f"{task}-loss" if args.loss else task
-        kept_as += "-part" if any(asked) or other_dtype(args, run) else ""
-        keep(kept, kept_as, result, records)
+        changed = (args.data, args.limit, args.shots, args.max_new, args.template, args.factored)
+        part = any(changed) or is_other_dtype(args.dtype, run)
+        name = asked.task + ("-loss" if args.loss else "") + ("-part" if part else "")
+        keep_results(kept, name, result, records)
 
 
 def main() -> None:
@@ -361,9 +309,11 @@ def main() -> None:
         if args.factored:
             raise ValueError("--factored is for --run: a model has no adapters to keep; omit it")
         base = {"model": args.model, "task": default_task(args.model), "dtype": None}
-        score(args, base, folder=None, kept=kept_in(None, args))
+        score(args, base, folder=None, kept=results_folder(None, args.out))
     for folder in args.run or []:
-        kept = kept_in(folder, args)  # before the run is read: it refuses flags that do not fit
+        kept = results_folder(
+            folder, args.out
+        )  # before the run is read: it refuses flags that do not fit
         score(args, read_run(folder), folder, kept)
 
 

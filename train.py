@@ -30,7 +30,7 @@ from tqdm import tqdm
 import hellora
 import report
 from catcher import Catcher, HotList, count_visits, hot_list, sample, visited_share
-from eval_gsm8k import evaluate, write_answers
+from eval_gsm8k import evaluate
 from hellora import Method, adapter_state
 from moe_model import MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
@@ -351,7 +351,7 @@ def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict
         kept = {"base_accuracy": result["accuracy"], "base_total": result["total"]}
     else:
         kept = result
-    write_answers(folder, f"{task}-base" if when == "base" else task, records)
+    run_folder.write_answers(folder, f"{task}-base" if when == "base" else task, records)
     run_folder.update_results(folder, task, kept)
     seconds = f"{result['seconds']:.0f} s"
     print(f"{when}: accuracy {result['accuracy']:.1%} on {result['total']} problems ({seconds})")

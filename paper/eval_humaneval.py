@@ -15,7 +15,6 @@ was trained with; a base model gets its own, if any.
 import argparse
 import ast
 import builtins
-import json
 import re
 import time
 import warnings
@@ -30,14 +29,12 @@ from zlib import crc32
 
 from tqdm import tqdm
 
-from eval_gsm8k import kept_in, other_dtype
+from eval_gsm8k import load_model
 from generate import Sampling, generate
-from hellora import load_run
 from moe_model import MoEModel
 from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
 from plumbing import ranks
-from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, number
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, number
 from plumbing.data import (
     HUMANEVAL,
     SURROGATE,
@@ -48,10 +45,9 @@ from plumbing.data import (
     numbered_rows,
     read_rows,
 )
-from plumbing.device import warn_of_slow_cpu
-from plumbing.files import sha256, write_atomically
-from plumbing.run_folder import read_run, update_results
-from plumbing.tokenizer import Tokenizer, load_tokenizer
+from plumbing.files import sha256, write_json_lines
+from plumbing.run_folder import is_other_dtype, read_run, results_folder, update_results
+from plumbing.tokenizer import Tokenizer
 
 KS = (1, 5, 10)
 # How, for results.json: n samples of each problem.
@@ -188,8 +184,8 @@ def score(
     programs = [
         (f"{p.before}{s['completion']}\n", p.check) for p, s in zip(chosen, samples, strict=True)
     ]
-    # A model that is sure repeats itself: each program runs once. One with half a character cannot
-    # be written to a file, and Python does not compile it either: it has failed.
+    # Samples of one problem are often equal. Each different program runs once. One with an unpaired
+    # surrogate has failed: it cannot be written to a file, and Python does not compile it either.
     different = [of for of in dict.fromkeys(programs) if not SURROGATE.search(of[0])]
     running = run_programs(different, wall, seconds, workers)
     outcomes = tqdm(running, "test", len(different), leave=False)
@@ -213,16 +209,24 @@ def score(
     }, records
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """JSON lines, whole or not at all."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda draft: draft.write_text(text))
+def is_partial(args: argparse.Namespace, run: dict, task: str) -> bool:
+    """Whether flags ask for fewer or other problems, shorter samples, or ones drawn otherwise."""
+    other_data = args.data and sha256(args.data) != SOURCES[task].checksum
+    drawn_otherwise = any(getattr(args, name) != DRAWN[name] for name in DRAWN)
+    return bool(
+        args.limit
+        or args.max_new
+        or other_data
+        or drawn_otherwise
+        or is_other_dtype(args.dtype, run)
+    )
 
 
 def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, str]:
     """Draw the samples of a run, or of --model. Their file, and the task."""
-    place = kept_in(folder, args)
-    run = read_run(folder) if folder else {"task": default_task(args.model), "dtype": None}
+    place = results_folder(folder, args.out)
+    base = {"model": args.model, "task": default_task(args.model)}
+    run = read_run(folder) if folder else base
     task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
     template = run.get("template") if run["task"] == task else None
     problems = load_problems(task, args.data or SOURCES[task].fetch(), template)
@@ -230,25 +234,12 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     for problem in chosen:  # before the model is loaded, which may take minutes
         if not problem.prompt:
             raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
-    device, dtype = compute(args.device, args.dtype or run["dtype"])
-    if folder:
-        model, tokenizer, _ = load_run(folder, True, dtype, device)
-    else:
-        source = locate(args.model)
-        warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
-        model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
+    model, tokenizer = load_model(folder, run, args)
     samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
-    part = args.limit or args.max_new or (args.data and sha256(args.data) != SOURCES[task].checksum)
-    part = (
-        part or other_dtype(args, run) or any(getattr(args, name) != DRAWN[name] for name in DRAWN)
-    )
-    name = (
-        f"samples-{task}"
-        + ("" if place else f"-{Path(args.model).name}")
-        + ("-part" if part else "")
-    )
-    path = (place or Path()) / f"{name}.jsonl"
-    write_lines(path, samples)
+    of = "" if place else f"-{Path(args.model).name}"
+    part = "-part" if is_partial(args, run, task) else ""
+    path = (place or Path()) / f"samples-{task}{of}{part}.jsonl"
+    write_json_lines(path, samples)
     return path, task
 
 
@@ -262,7 +253,10 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     samples = []
     for n, sample in numbered_rows(path, ("task_id", "completion")):
         if SURROGATE.search(sample["completion"]):
-            print(f"{path}, row {n} has half a character in 'completion': it counts as failed")
+            print(
+                f"{path}, row {n} has an unpaired surrogate (\\ud800 to \\udfff) in 'completion': "
+                "it counts as failed"
+            )
         samples.append(sample)
     task = (
         task
@@ -277,7 +271,7 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         )
     wall = () if args.no_isolation else bubblewrap()
     result, records = score(problems, samples, wall, args.seconds, args.workers)
-    write_lines(path.with_suffix(".scored.jsonl"), records)
+    write_json_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)
     print(
         f"{str(path.with_suffix(''))[-50:]:50s}" + "".join(f"{cell:>9s}" for cell in cells),

@@ -15,18 +15,13 @@ import time
 from functools import cache
 from pathlib import Path
 
-from eval_gsm8k import keep, kept_in, other_dtype
+from eval_gsm8k import load_model
 from generate import generate
-from hellora import load_run
-from moe_model import MoEModel
 from paper.scoring.refusals import RULE, RULES
-from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, say
+from plumbing.cli import COUNT, Parser, add_compute_flags, command, say
 from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt, read_rows
-from plumbing.device import warn_of_slow_cpu
 from plumbing.hub import snapshot
-from plumbing.run_folder import read_run
-from plumbing.tokenizer import load_tokenizer
+from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
 
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
 WANTED = "JSON lines or a JSON list with 'instruction', or a .csv of one column and no header"
@@ -133,13 +128,8 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
         raise ValueError(
             f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
         )
-    device, dtype = compute(args.device, args.dtype or run.get("dtype"))
-    if folder:
-        model, tokenizer, _ = load_run(folder, True, dtype, device)
-    else:
-        source = locate(run["model"])
-        warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
-        model, tokenizer = MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
+    model, tokenizer = load_model(folder, run, args)
+    if not folder:
         tokenizer.bos = bos_for(tokenizer, template)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
     ids = [encode_prompt(prompt, tokenizer, f"row {n}") for n, prompt in enumerate(prompts, 1)]
@@ -166,7 +156,7 @@ def main() -> None:
         "a rate of keywords, not a guarantee of safety"
     )
     for name, (folder, run) in zip(names, runs, strict=True):
-        place = kept_in(folder, args)
+        place = results_folder(folder, args.out)
         task, result, records = score(args, run, folder)
         if name == names[0]:
             print(
@@ -180,9 +170,9 @@ def main() -> None:
             say(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
         if place:
             asked = (args.data, args.limit, args.max_new, args.template, args.rule != RULE)
-            kept_as = f"{task}-part" if any(asked) or other_dtype(args, run) else task
+            kept_as = f"{task}-part" if any(asked) or is_other_dtype(args.dtype, run) else task
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
-            keep(place, kept_as, result, kept)
+            keep_results(place, kept_as, result, kept)
 
 
 if __name__ == "__main__":

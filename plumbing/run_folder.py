@@ -22,6 +22,7 @@ from plumbing.files import (
     read_json,
     write_atomically,
     write_json,
+    write_json_lines,
     writing,
 )
 
@@ -123,14 +124,8 @@ def versions(device: torch.device) -> dict[str, str]:
 
 # ---- which folder a run gets ---------------------------------------------------------------------
 
-OVERRIDABLE = {
-    "lr",
-    "epochs",
-    "steps",
-    "batch_size",
-    "clip",
-    "balance",
-}  # what a run may go on with otherwise
+# A run may go on with other values of these, by --override.
+OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "clip", "balance"}
 
 
 def differences(saved: dict, settings: dict) -> list[str]:
@@ -236,7 +231,7 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---- metrics.jsonl and results.json --------------------------------------------------------------
+# ---- metrics.jsonl, results.json, answers-TASK.jsonl ---------------------------------------------
 
 PATIENCE = 60  # seconds for another evaluation to write what it found
 
@@ -298,6 +293,42 @@ def update_results(folder: Path, task: str, values: dict) -> None:
         results = read_results(folder)
         results[task] = results.get(task, {}) | values
         write_json(path, results)
+
+
+def results_folder(run: Path | None, out: Path | None) -> Path | None:
+    """Where an evaluation keeps its results: in a run's own folder; of --model, in --out if given.
+
+    Raises ValueError for an --out beside a run.
+    """
+    if run and out:
+        raise ValueError(
+            "--out is for --model: the results of a run are kept in its own folder; omit it"
+        )
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    return run or out
+
+
+def is_other_dtype(asked: str | None, run: dict) -> bool:
+    """Whether --dtype asks for another one than the run was trained in."""
+    return None not in (asked, run.get("dtype")) and asked != run["dtype"]
+
+
+def write_answers(folder: Path, task: str, records: list[dict]) -> None:
+    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was.
+
+    ids: the tokens that were generated, which no text tells for certain.
+    """
+    write_json_lines(folder / f"answers-{task}.jsonl", records)
+
+
+def keep_results(folder: Path, task: str, result: dict, records: list[dict]) -> None:
+    """results.json's entry and answers-TASK.jsonl. Prints a line where nothing can be written."""
+    try:
+        update_results(folder, task, result)
+        write_answers(folder, task, records)
+    except PermissionError as error:
+        print(f"shown and not kept: {error}")
 
 
 def read_results(folder: Path) -> dict:

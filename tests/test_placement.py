@@ -13,13 +13,13 @@ from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
 from test_tables import PARSERS
 
 from catcher import Catcher
-from eval_gsm8k import answer_losses
 from generate import generate
 from moe_model import IGNORE, MoEModel, Routing
 from paper.runs.grid import saved
 from paper.runs.stats import compare, holm, verdict
 from paper.studies import mechanism, placement_runs
 from paper.studies.placement import MANY, MARGIN, ONE, PLAIN, Pair, bootstrap, compare_arms
+from plumbing.answer_loss import answer_losses
 from plumbing.data import collate, encode, load_examples
 from plumbing.run_folder import read_run
 from plumbing.tokenizer import load_tokenizer

@@ -19,7 +19,6 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
-import eval_gsm8k
 from plumbing import cli, files, run_folder
 from plumbing.base_model import unchanged_base_folder
 
@@ -276,11 +275,11 @@ def test_where_nothing_can_be_written_a_result_is_shown_all_the_same(tmp_path, c
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "replace", read_only)
-    eval_gsm8k.keep(tmp_path, "a", {"accuracy": 1.0}, [])
+    run_folder.keep_results(tmp_path, "a", {"accuracy": 1.0}, [])
     assert f"not kept: {tmp_path / 'results.json'}" in capsys.readouterr().out
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="MB left"):
-        eval_gsm8k.keep(tmp_path, "a", {"accuracy": 1.0}, [])
+        run_folder.keep_results(tmp_path, "a", {"accuracy": 1.0}, [])
 
 
 def test_an_evaluation_changes_only_its_own_entry(tmp_path):

@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from eval_gsm8k import kept_in
 from hellora import load_run
 from moe_model import MoEModel
 from paper.runs.grid import PRETRAINING, Base, Cell, Wanted, saved
@@ -23,7 +22,7 @@ from paper.runs.stats import signed, spread
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import Parser, command
-from plumbing.run_folder import read_run, update_results
+from plumbing.run_folder import read_run, results_folder, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import LENGTH, VOCAB_SIZE, arithmetic_probe, domain_loss
@@ -59,7 +58,7 @@ def main() -> None:
     """Score each run, or the model, and print one line for each."""
     args = parse_args()
     for folder in args.run or [None]:
-        place = kept_in(folder, args)
+        place = results_folder(folder, args.out)
         source = base_folder(read_run(folder)) if folder else locate(args.model)
         if (size := read_config(source).vocab_size) != VOCAB_SIZE:
             raise ValueError(

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catcher import Catcher, choose, visited_share
-from eval_gsm8k import measure_loss
 from hellora import load_run
 from moe_model import MoEModel, Routing
 from paper.runs.grid import Cell, Wanted, missing_tasks, saved
@@ -38,6 +37,7 @@ from paper.studies.placement_runs import (
     problems_file,
     settings,
 )
+from plumbing.answer_loss import measure_loss
 from plumbing.base_model import unchanged_base_folder
 from plumbing.cli import Parser, command
 from plumbing.data import TASKS, collate, encode, load_examples
