@@ -311,9 +311,7 @@ def main() -> None:
         base = {"model": args.model, "task": default_task(args.model), "dtype": None}
         score(args, base, folder=None, kept=results_folder(None, args.out))
     for folder in args.run or []:
-        kept = results_folder(
-            folder, args.out
-        )  # before the run is read: it refuses flags that do not fit
+        kept = results_folder(folder, args.out)  # before the run is read: it may refuse --out
         score(args, read_run(folder), folder, kept)
 
 

@@ -212,6 +212,8 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
             value = os.path.realpath(value)  # a run goes on from any working directory
         settings[name] = defaults.get(name) if value is None else value
     settings["decay"] = defaults["decay"]
+    if args.mask_from and parse_method(args.method).chooses:  # the mask is for these experts
+        settings["hot_experts"] = os.path.realpath(args.mask_from / "hot_experts.json")
     if parse_method(args.method).chooses:
         check_k(settings["k"], cfg.n_experts)
     return settings
@@ -281,7 +283,8 @@ def prepare(args: argparse.Namespace) -> Job:
     warn_of_slow_cpu(count_base(cfg), device, args.device)
     settings = resolve(args, cfg, dtype) | {"commit": commit}
     settings["bos"] = bos_for(tokenizer, settings["template"])
-    start = take_over(args.mask_from, method, settings)
+    check_mask_from(args, method)
+    start = lori_start(args.mask_from, method, settings) if args.mask_from else {}
     check_choice(args, method, cfg)
     check_rank(args.rank, method, cfg)
     if args.hot_experts:
@@ -336,9 +339,9 @@ def default_micro_batch(settings: dict) -> int:
     return min(MICRO_BATCH, -(-settings["batch_size"] // ranks.world()))
 
 
-def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[str, Tensor]:
-    """What a method with a mask starts from besides the base: a D run's mask, A and hot experts."""
-    name = settings["method"]
+def check_mask_from(args: argparse.Namespace, method: Method) -> None:
+    """Raise ValueError for a --mask-from that is missing, or beside what it does not fit."""
+    name, mask_from = args.method, args.mask_from
     if mask_from is None and method.keep < 1:
         raise ValueError(
             f"{name} needs --mask-from RUN, a finished run of the same settings with B trained in "
@@ -346,13 +349,8 @@ def take_over(mask_from: Path | None, method: Method, settings: dict) -> dict[st
         )
     if mask_from is not None and method.keep == 1:
         raise ValueError(f"--mask-from is for lori-s and hellori-s, not for {name}: omit it")
-    if mask_from is None:
-        return {}
-    if settings["hot_experts"]:
+    if mask_from and args.hot_experts:
         raise ValueError("--hot-experts and --mask-from both name experts: omit --hot-experts")
-    if method.chooses:
-        settings["hot_experts"] = os.path.realpath(mask_from / "hot_experts.json")
-    return lori_start(mask_from, method, settings)
 
 
 def d_method(name: str) -> str:
@@ -453,11 +451,26 @@ def hashes(source: Path, data: list[Encoded]) -> dict[str, str]:
 
 
 def open_record(job: Job, folder: Path) -> dict:
-    """The content of run.json, new or as it was saved.
+    """The content of run.json: of a new run, or of the one in `folder`, which goes on.
 
-    Raises ValueError if the model or the data changed since.
+    Raises ValueError if the model or the data changed since, or if no step is left.
     """
-    new = job.settings | {
+    new = new_record(job)
+    if not (folder / "run.json").exists():
+        return new
+    saved = read_run(folder)
+    check_unchanged(saved, new, folder)
+    last = saves.load(folder)
+    if last and last.step > job.n_steps:
+        raise ValueError(
+            f"{folder} is already at step {last.step}: want more --steps or --epochs than that"
+        )
+    return continued(saved, new, job.settings)
+
+
+def new_record(job: Job) -> dict:
+    """What run.json says of a run that begins now."""
+    record = job.settings | {
         "finished": False,
         "versions": versions(job.device),
         "hashes": hashes(job.source, job.data),
@@ -471,36 +484,40 @@ def open_record(job: Job, folder: Path) -> dict:
         },
     }
     if job.settings["drop_long"]:
-        new["rows_dropped"] = job.n_dropped
-    if not (folder / "run.json").exists():
-        return new
-    saved = read_run(folder)
+        record["rows_dropped"] = job.n_dropped
+    return record
+
+
+def check_unchanged(saved: dict, new: dict, folder: Path) -> None:
+    """Raise ValueError if the saved run is finished, or if its model or data are others now."""
     if saved["finished"]:
         raise ValueError(
             f"the run in {folder} has just been finished by another process: want another --out"
         )
-    before = saved.get("hashes") or {}
-    now = new["hashes"]
+    before, now = saved.get("hashes") or {}, new["hashes"]
     changed = [what for what in ("model", "data") if before.get(what) != now[what]]
-    if before.get("tokenizer") not in (None, now["tokenizer"]):
+    if before.get("tokenizer") not in (None, now["tokenizer"]):  # older runs do not know theirs
         changed.append("tokenizer")
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {folder} was begun: want another --out"
         )
-    last = saves.load(folder)
-    if last and last.step > job.n_steps:
-        raise ValueError(
-            f"{folder} is already at step {last.step}: want more --steps or --epochs than that"
-        )
-    if differ := differences(saved, job.settings):
-        saved["overrides"] = [*(saved.get("overrides") or []), differ]
+
+
+def continued(saved: dict, new: dict, settings: dict) -> dict:
+    """run.json of a saved run that goes on, with a note of what differs from its beginning.
+
+    It keeps what it began with, and the name that its model had then. The settings are the new
+    ones: they may be other ones where --override was given.
+    """
+    record = new | saved | settings | {"model": saved["model"]}
+    if differ := differences(saved, settings):
+        record["overrides"] = [*(saved.get("overrides") or []), differ]
     if differ := other_conditions(saved, new):
         names = ", ".join(one.partition(":")[0] for one in differ)
         print(f"the run goes on with other {names} than it began with: the last bits may differ")
-        saved["conditions"] = [*(saved.get("conditions") or []), differ]
-    # It keeps what it began with, and the name that its model had then.
-    return new | saved | job.settings | {"model": saved["model"]}
+        record["conditions"] = [*(saved.get("conditions") or []), differ]
+    return record
 
 
 def other_conditions(saved: dict, new: dict) -> list[str]:
