@@ -170,14 +170,14 @@ def draw_samples(
 def score(
     problems: dict[str, Problem],
     samples: list[dict],
-    wall: tuple[str, ...],
+    sandbox: tuple[str, ...],
     seconds: float,
     workers: int | None,
 ) -> tuple[dict, list[dict]]:
     """results.json's entry, and each sample with its outcome. This executes what a model wrote.
 
-    wall: what bubblewrap() returns, or () for none. Pass@k is the mean over the problems that have
-    samples; None if one of them has fewer than k.
+    sandbox: what bubblewrap() returns, or () for none. Pass@k is the mean over the problems that
+    have samples; None if one of them has fewer than k.
     """
     began = time.perf_counter()
     chosen = [problems[s["task_id"]] for s in samples]
@@ -187,7 +187,7 @@ def score(
     # Samples of one problem are often equal. Each different program runs once. One with an unpaired
     # surrogate has failed: it cannot be written to a file, and Python does not compile it either.
     different = [of for of in dict.fromkeys(programs) if not SURROGATE.search(of[0])]
-    running = run_programs(different, wall, seconds, workers)
+    running = run_programs(different, sandbox, seconds, workers)
     outcomes = tqdm(running, "test", len(different), leave=False)
     outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
@@ -269,8 +269,8 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         raise ValueError(
             f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data"
         )
-    wall = () if args.no_isolation else bubblewrap()
-    result, records = score(problems, samples, wall, args.seconds, args.workers)
+    sandbox = () if args.no_isolation else bubblewrap()
+    result, records = score(problems, samples, sandbox, args.seconds, args.workers)
     write_json_lines(path.with_suffix(".scored.jsonl"), records)
     cells = ("-" if result[f"pass@{k}"] is None else f"{result[f'pass@{k}']:.1%}" for k in KS)
     print(

@@ -27,7 +27,9 @@ LIMITS = {
     resource.RLIMIT_CORE: 0,
 }
 LONGEST_ANSWER = MEGABYTE  # bytes of a line from the program
-SAME, ANY = "same", "any"  # users: within a wall of an ordinary user's; without a wall
+# What `drop_rights` is told in place of a user's number. SAME: stay the same user, in a new user
+# namespace. ANY: not sandboxed, change nothing.
+SAME, ANY = "same", "any"
 KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219}  # asm/unistd.h
 JOIN_SESSION = 1  # linux/keyctl.h
 NEW_USER = 1 << 28  # linux/sched.h
@@ -38,11 +40,11 @@ MY_CAPABILITIES = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)  # linux/ca
 
 
 def drop_rights(user: str) -> None:
-    """Keep no capability and no key. `user` is a number to become, or SAME.
+    """Keep no capability and no key. user: the number of the one to become, or SAME.
 
-    bubblewrap's own process in here has none of our limits, so that no program may trace it.
-    Another user cannot. The same user cannot from a user namespace further down.
-    The key ring of the session comes with every child of a login: it is left for an empty one.
+    bubblewrap's own process runs without our limits. A program that traces it (ptrace) would escape
+    them. So a program of root's becomes another user, and one of an ordinary user's enters a new
+    user namespace: neither may trace it. The login's session keyring is replaced by an empty one.
     """
     import ctypes
 

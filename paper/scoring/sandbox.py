@@ -46,7 +46,7 @@ def compiles(text):
 def none_compiles():
     return not any(map(compiles, {!r}))
 """
-FOLDER = "/box"  # behind the wall, the one that can be written to; no system has this name
+FOLDER = "/box"  # in the sandbox, the only one that can be written to; no system has this name
 USERS = count()  # root's programs run each as another user, from FIRST_USER on
 FIRST_USER, N_USERS = 40_000, 20_000
 
@@ -69,34 +69,34 @@ class Check(NamedTuple):
     helpers: str = ""  # run before the test; from the task, never from the program
 
 
-THAT_NONE = Check("syntax", "assert none_compiles()", ("none_compiles",))
-ONE = Check("one", "assert one() == 1", ("one",))
+NONE_IS_PYTHON = Check("syntax", "assert none_compiles()", ("none_compiles",))
+RETURNS_ONE = Check("one", "assert one() == 1", ("one",))
 
 
-# ---- the wall ------------------------------------------------------------------------------------
+# ---- the sandbox ---------------------------------------------------------------------------------
 
 
 @cache
 def bubblewrap() -> tuple[str, ...]:
-    """The command that shuts in what follows it.
+    """The command that runs in a sandbox what follows it.
 
     Raises OSError where bubblewrap is not installed, or cannot do it here.
     """
     found = shutil.which("bwrap")
     if found is None:
         raise OSError(f"a model's programs run in bubblewrap, which is not installed: {INSTALL}")
-    wall = (found, *wall_of(os.geteuid() == 0))
+    sandbox = (found, *bwrap_flags(os.geteuid() == 0))
     try:
-        outcome = run_program("def one(): return 1", ONE, wall, GRACE)
+        outcome = run_program("def one(): return 1", RETURNS_ONE, sandbox, GRACE)
     except OSError as error:
         raise OSError(f"bubblewrap cannot shut in a program here ({error}): {INSTALL}") from error
     if outcome != "passed":
         raise OSError(f"bubblewrap: the simplest program ends as {outcome!r} here: {INSTALL}")
-    return wall
+    return sandbox
 
 
-def wall_of(root: bool) -> list[str]:
-    """bwrap's flags.
+def bwrap_flags(root: bool) -> list[str]:
+    """bwrap's flags, for the programs of root or of an ordinary user.
 
     An ordinary user's programs get a user namespace. Root's do not: in one they would be root to
     the kernel, whom no limit on processes holds. They begin with what it takes to become another
@@ -134,23 +134,27 @@ def packages() -> Path:
 # ---- programs ------------------------------------------------------------------------------------
 
 
-def run_program(program: str, check: Check, wall: tuple[str, ...], seconds: float = SECONDS) -> str:
+def run_program(
+    program: str, check: Check, sandbox: tuple[str, ...], seconds: float = SECONDS
+) -> str:
     """Run a program and its test: "passed", "failed", or "timed out" after `seconds` by the clock.
 
-    wall: what bubblewrap() returns, or () for none. Raises ValueError if the test calls the program
-    with what is no literal, OSError if the two cannot be started.
+    sandbox: what bubblewrap() returns, or () for none. Raises ValueError if the test calls the
+    program with what is no literal, OSError if the two cannot be started.
     """
-    with folder_for(wall) as folder, tempfile.TemporaryFile() as errors:
-        how = (wall, seconds, folder, errors)
-        given = (check.test, check.names, check.helpers)
+    with folder_for(sandbox) as folder, tempfile.TemporaryFile() as errors:
+        shared = (sandbox, seconds, folder, errors)
+        test = (check.test, check.names, check.helpers)
         with (
-            started("program", program, *how, PIPE, PIPE) as below,
-            started("test", given, *how, below.stdout, below.stdin) as above,
+            started("program", program, *shared, PIPE, PIPE) as program_process,
+            started(
+                "test", test, *shared, program_process.stdout, program_process.stdin
+            ) as test_process,
         ):
-            below.stdin.close()
-            below.stdout.close()
+            program_process.stdin.close()
+            program_process.stdout.close()
             try:
-                status = above.wait(seconds + GRACE)
+                status = test_process.wait(seconds + GRACE)
             except TimeoutExpired:
                 status = -SIGALRM
         errors.seek(0)
@@ -173,12 +177,12 @@ def outcome(task_id: str, status: int, errors: str) -> str:
 
 
 @contextmanager
-def folder_for(wall: tuple[str, ...]) -> Iterator[str]:
+def folder_for(sandbox: tuple[str, ...]) -> Iterator[str]:
     """Where the program begins: an empty folder, however deep it is afterwards.
 
-    Behind a wall it lies in memory, and goes with the program.
+    In a sandbox it lies in memory, and goes with the program.
     """
-    if wall:
+    if sandbox:
         yield FOLDER
         return
     folder = tempfile.mkdtemp()
@@ -190,20 +194,20 @@ def folder_for(wall: tuple[str, ...]) -> Iterator[str]:
 
 @contextmanager
 def started(
-    role: str, given: object, wall: tuple[str, ...], seconds: float, folder: str,
+    role: str, given: object, sandbox: tuple[str, ...], seconds: float, folder: str,
     errors: IO, stdin: int | IO, stdout: int | IO,
 ) -> Iterator[subprocess.Popen]:  # fmt: skip
     """A process that runs confined.py, and with its group is gone afterwards."""
     root = os.geteuid() == 0
-    within = str(FIRST_USER + next(USERS) % N_USERS) if root else SAME
+    user = str(FIRST_USER + next(USERS) % N_USERS) if root else SAME
     with tempfile.TemporaryFile() as file:
         file.write(repr(given).encode())
         file.seek(0)
         child = subprocess.Popen(
-            [*wall, PYTHON, "-I", "-S", SCRIPT, role, str(file.fileno()), str(seconds),
-             within if wall else ANY, packages()],
+            [*sandbox, PYTHON, "-I", "-S", SCRIPT, role, str(file.fileno()), str(seconds),
+             user if sandbox else ANY, packages()],
             stdin=stdin, stdout=stdout, stderr=errors, pass_fds=[file.fileno()],
-            env={} if wall else environment(folder), cwd="/" if wall else folder,
+            env={} if sandbox else environment(folder), cwd="/" if sandbox else folder,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -221,29 +225,30 @@ def environment(folder: str) -> dict[str, str]:
 
 def run_programs(
     programs: list[tuple[str, Check]],
-    wall: tuple[str, ...],
+    sandbox: tuple[str, ...],
     seconds: float = SECONDS,
     workers: int | None = None,
 ) -> Iterator[str]:
     """run_program for each, in order, several at a time (default: as many as there are cores).
 
-    What an untrained model writes is no Python at all: a group of which nothing compiles has failed
-    after one run in place of one for each.
+    What an untrained model writes is no Python at all. So each group is compiled in one run first:
+    if nothing in it compiles, all of it has failed, and none of it is run.
     """
 
-    def hopeless(group: list[tuple[str, Check]]) -> bool:
+    def none_is_python(group: list[tuple[str, Check]]) -> bool:
         texts = [program for program, _ in group]
-        return run_program(NONE_COMPILES.format(texts), THAT_NONE, wall, seconds) == "passed"
+        program = NONE_COMPILES.format(texts)
+        return run_program(program, NONE_IS_PYTHON, sandbox, seconds) == "passed"
 
     def run(program: tuple[str, Check]) -> str:
-        return run_program(*program, wall, seconds)
+        return run_program(*program, sandbox, seconds)
 
     groups = [programs[i : i + GROUP] for i in range(0, len(programs), GROUP)]
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         outcomes = [
             ["failed"] * len(group) if none else pool.map(run, group)
-            for group, none in zip(groups, pool.map(hopeless, groups), strict=True)
+            for group, none in zip(groups, pool.map(none_is_python, groups), strict=True)
         ]
         yield from chain.from_iterable(outcomes)
     finally:  # also after Ctrl-C: no more than what is running is waited for
