@@ -3,17 +3,11 @@
 Letters: B sequences    T tokens per sequence
 """
 
-import gzip
 import json
-import os
 import re
-import time
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,91 +16,14 @@ from torch import Tensor
 
 from moe_model import IGNORE
 from plumbing import ranks
-from plumbing.files import has_checksum, write_atomically, writing
-from plumbing.hub import snapshot
+from plumbing.downloads import Source, unpacked
 from plumbing.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent  # of this repository
-LARGEST_UNPACKED = 1 << 27  # bytes
-LARGEST_DOWNLOAD = 1 << 26  # bytes
-LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: of all of it, and until the next byte must be there
-ON_THE_HUB = re.compile(
-    r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/([^/]+)"
-)
 # An unpaired surrogate. JSON can escape one, but no UTF-8 file can hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Source(NamedTuple):
-    """Where the rows of a split are: a file of this repository, or a download."""
-
-    place: str
-    checksum: str = ""  # of a download: its sha256, or git's id of the file
-    licence: str = ""
-
-    def cached(self) -> Path:
-        """Its path on this machine, whether it is there yet or not.
-
-        Raises ValueError for a HELLORA_CACHE that is no folder.
-        """
-        if "://" not in self.place:
-            return ROOT / self.place
-        cache = os.environ.get("HELLORA_CACHE", str(Path.home() / ".cache" / "hellora"))
-        if not cache or (Path(cache).exists() and not Path(cache).is_dir()):
-            raise ValueError(f"HELLORA_CACHE is {cache!r}: want a folder, or unset it")
-        return Path(cache) / f"{self.checksum[:16]}-{self.place.rpartition('/')[2]}"
-
-    def fetch(self) -> Path:
-        """Its path, after a download if need be.
-
-        Raises OSError without a network, ValueError if the file is not the one that is expected.
-        """
-        if "://" not in self.place:
-            return self.cached()
-        if found := ON_THE_HUB.fullmatch(self.place):  # checked by the Hub's checksum of the file
-            repo, commit, name = found.groups()
-            print(f"{self.place} (licence: {self.licence})")
-            instead = "or give a copy that is here, with --data FILE"
-            return snapshot(repo, commit, name, kind="dataset", instead=instead) / name
-        path = self.cached()
-        if path.exists() and has_checksum(path, self.checksum):
-            return path
-        print(f"downloading {self.place} (licence: {self.licence}) to {path}")
-        body = download(self.place)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, partial(self.write, body), every_rank=True)
-        return path
-
-    def write(self, body: bytes, path: Path) -> None:
-        """Write what was downloaded. Raises ValueError unless it has the checksum."""
-        path.write_bytes(body)
-        if not has_checksum(path, self.checksum):
-            raise ValueError(
-                f"{self.place} gave another file than the one that is wanted, {len(body):,} bytes "
-                f"without the checksum {self.checksum}: see whether the network wants a log-in, or "
-                "use --data FILE"
-            )
-
-
-def download(url: str) -> bytes:
-    """What is there. Raises OSError if it is not given, or too large, or too slow."""
-    body, until = bytearray(), time.monotonic() + LONGEST_DOWNLOAD
-    try:
-        with urllib.request.urlopen(url, timeout=SILENCE) as reply:
-            size = int(reply.headers.get("Content-Length") or -1)
-            while part := reply.read1(1 << 16):
-                body += part
-                if len(body) > LARGEST_DOWNLOAD or time.monotonic() > until:
-                    raise OSError(f"more than {LARGEST_DOWNLOAD:,} bytes, or {LONGEST_DOWNLOAD} s")
-        if size not in (-1, len(body)):
-            raise OSError(f"it broke off after {len(body):,} of {size:,} bytes")
-    except (OSError, HTTPException, ValueError) as error:
-        raise OSError(
-            f"{url} cannot be had ({error}): run the command again, or get it where there is a "
-            "network, and give the file with --data FILE"
-        ) from error
-    return bytes(body)
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -136,17 +53,17 @@ GSM8K_TEST = Source(
     GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "MIT"
 )
 CODE_ALPACA = Source(  # 20,022 rows, at a fixed commit
-    "https://huggingface.co/datasets/sahil2801/CodeAlpaca-20k/resolve/"
-    "469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846/code_alpaca_20k.json",
+    "code_alpaca_20k.json",
+    repo="sahil2801/CodeAlpaca-20k",
+    commit="469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846",
     licence="CC BY-NC 4.0, non-commercial, says its repository; CC BY 4.0, its page on the Hub",
 )
-SAFERPACA = (
-    Source(  # 20,000 rows of cleaned Alpaca and 2,000 of safety; LoRI's train.json has the same id
-        "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/refs/heads/main/data/training/"
-        "saferpaca_Instructions_2000.json",
-        "4f16a9be684ca7acf1715a763f9570a857008822",
-        "CC BY-NC 4.0, non-commercial",
-    )
+# 20,000 rows of cleaned Alpaca and 2,000 of safety; LoRI's train.json has the same id.
+SAFERPACA = Source(
+    "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/refs/heads/main/data/training/"
+    "saferpaca_Instructions_2000.json",
+    "4f16a9be684ca7acf1715a763f9570a857008822",
+    "CC BY-NC 4.0, non-commercial",
 )
 HUMANEVAL = Source(
     "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
@@ -182,14 +99,15 @@ FIELDS = {
     "code": ("instruction", "input", "output"),
     "safety": ("instruction", "input", "output"),
 }
-
-
 OPTIONAL = {"input"}  # may be null or absent, and is then empty: many files of such rows have it so
 
 
 def default_task(model: str) -> str:
     """The task of a command that names none."""
     return "tiny-math" if model == "tiny" else "gsm8k"
+
+
+# ---- templates -----------------------------------------------------------------------------------
 
 
 def plain_math(row: dict) -> tuple[str, str]:
@@ -259,13 +177,7 @@ TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {
 }
 
 
-def unpacked(path: Path) -> bytes:
-    """What a .gz holds. Raises ValueError if that is too much: a small file may hold any amount."""
-    with gzip.open(path) as file:
-        body = file.read(LARGEST_UNPACKED + 1)
-    if len(body) > LARGEST_UNPACKED:
-        raise ValueError(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes: gunzip it first")
-    return body
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
@@ -362,6 +274,9 @@ def question(text: str, task: str, template: str | None = None) -> Example:
     return Example(*show(row), row)
 
 
+# ---- token ids -----------------------------------------------------------------------------------
+
+
 class Encoded(NamedTuple):
     """An example as token ids: prompt, with the model's bos if it has one, answer, eos."""
 
@@ -430,6 +345,9 @@ def without_long_rows(encoded: list[Encoded], max_len: int, drop_long: bool) -> 
             )
         print(f"{found}; --drop-long leaves them out")
     return fit
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):

@@ -13,12 +13,10 @@ from conftest import ROOT, write_rows
 from moe_model import IGNORE
 from plumbing.data import (
     FIELDS,
-    ON_THE_HUB,
     TASKS,
     TEMPLATES,
     Encoded,
     Example,
-    Source,
     collate,
     encode,
     examples_of_step,
@@ -28,6 +26,7 @@ from plumbing.data import (
     read_rows,
     steps_per_epoch,
 )
+from plumbing.downloads import Source
 from plumbing.tokenizer import load_tokenizer
 
 ROWS = [
@@ -254,9 +253,11 @@ def test_micro_batches_keep_every_example_and_group_like_lengths():
 
 def test_downloads_name_their_licence_and_a_checksum_or_a_commit_of_the_hub():
     sources = [source for task in TASKS.values() for source in (task.train, task.test) if source]
-    for source in (s for s in sources if "://" in s.place):
+    downloads = [source for source in sources if source.repo or "://" in source.place]
+    assert len(downloads) >= 5
+    for source in downloads:
         assert source.licence
-        assert len(source.checksum) in (40, 64) or ON_THE_HUB.fullmatch(source.place)
+        assert len(source.commit if source.repo else source.checksum) in (40, 64)
 
 
 def test_a_download_is_checked_by_sha256_or_by_gits_id_of_the_file(tmp_path, monkeypatch, capsys):

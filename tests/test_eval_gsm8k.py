@@ -7,7 +7,8 @@ import pytest
 from conftest import write_rows
 
 from eval_gsm8k import extract, few_shot, gold, solved_problems
-from plumbing.data import TASKS, Example, Source
+from plumbing.data import TASKS, Example
+from plumbing.downloads import Source
 from plumbing.run_folder import read_results
 
 

@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, small_run, toy_in, write_checkpoint, write_rows
 from local_hub import Hub
 
-from plumbing import data
-from plumbing.data import CODE_ALPACA, ON_THE_HUB, Source
+from plumbing import downloads
+from plumbing.data import CODE_ALPACA
+from plumbing.downloads import Source
 from plumbing.hub import explained, snapshot
 
 ROWS = [
@@ -326,7 +327,7 @@ def test_one_ctrl_c_ends_a_download(hub, at, tmp_path):
 
 
 def test_code_alpaca_comes_from_its_commit_and_nothing_else_is_taken_for_it(hub, run, at, tmp_path):
-    repo, commit, name = ON_THE_HUB.fullmatch(CODE_ALPACA.place).groups()
+    repo, commit, name = CODE_ALPACA.repo, CODE_ALPACA.commit, CODE_ALPACA.place
     hub.commit(repo, 5)  # main is another
     folder, _ = hub.commit(repo, int(commit, 16), "old")
     instructions = [{"instruction": "Say 1.", "input": "", "output": "1"}] * 3
@@ -358,7 +359,7 @@ def test_code_alpaca_comes_from_its_commit_and_nothing_else_is_taken_for_it(hub,
 )
 def test_a_data_set_is_right_or_not_there(hub, at, tmp_path, monkeypatch, fault, says):
     monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "data"))
-    monkeypatch.setattr(data, "SILENCE", 1)
+    monkeypatch.setattr(downloads, "SILENCE", 1)
     body = b"x" * 100
     if not (hub.root / "org/data").exists():
         (hub.commit("org/data", 3)[0] / "x.jsonl").write_bytes(body)
@@ -367,9 +368,9 @@ def test_a_data_set_is_right_or_not_there(hub, at, tmp_path, monkeypatch, fault,
     hub.faults = fault
     with monkeypatch.context() as patch:
         if fault["kind"] == "large":
-            patch.setattr(data, "LARGEST_DOWNLOAD", 50)
+            patch.setattr(downloads, "LARGEST_DOWNLOAD", 50)
         if fault["kind"] == "late":
-            patch.setattr(data, "LONGEST_DOWNLOAD", 0)
+            patch.setattr(downloads, "LONGEST_DOWNLOAD", 0)
         with pytest.raises((OSError, ValueError), match=f"x.jsonl.*{says}.*--data FILE"):
             source.fetch()
     assert not [*(tmp_path / "data").glob("*")]

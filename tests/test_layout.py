@@ -19,8 +19,8 @@ ORDER = [  # a file may import only files before it
     "plumbing.quiet", "plumbing.ranks", "plumbing.files", "plumbing.hub", "plumbing.device",
     "plumbing.cli", "plumbing.tokenizer",
     "moe_model",
-    "plumbing.checkpoint", "plumbing.data", "plumbing.answer_loss", "plumbing.base_model",
-    "plumbing.run_folder", "plumbing.saves",
+    "plumbing.checkpoint", "plumbing.downloads", "plumbing.data", "plumbing.answer_loss",
+    "plumbing.base_model", "plumbing.run_folder", "plumbing.saves",
     "catcher", "hellora", "generate", "eval_gsm8k", "settings", "report", "train", "export",
 ]  # fmt: skip
 UPWARDS = {("moe_model", "plumbing.checkpoint")}  # inside a function: MoEModel.from_pretrained

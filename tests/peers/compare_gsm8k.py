@@ -25,7 +25,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.utils import postprocess_generated_text
 
 import eval_gsm8k
-from plumbing.data import TASKS, Source
+from plumbing.data import TASKS
+from plumbing.downloads import Source
 
 FILTERS = ("strict-match", "flexible-extract")
 MARKS = ("#### ", "#### ", "####", "\n", " ", ".", ",", "$", "-", "=", "٣", "The answer is ")

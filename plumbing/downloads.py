@@ -1,0 +1,105 @@
+"""Where a data set comes from: this repository, a URL, or the Hub. All that is fetched is checked.
+
+What is at a URL is fetched once, into HELLORA_CACHE (default: ~/.cache/hellora).
+"""
+
+import gzip
+import os
+import time
+import urllib.request
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing.files import has_checksum, write_atomically, writing
+from plumbing.hub import snapshot
+
+ROOT = Path(__file__).parent.parent  # of this repository
+LARGEST_UNPACKED = 1 << 27  # bytes
+LARGEST_DOWNLOAD = 1 << 26  # bytes
+LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: of all of it, and until the next byte must be there
+
+
+class Source(NamedTuple):
+    """Where the rows of a split are: in this repository, at a URL, or in a data set of the Hub."""
+
+    place: str  # a path in this repository, a URL, or the name of a file of `repo`
+    checksum: str = ""  # of what is at a URL: its sha256, or git's id of the file
+    licence: str = ""
+    repo: str = ""  # of the Hub, ORG/NAME; the client checks what comes from there
+    commit: str = ""  # of `repo`
+
+    def cached(self) -> Path:
+        """The path of a file of this repository, or of what is at a URL, even if it is not there.
+
+        Raises ValueError for a HELLORA_CACHE that is no folder.
+        """
+        if "://" not in self.place:
+            return ROOT / self.place
+        cache = os.environ.get("HELLORA_CACHE", str(Path.home() / ".cache" / "hellora"))
+        if not cache or (Path(cache).exists() and not Path(cache).is_dir()):
+            raise ValueError(f"HELLORA_CACHE is {cache!r}: want a folder, or unset it")
+        return Path(cache) / f"{self.checksum[:16]}-{self.place.rpartition('/')[2]}"
+
+    def fetch(self) -> Path:
+        """Its path, after a download if need be.
+
+        Raises OSError without a network, ValueError if the file is not the one that is expected.
+        """
+        if self.repo:
+            page = f"https://huggingface.co/datasets/{self.repo}"
+            print(f"{self.place} of {page} (licence: {self.licence})")
+            instead = "or give a copy that is here, with --data FILE"
+            folder = snapshot(self.repo, self.commit, self.place, kind="dataset", instead=instead)
+            return folder / self.place
+        if "://" not in self.place:
+            return self.cached()
+        path = self.cached()
+        if path.exists() and has_checksum(path, self.checksum):
+            return path
+        print(f"downloading {self.place} (licence: {self.licence}) to {path}")
+        body = download(self.place)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, partial(self.write, body), every_rank=True)
+        return path
+
+    def write(self, body: bytes, path: Path) -> None:
+        """Write what was downloaded. Raises ValueError unless it has the checksum."""
+        path.write_bytes(body)
+        if not has_checksum(path, self.checksum):
+            raise ValueError(
+                f"{self.place} gave another file than the one that is wanted, {len(body):,} bytes "
+                f"without the checksum {self.checksum}: see whether the network wants a log-in, or "
+                "use --data FILE"
+            )
+
+
+def download(url: str) -> bytes:
+    """What is there. Raises OSError if it is not given, or too large, or too slow."""
+    body, until = bytearray(), time.monotonic() + LONGEST_DOWNLOAD
+    try:
+        with urllib.request.urlopen(url, timeout=SILENCE) as reply:
+            size = int(reply.headers.get("Content-Length") or -1)
+            while part := reply.read1(1 << 16):
+                body += part
+                if len(body) > LARGEST_DOWNLOAD or time.monotonic() > until:
+                    raise OSError(f"more than {LARGEST_DOWNLOAD:,} bytes, or {LONGEST_DOWNLOAD} s")
+        if size not in (-1, len(body)):
+            raise OSError(f"it broke off after {len(body):,} of {size:,} bytes")
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(
+            f"{url} cannot be had ({error}): run the command again, or get it where there is a "
+            "network, and give the file with --data FILE"
+        ) from error
+    return bytes(body)
+
+
+def unpacked(path: Path) -> bytes:
+    """What a .gz holds. Raises ValueError if that is too much: a small file may hold any amount."""
+    with gzip.open(path) as file:
+        body = file.read(LARGEST_UNPACKED + 1)
+    if len(body) > LARGEST_UNPACKED:
+        raise ValueError(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes: gunzip it first")
+    return body
