@@ -44,6 +44,7 @@ from tqdm import tqdm
 from hellora import load_run, parse_method
 from moe_model import KVCache, MoEModel
 from plumbing import ranks
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import (
     COUNT,
@@ -59,7 +60,7 @@ from plumbing.cli import (
 )
 from plumbing.data import TASKS, bos_for, encode_prompt, question
 from plumbing.device import free_bytes, warn_of_slow_cpu
-from plumbing.run_folder import located, read_run
+from plumbing.run_folder import read_run
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 100  # prompts decoded together, if they fit
@@ -535,7 +536,7 @@ def main() -> None:
     args = parse_args()
     prompts = given_prompts(args)
     run = read_run(args.run, "adapted") if args.run else {}
-    source = located(run) if run else locate(args.model)
+    source = base_folder(run) if run else locate(args.model)
     tokenizer, max_len = load_tokenizer(source), read_config(source).max_len
     resolve(args, run)
     tokenizer.bos = run["bos"] if run else bos_for(tokenizer, args.template)

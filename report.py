@@ -26,11 +26,12 @@ from catcher import RULES, Catcher, HotList, choose
 from hellora import LoRAGroupedLinear, Method, adapters, attach, parse_method
 from moe_model import IGNORE, MoEConfig, MoEModel
 from plumbing import ranks
+from plumbing.base_model import base_folder
 from plumbing.checkpoint import empty_model, read_config
 from plumbing.cli import Parser, command
 from plumbing.data import TASKS, Encoded, encode_prompt
 from plumbing.files import check, read_json, write_atomically, write_json
-from plumbing.run_folder import lines_up_to, located, read_results, read_run
+from plumbing.run_folder import lines_up_to, read_results, read_run
 from plumbing.tokenizer import Tokenizer
 from settings import SCORED_BY, SCORES, Job
 
@@ -210,7 +211,7 @@ def kind_of(run: dict) -> str:
 def config_of(run: dict) -> MoEConfig:
     """The sizes of a run's model. Runs of before run.json had them need the model's config.json."""
     if not run.get("config"):
-        return read_config(located(run, weights=False))
+        return read_config(base_folder(run, weights=False))
     try:
         return MoEConfig(**run["config"])
     except TypeError as error:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from moe_model import MoEConfig
 from plumbing import ranks
-from plumbing.base_model import base_folder, is_same_model, unchanged_base_folder
+from plumbing.base_model import is_same_model, unchanged_base_folder
 from plumbing.files import (
     Positive,
     check,
@@ -92,9 +92,6 @@ def saved_commit(folder: Path) -> str | None:
 def base_of(folder: Path) -> Path:
     """The folder of a run's base model. Raises as `unchanged_base_folder`."""
     return unchanged_base_folder(read_run(folder, "hashes"), folder)
-
-
-located = base_folder  # its name in report.py
 
 
 # ---- what else it says ---------------------------------------------------------------------------
