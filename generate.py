@@ -60,6 +60,7 @@ from plumbing.cli import (
 )
 from plumbing.data import TASKS, bos_for, encode_prompt, question
 from plumbing.device import free_bytes, warn_of_slow_cpu
+from plumbing.memory import problem
 from plumbing.run_folder import read_run
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
@@ -152,21 +153,11 @@ def generate(
 
 
 def fitting_batch(model: MoEModel, longest: int, max_new: int) -> int:
-    """How many of the longest prompts to decode together: BATCH, or what a GPU has memory for.
-
-    Counted for each: the cache, and what the first pass holds in one layer. That is K rows of each
-    token, with the experts' input, output and three hidden vectors; queries, keys and values in
-    float32; and one number per head for each pair of tokens, where heads share keys.
-    """
+    """How many of the longest prompts to decode together: BATCH, or what a GPU has memory for."""
     if model.device.type != "cuda":
         return BATCH
-    cfg, size = model.cfg, model.dtype.itemsize
-    length = min(longest + max_new, cfg.max_len)
-    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * length * size
-    rows = cfg.top_k * (3 * cfg.dim + 4 * cfg.expert_dim) * size
-    pairs = 8 * cfg.n_heads * longest if cfg.n_kv_heads < cfg.n_heads else 0
-    each = cache + longest * (rows + 12 * cfg.dim * 4 + pairs)
     free = free_bytes(model.device)
+    each = problem(model.cfg, model.dtype.itemsize, longest, max_new)
     n = max(1, min(BATCH, int(0.85 * free / each)))
     n = -ranks.largest(-n, model.device)  # the smallest of all ranks': they take equal steps
     if n < BATCH:

@@ -7,7 +7,8 @@ has been written by then.
 import argparse
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ from plumbing.data import (
     load_examples,
     steps_per_epoch,
 )
-from plumbing.device import warn_of_slow_cpu
+from plumbing.device import free_bytes, most_bytes, warn_of_slow_cpu
 from plumbing.files import sha256
 from plumbing.hub import snapshot_commit
+from plumbing.memory import STAY, shapes, training, visits_of
 from plumbing.run_folder import (
     choose_folder,
     differences,
@@ -307,7 +309,7 @@ def prepare(args: argparse.Namespace) -> Job:
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
     tests = [] if args.no_eval else scored_examples(settings)
     check_scorable(tests, tokenizer, cfg.max_len)
-    return Job(
+    job = Job(
         folder=folder,
         settings=settings,
         method=method,
@@ -326,6 +328,85 @@ def prepare(args: argparse.Namespace) -> Job:
         recompute=args.recompute,
         save_every=args.save_every,
     )
+    check_memory(job)
+    return job
+
+
+# ---- does it fit? --------------------------------------------------------------------------------
+
+
+def needs(job: Job) -> dict[str, dict[str, int]]:
+    """{"the warm-up", "training": plumbing.memory's bytes of each part} of this device.
+
+    The micro-batch is the largest there is, with the longest row.
+    """
+    settings, kinds = job.settings, {"training": job.method}
+    counted = settings["hot_experts"] or (job.folder / "hot_experts.json").exists()
+    if job.method.chooses and settings["catcher"] == "warmup" and not counted:
+        kinds = {"the warm-up": parse_method("lora")} | kinds
+    k = settings["k"]  # with --coverage it is not known yet
+    tokens = job.micro_batch * max((len(e.ids) - 1 for e in job.data), default=0)
+    return {
+        phase: training(
+            shapes(
+                job.cfg, method, k, settings["rank"], settings["alpha"], DTYPES[settings["dtype"]]
+            ),
+            tokens,
+            visits_of(method, k, job.cfg.n_experts),
+            job.recompute,
+            ranks.world(),
+            job.shard == "full" and ranks.world() > 1,
+            job.device.type == "cpu",
+        )
+        for phase, method in kinds.items()
+    }
+
+
+def check_memory(job: Job) -> None:
+    """Say on stderr if the run is reckoned to take more memory than is free, and what to set.
+
+    What stays from the first step to the last is certain. Raises ValueError if the device has not
+    even that.
+    """
+    free, most = free_bytes(job.device), most_bytes(job.device)
+    found = needs(job)
+    phase, parts = max(found.items(), key=lambda item: sum(item[1].values()))
+    stays = {phase: sum(of[part] for part in STAY) for phase, of in found.items()}
+    kind, in_fp32 = job.device.type, job.settings["dtype"] == "fp32" and not job.method.train_base
+    if most and max(stays.values()) > most:
+        ways = ["--catcher forward"] * (stays["training"] <= most) + ["--dtype bf16"] * in_fp32
+        ways += ["more memory"] if kind == "cpu" else ["a larger GPU", "--shard full on more"]
+        raise ValueError(
+            f"weights, gradients and AdamW's values take {max(stays.values()) / 1e9:.1f} GB, but "
+            f"the {kind} has {most / 1e9:.1f}: want {', or '.join(ways)}"
+        )
+    total = sum(parts.values())
+    if free and total > free and ranks.rank() == 0:
+        print(
+            f"warning: {phase} is reckoned to take {total / 1e9:.1f} GB, and {free / 1e9:.1f} are "
+            f"free on the {kind}: {way_out(job, free)}",
+            file=sys.stderr,
+        )
+
+
+def way_out(job: Job, free: int) -> str:
+    """The least change of flags with which the run is reckoned to fit, in words."""
+    sizes = [job.micro_batch]
+    while sizes[-1] > 1 and not job.settings["balance"]:  # whose loss depends on it
+        sizes.append(sizes[-1] // 2)
+    for catcher in dict.fromkeys((job.settings["catcher"], "forward")):
+        for size in sizes:
+            changed = {"catcher": catcher}
+            other = replace(job, settings=job.settings | changed, recompute=True, micro_batch=size)
+            if max(sum(of.values()) for of in needs(other).values()) <= free:
+                flags = ["--recompute"] * (not job.recompute)
+                flags += [f"--micro-batch {size}"] * (size != job.micro_batch)
+                flags += [f"--catcher {catcher}"] * (catcher != job.settings["catcher"])
+                return f"add {' '.join(flags)}"
+    return "want more memory"
+
+
+# ---- the rest of the checks ----------------------------------------------------------------------
 
 
 def default_micro_batch(settings: dict) -> int:

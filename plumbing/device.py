@@ -69,3 +69,23 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):  # in kB
             return 1024 * int(line.split()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0
+
+
+def most_bytes(device: torch.device) -> int:
+    """The memory beyond which this process is sure to fail, in bytes. 0 where nobody tells.
+
+    Of a GPU: what is free. Of the CPU: all that the machine has, swap included, or less where a
+    control group says so.
+    """
+    if device.type == "cuda":
+        return free_bytes(device)
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    there = sum(
+        1024 * int(line.split()[1])
+        for line in lines
+        if line.startswith(("MemTotal:", "SwapTotal:"))
+    )
+    limits = [Path("/sys/fs/cgroup") / f"memory{kind}.max" for kind in ("", ".swap")]
+    texts = [path.read_text().strip() if path.exists() else "max" for path in limits]
+    return min(there, sum(map(int, texts))) if all(map(str.isdigit, texts)) else there

@@ -21,7 +21,8 @@ ORDER = [  # a file may import only files before it
     "moe_model",
     "plumbing.checkpoint", "plumbing.downloads", "plumbing.data", "plumbing.answer_loss",
     "plumbing.base_model", "plumbing.run_folder", "plumbing.saves",
-    "catcher", "hellora", "generate", "eval_gsm8k", "settings", "report", "train", "export",
+    "catcher", "hellora", "plumbing.memory", "generate", "eval_gsm8k", "settings", "report",
+    "train", "export",
 ]  # fmt: skip
 UPWARDS = {("moe_model", "plumbing.checkpoint")}  # inside a function: MoEModel.from_pretrained
 WINGS = ("tiny", "paper", "examples")

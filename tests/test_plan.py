@@ -7,7 +7,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hellora
 from paper import plan
-from plumbing import ranks
+from plumbing import memory, ranks
 from plumbing.checkpoint import BACKBONES
 
 
@@ -17,7 +17,7 @@ def size_of(tensors):
 
 def test_the_page_has_the_tables_that_the_command_makes():
     text = plan.PAGE.read_text()
-    assert text.count("```text --model") == 8
+    assert text.count("```text --model") == 9
     assert plan.page(text) == text
 
 
@@ -32,8 +32,7 @@ def test_what_a_gpu_holds_is_what_the_parameters_take(method):
         + 16 * trained
         + sum(n * (4 if ".lora." in name else 2) for name, n in frozen.items())
     )
-    got = plan.held(model, 1, False, tokens=1)
-    assert sum(got.values()) - got["inputs of the layers"] == want
+    assert sum(memory.held(model, 1, False).values()) == want
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def test_what_a_gpu_holds_is_what_the_parameters_take(method):
 def test_a_gpu_of_16_holds_what_fsdp2_gives_it(model, method):
     """PyTorch's own cut, for the first of 16 ranks: Mixtral has but 8 experts."""
     shapes = plan.shapes(BACKBONES[model].cfg, method, 2)
-    want = plan.held(shapes, 16, True, tokens=1)
+    want = memory.held(shapes, 16, True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
     try:
         ranks.shard(shapes, shapes.layers, None, torch.device("cpu"))
@@ -74,5 +73,5 @@ def test_what_is_put_together_is_two_layers_the_rest_and_gradients():
     layer = size_of(model.layers[0].parameters())
     outside = size_of(m.weight for m in (model.embed, model.head, model.norm))
     trained = sum(p.numel() for p in model.layers[0].parameters() if p.requires_grad)
-    two = plan.held(model, 2, True, tokens=1)  # which divides all there is
+    two = memory.held(model, 2, True)  # which divides all there is
     assert two["put together for a moment"] == 2 * layer + outside + 8 * trained
