@@ -29,6 +29,7 @@ WINGS = ("tiny", "paper", "examples")
 ALLOWED = {"torch", "safetensors", "huggingface_hub", "tiktoken", "numpy", "tqdm", "filelock"}
 PEERS = {  # used where installed
     "paper/bench/peers.py": {"transformers", "peft"},
+    "paper/real_size.py": {"transformers"},
     "paper/figures.py": {"matplotlib"},
 }
 
