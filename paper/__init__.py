@@ -3,6 +3,7 @@
 Commands        reproduce: the paper's tables beside ours; eval_humaneval, eval_safety: scores
                 pages: fills README.md and docs/; figures: draws; walkthrough: one token's way
                 plan: what fits where, and what goes over the wire
+                first_gpu: ten minutes on a GPU; real_size: a model of real size on a CPU
 runs/           grid: runs what is missing; parallel: several commands at a time
                 rates: each method's learning rate; stats: spread, intervals, Student's t
 studies/        tables: what the paper prints, as data; comparison: tables of ours, row by row
