@@ -10,10 +10,10 @@ from conftest import HUB, write_checkpoint
 from stand_in import DEVICE, OnDevice, StandIn
 
 from catcher import Catcher, choose, count_visits
-from eval_gsm8k import answer_losses
 from generate import Sampling, generate
 from hellora import METHODS, attach, init_adapters, merge, parse_method
 from moe_model import MoEModel
+from plumbing.answer_loss import answer_losses
 from plumbing.data import Encoded
 from train import make_optimizer, train_step
 
