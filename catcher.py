@@ -355,7 +355,7 @@ def main() -> None:
 
     # The same look at the task that train.py --catcher forward takes.
     model = MoEModel.from_pretrained(source, dtype, device)
-    examples = load_examples(task, args.data or TASKS[task].train.fetch())
+    examples = load_examples(task, args.data or TASKS[task].train.fetch(), model=source)
     encoded = encode(examples, load_tokenizer(source), cfg.max_len, args.drop_long)
     data = sample(encoded, args.share, args.seed)
     counted = count_visits(model, data, args.batch_size, "catch", args.count)

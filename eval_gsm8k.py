@@ -71,7 +71,7 @@ def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]
     """The strict and the flexible answer of a generated text; None where there is none."""
     for mark in UNTIL:
         text = text.split(mark)[0]
-    strict = STRICT[template].search(text)
+    strict = STRICT.get(template, STRICT["plain"]).search(text)  # a file's is in the plain form
     numbers = FLEXIBLE.findall(text)
     return (normalise(strict[1]) if strict else None), (normalise(numbers[-1]) if numbers else None)
 
@@ -199,9 +199,19 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
-def problems(task: str, template: str, path: Path, limit: int | None, shots: int) -> list[Example]:
-    """The examples to score, each after `shots` solved ones of the training split."""
-    examples = load_examples(task, path, template)[:limit]
+def problems(
+    task: str,
+    template: str,
+    path: Path,
+    limit: int | None,
+    shots: int,
+    source: Path | None = None,
+) -> list[Example]:
+    """The examples to score, each after `shots` solved ones of the training split.
+
+    source: the model's folder.
+    """
+    examples = load_examples(task, path, template, source)[:limit]
     return few_shot(examples, solved_problems(task, template), shots) if shots else examples
 
 
@@ -254,7 +264,7 @@ def what_is_asked(args: argparse.Namespace, run: dict, folder: Path | None) -> A
     tokenizer = load_tokenizer(source)
     tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)
     limit = args.limit or own.get("eval_limit")
-    examples = problems(task, template, Path(path), limit, args.shots)
+    examples = problems(task, template, Path(path), limit, args.shots, source)
     return Asked(task, template, tokenizer, examples, read_config(source))
 
 

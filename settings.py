@@ -8,7 +8,9 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,12 +33,15 @@ from plumbing.checkpoint import (
 )
 from plumbing.cli import COUNT, DTYPES, SEED, SHARE, Parser, add_compute_flags, compute, number
 from plumbing.data import (
+    FIELDS,
     TASKS,
     Encoded,
     Example,
     bos_for,
     default_task,
     encode,
+    has_fields,
+    is_file_template,
     load_examples,
     steps_per_epoch,
 )
@@ -98,7 +103,8 @@ SCORES = {  # kind of task -> what of results.json tells how it went, the first 
 }
 # The flags that decide a run's numbers. They are kept in run.json, and compared before it resumes.
 SETTINGS = (
-    "model", "task", "data", "drop_long", "eval_data", "eval_limit", "template", "method", "k",
+    "model", "task", "data", "drop_long", "eval_data", "eval_limit", "template", "dev_data",
+    "dev_every", "method", "k",
     "coverage", "rank", "alpha", "catcher", "score", "count", "hot_experts", "mask_from",
     "mask_scope", "redraw_a", "epochs", "steps", "batch_size", "lr", "clip", "balance", "seed",
     "dtype",
@@ -121,7 +127,8 @@ def parse_args(description: str) -> argparse.Namespace:
          help=f"tiny, {', '.join(BACKBONES)}, a folder, or a Hub id[@REVISION]")
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
     what("--data", type=Path, metavar="FILE",
-         help="rows to train on, in place of the task's training split")
+         help="rows to train on, in place of the task's training split: JSON lines, a JSON list or "
+         "CSV, of the task's form or another (docs/rows.md)")
     rare("--drop-long", action="store_true", default=None,
          help="leave out rows that are longer than the model's context")
     what("--eval-data", type=Path, metavar="FILE",
@@ -131,7 +138,8 @@ def parse_args(description: str) -> argparse.Namespace:
          help="problems decoded together (default 100, on a GPU as many of them as fit)")
     what("--no-eval", action="store_true", help="score nothing")
     what("--template", metavar="NAME",
-         help="form of prompts: plain or lori for math; alpaca, lori or bare for others")
+         help="form of prompts: plain or lori for math; alpaca, lori or bare for others; or a file "
+         "with {fields} of the rows, or with a chat template (docs/rows.md)")
     method("--method", default="hellora", help=f"{', '.join(METHODS)}, with suffixes {suffixes}")
     method("--k", type=int,
            help="adapted experts per layer (default: as many as a token visits)")
@@ -182,8 +190,29 @@ def parse_args(description: str) -> argparse.Namespace:
     rare("--recompute", action="store_true",
          help="run layers again in the backward pass: less memory, slower")
     # fmt: on
+    add_watch_flags(run)
     add_compute_flags(rare)
     return p.parse_args()
+
+
+def add_watch_flags(add: Callable) -> None:
+    """The flags of what is measured in training. add: an add_argument."""
+    # fmt: off
+    add("--dev-data", type=Path, metavar="FILE",
+        help="rows whose loss is taken in training; the best adapter is kept in DIR/best")
+    add("--dev-every", type=COUNT, metavar="N", help="steps between these losses (default 50)")
+    add("--log", choices=["tensorboard"], help="write the metrics also for TensorBoard")
+    # fmt: on
+
+
+def check_watch_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag of these that says nothing, or that cannot be followed here."""
+    if args.dev_every and not args.dev_data:
+        raise ValueError("--dev-every is for --dev-data FILE: omit it")
+    if args.log and find_spec(args.log) is None:
+        raise ValueError(
+            f"--log {args.log} needs a package that is not here: pip install {args.log}, or omit it"
+        )
 
 
 def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
@@ -197,6 +226,7 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
         "task": task,
         "template": TASKS[task].template,
         "k": default_k(cfg),
+        "dev_every": 50 if args.dev_data else None,
         "dtype": next(name for name, kind in DTYPES.items() if kind == dtype),
     }
     if args.steps:
@@ -208,7 +238,8 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
         value = getattr(args, name)
         if name == "redraw_a" and not args.mask_from:
             value = None  # without a mask it says nothing
-        if name == "model" and value != "tiny" and Path(value).is_dir():
+        is_folder = name == "model" and value != "tiny" and Path(value).is_dir()
+        if is_folder or (name == "template" and is_file_template(task, value)):
             value = Path(value)
         if isinstance(value, Path):
             value = os.path.realpath(value)  # a run goes on from any working directory
@@ -221,22 +252,54 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     return settings
 
 
-def scored_examples(settings: dict) -> list[Example]:
+def has_own_rows(settings: dict, data: list[Example]) -> bool:
+    """Whether the rows of --data are shown in another form than the task's."""
+    task, template = TASKS[settings["task"]], settings["template"]
+    own = is_file_template(settings["task"], template)
+    return bool(settings["data"]) and (own or not has_fields(data[0].row, FIELDS[task.kind]))
+
+
+def scored_examples(settings: dict, own_rows: bool, source: Path) -> list[Example]:
     """What is scored before and after training: --eval-data, or else the task's test split.
 
-    Nothing, and a line that says so, if that would have to be downloaded although --data was given.
+    Nothing, and a line that says so, if that would have to be downloaded although --data was given,
+    or if these rows have a form of their own.
     """
-    task = TASKS[settings["task"]]
+    name, given = settings["task"], settings["eval_data"]
+    task = TASKS[name]
     if task.kind != "math":
-        if settings["eval_data"] and not Path(settings["eval_data"]).is_file():
-            raise FileNotFoundError(f"--eval-data {settings['eval_data']}: there is no such file")
+        if given and not Path(given).is_file():
+            raise FileNotFoundError(f"--eval-data {given}: there is no such file")
         print(f"nothing is scored in training; afterwards: {SCORED_BY[task.kind].format('DIR')}")
         return []
-    if settings["data"] and not settings["eval_data"] and not task.test.cached().exists():
-        print("nothing is scored: give --eval-data FILE to score before and after")
-        return []
-    path = Path(settings["eval_data"]) if settings["eval_data"] else task.test.fetch()
-    return load_examples(settings["task"], path, settings["template"])[: settings["eval_limit"]]
+    if settings["data"] and not given:
+        if own_rows or not task.test.cached().exists():
+            print(
+                "nothing is scored: --eval-data FILE has rows scored before and after, by the "
+                "'#### N' of their answers; --dev-data FILE has rows whose loss is taken"
+            )
+            return []
+        print(f"scored on {name}'s own test split: --eval-data FILE scores other rows")
+    path = Path(given) if given else task.test.fetch()
+    return load_examples(name, path, settings["template"], source)[: settings["eval_limit"]]
+
+
+def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None:
+    """Say what is odd in rows of one's own. Nothing is changed. scored: the kind of task."""
+    asked = [(example.prompt, example.answer) for example in data]
+    prompts = {example.prompt for example in tests}
+    unmarked = "####" if tests and scored == "math" else ""
+    odd = {
+        "have an empty answer": sum(not answer.strip() for _, answer in asked),
+        "are there once more, word for word": len(asked) - len(set(asked)),
+        "are also among the rows to score": sum(prompt in prompts for prompt, _ in asked),
+        "have no '#### N' in the answer, which is scored": sum(
+            unmarked not in str(example.row.get("answer")) for example in data
+        ),
+    }
+    for what, n in odd.items():
+        if n:
+            print(f"warning: {n} of {len(asked)} rows of the data {what}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +314,12 @@ class Job:
     device: torch.device
     tokenizer: Tokenizer
     data: list[Encoded]
+    own_rows: bool  # --data has rows of another form than the task's
     n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
     eval_batch: int | None  # of these, decoded together; None: as many as fit
+    dev: list[Encoded]  # whose loss is taken every settings["dev_every"] steps; empty: none is
+    log: str | None  # "tensorboard"
     start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
     matmul: str  # "grouped" or "loop" (MATMULS)
@@ -267,6 +333,11 @@ class Job:
         per_epoch = steps_per_epoch(len(self.data), self.settings["batch_size"])
         return self.settings["steps"] or self.settings["epochs"] * per_epoch
 
+    def is_dev_step(self, step: int) -> bool:
+        """Whether the loss on --dev-data is taken after `step` steps: also after the last."""
+        every = self.settings["dev_every"]
+        return bool(self.dev) and (step % every == 0 or step == self.n_steps)
+
     @property
     def all_experts(self) -> dict[int, list[int]]:
         """{MoE layer: every expert's id}: what plain LoRA adapts."""
@@ -275,6 +346,7 @@ class Job:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that a user can get wrong, before anything is written, and read the data."""
+    check_watch_flags(args)
     device, dtype = compute(args.device, args.dtype)
     method = parse_method(args.method)
     # Of a model of the Hub, all but the weights at first: the settings choose the run's folder, and
@@ -304,11 +376,15 @@ def prepare(args: argparse.Namespace) -> Job:
     tokenizer.bos = settings["bos"]
     check_weights(cfg, Checkpoint(source))
 
-    path = args.data or TASKS[settings["task"]].train.fetch()
-    examples = load_examples(settings["task"], path, settings["template"])
+    task, template = settings["task"], settings["template"]
+    examples = load_examples(task, args.data or TASKS[task].train.fetch(), template, source)
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
-    tests = [] if args.no_eval else scored_examples(settings)
+    own_rows = has_own_rows(settings, examples)
+    tests = [] if args.no_eval else scored_examples(settings, own_rows, source)
     check_scorable(tests, tokenizer, cfg.max_len)
+    if args.data:
+        warn_of_rows(examples, tests, TASKS[task].kind)
+    dev = load_examples(task, args.dev_data, template, source) if args.dev_data else []
     job = Job(
         folder=folder,
         settings=settings,
@@ -319,8 +395,11 @@ def prepare(args: argparse.Namespace) -> Job:
         tokenizer=tokenizer,
         data=data,
         n_dropped=len(examples) - len(data),
+        own_rows=own_rows,
         tests=tests,
         eval_batch=args.eval_batch,
+        dev=encode(dev, tokenizer, cfg.max_len, bool(args.drop_long)),
+        log=args.log,
         start=start,
         micro_batch=args.micro_batch or default_micro_batch(settings),
         matmul=args.experts,
@@ -566,6 +645,8 @@ def new_record(job: Job) -> dict:
     }
     if job.settings["drop_long"]:
         record["rows_dropped"] = job.n_dropped
+    if job.log:
+        record["log"] = job.log
     return record
 
 

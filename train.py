@@ -259,7 +259,8 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     optimizer, visits = make_optimizer(model, settings["lr"]), Catcher(job.cfg.n_experts)
     n_steps = job.n_steps
     start = saves.resume(folder, adapter_state(model), model, optimizer)
-    metrics = run_folder.Metrics(folder, start)
+    metrics = run_folder.Metrics(folder, start, log=job.log)
+    dev_losses = saves.DevLosses(folder, start, job.log) if job.dev else None
     skipped, in_a_row = 0, 0  # steps whose loss or gradient was not finite
     bar = tqdm(total=n_steps, initial=start, desc="train", unit="step")
     with deferred_stop() as asked, bar:
@@ -305,6 +306,9 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
             note = f", {skipped} skipped" if skipped else ""
             bar.set_postfix_str(f"loss {loss:.3f}, {samples_per_s:.0f} samples/s{note}")
             bar.update()
+            if job.is_dev_step(step + 1):
+                loss = mean_loss(model, job.dev, job.micro_batch)
+                dev_losses.add(step + 1, loss, adapter_state(model))
 
             # Save only between steps, so that no step is torn. If one rank has to stop, all do.
             stop = ranks.largest(len(asked), model.device)  # asked: the signals that came
@@ -324,6 +328,21 @@ def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     visits = visits.gather() if visits.counts else visits  # none where no step was left to do
     report.keep_visits(folder, visits, start + 1, n_steps)
     return visits
+
+
+@torch.no_grad()
+def mean_loss(model: MoEModel, data: list[Encoded], micro_batch: int) -> float:
+    """The mean loss per target token over `data`, as `train_step` has it. Each rank takes it all.
+
+    (A model that is cut up needs all ranks in each forward pass.)
+    """
+    ordered = sorted(data, key=lambda e: len(e.ids))  # so there is little padding
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for at in range(0, len(ordered), micro_batch):
+        batch = collate(ordered[at : at + micro_batch], model.device)
+        summed, _ = model(batch.tokens, targets=batch.targets)
+        total += summed
+    return (total / sum(len(e.ids) - e.n_prompt for e in data)).item()
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -429,6 +448,7 @@ def run_job(job: Job, folder: Path) -> None:
     report.keep_routing(job, model, folder, records)
     record["hashes"]["adapter"] = ranks.once(lambda: sha256(folder / "adapter.safetensors"))
     write_json(folder / "run.json", record | {"finished": True})
+    ranks.once(lambda: saves.finish_best(folder, record | {"finished": True}))
     ranks.wait()  # no rank ends before the files are there
 
 
@@ -440,7 +460,10 @@ def main() -> None:
         run_job(job, job.folder)
     print(ranks.once(lambda: report.after_training(job.folder)))
     scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(job.folder)
-    print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
+    if job.own_rows:
+        print(f"done. The loss of other rows of this form: {scored_by} --loss --data FILE")
+    else:
+        print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
 
 
 if __name__ == "__main__":

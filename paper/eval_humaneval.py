@@ -35,17 +35,9 @@ from moe_model import MoEModel
 from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
 from plumbing import ranks
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, number
-from plumbing.data import (
-    HUMANEVAL,
-    SURROGATE,
-    TASKS,
-    default_task,
-    encode_prompt,
-    load_examples,
-    numbered_rows,
-    read_rows,
-)
+from plumbing.data import HUMANEVAL, TASKS, default_task, encode_prompt, load_examples
 from plumbing.files import sha256, write_json_lines
+from plumbing.rows import SURROGATE, numbered_rows, read_rows
 from plumbing.run_folder import is_other_dtype, read_run, results_folder, update_results
 from plumbing.tokenizer import Tokenizer
 

@@ -19,8 +19,9 @@ from eval_gsm8k import load_model
 from generate import generate
 from paper.scoring.refusals import RULE, RULES
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, say
-from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt, read_rows
+from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt
 from plumbing.hub import snapshot
+from plumbing.rows import read_rows
 from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
 
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"

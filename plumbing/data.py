@@ -3,11 +3,10 @@
 Letters: B sequences    T tokens per sequence
 """
 
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +15,21 @@ from torch import Tensor
 
 from moe_model import IGNORE
 from plumbing import ranks
-from plumbing.downloads import Source, unpacked
+from plumbing.cli import say
+from plumbing.downloads import Source
+from plumbing.rows import (
+    OPTIONAL,
+    ChatTemplate,
+    ChatText,
+    check_unicode,
+    fill,
+    names,
+    read_rows,
+    read_template,
+    rows_of,
+    with_fields,
+)
 from plumbing.tokenizer import Tokenizer
-
-# An unpaired surrogate. JSON can escape one, but no UTF-8 file can hold it.
-SURROGATE = re.compile("[\ud800-\udfff]")
-
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
@@ -99,7 +107,6 @@ FIELDS = {
     "code": ("instruction", "input", "output"),
     "safety": ("instruction", "input", "output"),
 }
-OPTIONAL = {"input"}  # may be null or absent, and is then empty: many files of such rows have it so
 
 
 def default_task(model: str) -> str:
@@ -177,65 +184,7 @@ TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {
 }
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    """Rows of a .json list, or of JSON lines, either also as .gz; each with text in all `fields`.
-
-    Raises FileNotFoundError, or ValueError with the line (of a list: the element) that is wrong.
-    """
-    for n, row in numbered_rows(path, fields):
-        for field in fields:
-            if SURROGATE.search(row[field]):
-                raise ValueError(
-                    f"{path}, row {n} has an unpaired surrogate (\\ud800 to \\udfff) in {field!r}: "
-                    "want Unicode text"
-                )
-        yield row
-
-
-def numbered_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    """`read_rows` with the number of each line or element. A text may have unpaired surrogates."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no file {path}: want rows with {', '.join(fields)} as JSON lines"
-        )
-    try:
-        text = (unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(
-            f"{path} cannot be read as text ({error}): want JSON lines or a JSON list"
-        ) from error
-    if text.lstrip().startswith("["):
-        rows = enumerate(_parse(text, f"{path}"), 1)
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        rows = ((n, _parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
-    n = 0
-    for n, row in rows:
-        if isinstance(row, dict):
-            row = row | {f: "" for f in OPTIONAL.intersection(fields) if row.get(f) is None}
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                names = filter(str.isidentifier, row) if isinstance(row, dict) else ()
-                raise ValueError(
-                    f"{path}, row {n} has no text in {field!r} "
-                    f"(its fields: {', '.join(names) or 'none'}): want {', '.join(fields)} "
-                    "in each row, empty where there is nothing to say"
-                )
-        yield n, row
-    if n == 0:
-        raise ValueError(
-            f"{path} holds no rows: want JSON lines or a JSON list with {', '.join(fields)}"
-        )
-
-
-def _parse(text: str, place: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON ({error})") from error
+# ---- rows as prompts and answers ----------------------------------------------------------------
 
 
 def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[str, str]]:
@@ -246,14 +195,38 @@ def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[st
     kind, template = TASKS[task].kind, template or TASKS[task].template
     if (kind, template) not in TEMPLATES:
         known = ", ".join(name for of, name in TEMPLATES if of == kind)
-        raise ValueError(f"unknown template {template!r} for task {task}: want one of {known}")
+        raise ValueError(
+            f"{template!r} is no named template of task {task}: want one of {known}; "
+            "train.py and eval_gsm8k.py also take a file"
+        )
     return TEMPLATES[kind, template]
 
 
-def load_examples(task: str, path: Path, template: str | None = None) -> list[Example]:
-    """The rows of a file as prompts and answers. Raises ValueError for an unknown template."""
+def load_examples(
+    task: str, path: Path, template: str | None = None, model: Path | None = None
+) -> list[Example]:
+    """The rows of a file as prompts and answers.
+
+    Rows with the task's fields are shown in its template. Where no other is asked for, rows with
+    the fields of one of FORMS are shown as that says. template: a name of TEMPLATES, or a file (see
+    rows.py). model: the folder of the model, which may have a chat template. Raises ValueError for
+    an unknown template, or for a row that does not fit.
+    """
+    kind, template = TASKS[task].kind, template or TASKS[task].template
+    if is_file_template(task, template):
+        return own_form(path, Path(template), model)
     show = form_of(task, template)
-    return [Example(*show(row), row) for row in read_rows(path, FIELDS[TASKS[task].kind])]
+    wanted = ", ".join(FIELDS[kind])
+    n, row = next(rows_of(path, f" with {wanted}"))
+    if template == TASKS[task].template and not has_fields(row, FIELDS[kind]):
+        if own_fields(row):
+            return own_form(path, None, model)
+        others = "; ".join(", ".join(fields) for fields in FORMS if fields != FIELDS[kind])
+        raise ValueError(
+            f"{path}, row {n} has the fields {names(row)}: want {wanted}; or one of these: "
+            f"{others}; or --template FILE, a text with {{fields}} of yours"
+        )
+    return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
 
 
 def question(text: str, task: str, template: str | None = None) -> Example:
@@ -272,6 +245,79 @@ def question(text: str, task: str, template: str | None = None) -> Example:
         text = text.removesuffix(after.strip()).rstrip()
     row = {f: "" for f in others} | {field: text}
     return Example(*show(row), row)
+
+
+# ---- rows that have not the task's form ----------------------------------------------------------
+
+# The fields of a row -> its prompt and answer. Of several that fit, the first counts.
+FORMS: dict[tuple[str, ...], Callable[[dict], tuple[str, str]] | None] = {
+    ("question", "answer"): plain_math,
+    ("instruction", "input", "output"): alpaca,
+    ("prompt", "completion"): lambda row: (row["prompt"], row["completion"]),
+    ("messages",): None,  # a chat: see rows.ChatTemplate
+    ("conversations",): None,
+    ("text",): lambda row: ("", row["text"]),  # all of it is to be learned
+}
+
+
+def is_file_template(task: str, template: str | None) -> bool:
+    """Whether `template` is a file, and no name of a template of the task."""
+    named = template is None or (TASKS[task].kind, template) in TEMPLATES
+    return not named and Path(template).is_file()
+
+
+def has_fields(row: object, fields: tuple[str, ...]) -> bool:
+    """Whether a row has these fields, but for those that may be absent."""
+    return isinstance(row, dict) and OPTIONAL.union(row).issuperset(fields)
+
+
+def own_fields(row: object) -> tuple[str, ...] | None:
+    """The entry of FORMS that a row fits; None if it fits none."""
+    return next((fields for fields in FORMS if has_fields(row, fields)), None)
+
+
+def own_form(path: Path, given: Path | None, model: Path | None) -> list[Example]:
+    """The rows of a file in the form that its first row has. given: a template file.
+
+    A chat is an example for each answer in it, behind all that stands before this answer.
+    """
+    rows = rows_of(path)
+    first = next(rows)
+    form = own_fields(first[1])
+    show, how = shown_by(form, given, model)
+    texts = form if form and FORMS[form] and not given else ()  # fields that have to be text
+    examples, n_rows = [], 0
+    for n, row in with_fields(path, chain([first], rows), texts):
+        place, n_rows = f"{path}, row {n}", n_rows + 1
+        for prompt, answer in show(row, place):
+            check_unicode(prompt + answer, place, "the text")
+            has_answer = isinstance(row.get("answer"), str)  # scoring reads it
+            examples.append(
+                Example(prompt, answer, row if has_answer else row | {"answer": answer})
+            )
+    say(f"{path}: {n_rows} rows {how}, {len(examples)} answers")
+    return examples
+
+
+def shown_by(
+    form: tuple[str, ...] | None, given: Path | None, model: Path | None
+) -> tuple[Callable[[dict, str], list[tuple[str, str]]], str]:
+    """What makes (prompt, answer) pairs of a row and its place, and how to call that."""
+    if given and given.suffix != ".jinja":
+        for_prompt, for_answer = read_template(given)
+        return lambda row, place: [
+            (fill(for_prompt, row, place, empty=True), fill(for_answer, row, place, empty=False))
+        ], f"in the form of {given.name}"
+    if form and FORMS[form]:
+        if given:
+            raise ValueError(
+                f"--template {given} is for chats, but the rows have {', '.join(form)}: omit it"
+            )
+        return lambda row, _: [FORMS[form](row)], f"with {', '.join(form)}"
+    if not form or not model:
+        raise ValueError("want rows with messages or conversations, and a model to show them")
+    chat = ChatTemplate(model, given, check_ends)
+    return lambda row, place: chat.pairs(row, form[0], place), "with a chat in each"
 
 
 # ---- token ids -----------------------------------------------------------------------------------
@@ -293,9 +339,12 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> list[int]:
     """The ids of a prompt, after `tokenizer.bos`. Training and scoring both have them from here.
 
     place: what an error calls it. Raises ValueError if the prompt spells out the end of a text. A
-    token that only ends a turn, such as <|im_end|>, may stand in a prompt: a chat has it there.
+    token that only ends a turn, such as <|im_end|>, may stand in a prompt: a chat has it there. A
+    prompt by a chat template is whole, with a first token and ends of its own.
     """
     ids = tokenizer.encode(prompt)
+    if isinstance(prompt, ChatText):
+        return ids
     check_ends(ids, tokenizer.text_ends, tokenizer, place)
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
@@ -323,7 +372,10 @@ def encode(
         answer = tokenizer.encode_answer(example.prompt, example.answer)
         check_ends(answer, tokenizer.turn_ends, tokenizer, f"row {n} of the data")
         ids = [*prompt, *answer, tokenizer.eos]
-        encoded.append(Encoded(ids, len(prompt)))
+        if len(ids) < 2:  # of a text without a prompt
+            raise ValueError(f"row {n} of the data has no text at all: take it out")
+        # The model predicts no first token: of a text without a prompt, it is only an input.
+        encoded.append(Encoded(ids, max(1, len(prompt))))
     return without_long_rows(encoded, max_len, drop_long)
 
 

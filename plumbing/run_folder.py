@@ -122,7 +122,7 @@ def versions(device: torch.device) -> dict[str, str]:
 # ---- which folder a run gets ---------------------------------------------------------------------
 
 # A run may go on with other values of these, by --override.
-OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "clip", "balance"}
+OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "clip", "balance", "dev_data", "dev_every"}
 
 
 def differences(saved: dict, settings: dict) -> list[str]:
@@ -241,11 +241,20 @@ class MetricsLine:
 
 
 class Metrics:
-    """metrics.jsonl: one line per training step, in full precision."""
+    """metrics.jsonl: one line per training step, in full precision. `name`: another such file."""
 
-    def __init__(self, folder: Path, step: int):
-        """Go on after `step` steps. Later lines are dropped: a stop has lost what they tell of."""
-        path = folder / "metrics.jsonl"
+    def __init__(
+        self, folder: Path, step: int, name: str = "metrics.jsonl", log: str | None = None
+    ):
+        """Go on after `step` steps. Later lines are dropped: a stop has lost what they tell of.
+
+        log: "tensorboard" has the same numbers in FOLDER/tensorboard.
+        """
+        path, self.board = folder / name, None
+        if log and not ranks.rank():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / log / path.stem, purge_step=step + 1)
         kept = b"".join(line + b"\n" for line in lines_up_to(path, step))
         write_atomically(path, lambda draft: draft.write_bytes(kept))
         self.file = (Path(os.devnull) if ranks.rank() else path).open("a", buffering=1)
@@ -254,14 +263,18 @@ class Metrics:
         """Append one line."""
         with writing(Path(self.file.name)):
             self.file.write(json.dumps(values) + "\n")
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, values["step"])
+            if self.board:
+                self.board.flush()
 
 
-def lines_up_to(path: Path, step: int) -> list[bytes]:
+def lines_up_to(path: Path, step: int, schema: object = MetricsLine) -> list[bytes]:
     """The sound lines of a metrics.jsonl up to a step. The last may be torn, others damaged."""
     kept = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
-            check(found := json.loads(line), MetricsLine)
+            check(found := json.loads(line), schema)
             if found["step"] <= step:
                 kept.append(line)
     return kept

@@ -5,6 +5,9 @@ so any other number can go on from it.
 """
 
 import hashlib
+import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +19,8 @@ from torch import Tensor, nn
 
 from plumbing import ranks
 from plumbing.cli import say
-from plumbing.files import sync_names, write_atomically
-from plumbing.run_folder import read_run
+from plumbing.files import COUNTS, sha256, sync_names, write_atomically, write_json
+from plumbing.run_folder import Metrics, lines_up_to, read_run
 
 LAST, BEFORE = "state.safetensors", "state-before.safetensors"
 NEW = f"new-{LAST}"  # has this name for a moment; found there after a stop, it is the newest
@@ -239,3 +242,63 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}: train again") from error
     return saved
+
+
+# ---- the best adapter by --dev-data --------------------------------------------------------------
+
+BEST, DEV = "best", "dev-metrics.jsonl"
+
+
+@dataclass
+class DevLine:
+    """One line of dev-metrics.jsonl."""
+
+    step: int
+    loss: float  # nats per answer token
+    best: bool  # whether it was the lowest so far
+
+
+def last_best(folder: Path) -> DevLine | None:
+    """The line of the step whose adapter is in best/."""
+    lines = [json.loads(line) for line in lines_up_to(folder / DEV, COUNTS[-1], DevLine)]
+    return next((DevLine(**line) for line in reversed(lines) if line["best"]), None)
+
+
+class DevLosses:
+    """dev-metrics.jsonl has the losses on --dev-data, and best/ the adapter with the lowest.
+
+    When the run is finished, best/ is a run's folder like its own, for every command that takes
+    one.
+    """
+
+    def __init__(self, folder: Path, step: int, log: str | None):
+        """Go on after `step` steps."""
+        best = last_best(folder)
+        # An adapter of a step that is lost counts as none.
+        self.lowest = best.loss if best and best.step <= step else math.inf
+        self.folder, self.metrics = folder / BEST, Metrics(folder, step, DEV, log)
+
+    def add(self, step: int, loss: float, weights: dict[str, Tensor]) -> None:
+        """Keep the loss after a step, and `weights` if it is the lowest. Every rank takes part."""
+        best = ranks.once(lambda: loss < self.lowest)  # rank 0 decides for all
+        self.metrics.add(step=step, loss=loss, best=best)
+        if best:
+            self.lowest = loss
+            self.folder.mkdir(exist_ok=True)
+            save_adapter(self.folder, weights)
+
+
+def finish_best(folder: Path, record: dict) -> None:
+    """Make best/, if there is one, a run's folder with this run.json, and say where it is."""
+    best, line = folder / BEST, last_best(folder)
+    if line is None:
+        return
+    hot = folder / "hot_experts.json"
+    if hot.is_file():
+        write_atomically(best / hot.name, lambda draft: draft.write_bytes(hot.read_bytes()))
+    hashes = record["hashes"] | {"adapter": sha256(best / ADAPTER)}
+    write_json(best / "run.json", record | {"hashes": hashes, "best_step": line.step})
+    print(
+        f"the lowest loss on --dev-data was {line.loss:.4f}, after step {line.step}: its adapter "
+        f"is in {best}, for --run {best}"
+    )

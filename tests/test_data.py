@@ -23,10 +23,10 @@ from plumbing.data import (
     idle_ranks,
     load_examples,
     micro_batches,
-    read_rows,
     steps_per_epoch,
 )
 from plumbing.downloads import Source
+from plumbing.rows import read_rows
 from plumbing.tokenizer import load_tokenizer
 
 ROWS = [

@@ -19,14 +19,16 @@ ORDER = [  # a file may import only files before it
     "plumbing.quiet", "plumbing.ranks", "plumbing.files", "plumbing.hub", "plumbing.device",
     "plumbing.cli", "plumbing.tokenizer",
     "moe_model",
-    "plumbing.checkpoint", "plumbing.downloads", "plumbing.data", "plumbing.answer_loss",
-    "plumbing.base_model", "plumbing.run_folder", "plumbing.saves",
+    "plumbing.checkpoint", "plumbing.downloads", "plumbing.rows", "plumbing.data",
+    "plumbing.answer_loss", "plumbing.base_model", "plumbing.run_folder", "plumbing.saves",
     "catcher", "hellora", "plumbing.memory", "generate", "eval_gsm8k", "settings", "report",
     "train", "export",
 ]  # fmt: skip
 UPWARDS = {("moe_model", "plumbing.checkpoint")}  # inside a function: MoEModel.from_pretrained
 WINGS = ("tiny", "paper", "examples")
-ALLOWED = {"torch", "safetensors", "huggingface_hub", "tiktoken", "numpy", "tqdm", "filelock"}
+ALLOWED = {
+    "torch", "safetensors", "huggingface_hub", "tiktoken", "numpy", "tqdm", "filelock", "jinja2",
+}  # fmt: skip
 PEERS = {  # used where installed
     "paper/bench/peers.py": {"transformers", "peft"},
     "paper/real_size.py": {"transformers"},

@@ -25,8 +25,9 @@ from paper.studies.tables import PROBLEMS
 from plumbing.base_model import fingerprint
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import compute
-from plumbing.data import FIELDS, TASKS, encode, load_examples, read_rows
+from plumbing.data import FIELDS, TASKS, encode, load_examples
 from plumbing.files import read_json, write_atomically, write_json
+from plumbing.rows import read_rows
 from plumbing.run_folder import read_results, read_run, versions
 from plumbing.tokenizer import load_tokenizer
 from settings import SCORED_BY, SCORES, hashes

@@ -1,0 +1,343 @@
+"""Rows to train on or to score, in the forms of files that people have.
+
+1. A file's rows: JSON lines, a JSON list, or CSV, each also as .gz.
+2. --template FILE: a text with {fields}, for rows with fields of one's own.
+3. Chats: `messages`, or ShareGPT's `conversations`, as the model's chat template writes them.
+
+data.py has the tasks, and the forms of rows that need none of this.
+"""
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from plumbing.downloads import unpacked
+from plumbing.tokenizer import Tokenizer, load_tokenizer
+
+# ---- a file's rows -------------------------------------------------------------------------------
+
+FORMATS = "JSON lines (an object on each line), a JSON list, or CSV"
+OTHERS = {  # how a file begins -> what it is
+    b"PAR1": "a parquet file",
+    b"PK\3\4": "a spreadsheet (.xlsx) or another zip file",
+}
+# An unpaired surrogate. JSON can escape one, but no UTF-8 file can hold it.
+SURROGATE = re.compile("[\ud800-\udfff]")
+OPTIONAL = {"input"}  # may be null or absent, and is then empty: many files of such rows have it so
+
+
+def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of a file, each with text in all `fields`.
+
+    Raises FileNotFoundError, or ValueError with the row that is wrong: its line; of a list its
+    element; of CSV its row, where the header is row 1.
+    """
+    for n, row in numbered_rows(path, fields):
+        for field in fields:
+            check_unicode(row[field], f"{path}, row {n}", field)
+        yield row
+
+
+def numbered_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """`read_rows` with the number of each row. A text may have unpaired surrogates."""
+    return with_fields(path, rows_of(path, f" with {', '.join(fields)}"), fields)
+
+
+def with_fields(
+    path: Path, rows: Iterable[tuple[int, object]], fields: tuple[str, ...]
+) -> Iterator[tuple[int, dict]]:
+    """The same rows. Raises ValueError for one that lacks a text in some of `fields`."""
+    for n, row in rows:
+        if isinstance(row, dict):
+            row = row | {f: "" for f in OPTIONAL.intersection(fields) if row.get(f) is None}
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"{path}, row {n} has no text in {field!r} (its fields: {names(row)}): want "
+                    f"{', '.join(fields)} in each row, empty where there is nothing to say"
+                )
+        yield n, row
+
+
+def rows_of(path: Path, what: str = "") -> Iterator[tuple[int, object]]:
+    """What stands in each row of a file, with the row's number. There is at least one.
+
+    what: more of what is wanted, for an error.
+    """
+    text = text_of(path, what)
+    if {".csv", ".tsv"}.intersection(path.suffixes[-2:]):
+        rows = csv_rows(text, path)
+    elif text.lstrip().startswith("["):
+        rows = enumerate(_parse(text, f"{path}"), 1)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = ((n, _parse(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+    n = 0
+    for n, row in rows:
+        yield n, row
+    if n == 0:
+        raise ValueError(f"{path} holds no rows: want {FORMATS}{what}")
+
+
+def text_of(path: Path, what: str) -> str:
+    """A file's text, without a byte order mark."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: want {FORMATS}{what}")
+    try:
+        body = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = next((f"is {name}" for start, name in OTHERS.items() if body[:4] == start), "")
+        raise ValueError(
+            f"{path} {found or f'is not text in UTF-8 ({error})'}: save it as {FORMATS}, in UTF-8"
+        ) from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}): want {FORMATS}") from error
+
+
+def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows below the header of a CSV file, without those that are empty.
+
+    What separates cells is the character of , ; and tab that the header has most often: a
+    spreadsheet's choice depends on its country.
+    """
+    header = text.lstrip().partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    lines = csv.reader(
+        io.StringIO(text.replace("\r\n", "\n"), newline=""), delimiter=separator, strict=True
+    )
+    cells: list[list[str]] = []
+    try:
+        for line in lines:
+            cells.append(line)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num} is not valid CSV ({error})") from error
+    columns = [name.strip() for name in cells[0]] if cells else []
+    named = [name for name in columns if name]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{path} has two columns of one name ({', '.join(named)}): rename one")
+    for n, line in enumerate(cells[1:], 2):
+        if any(line[len(columns) :]):
+            raise ValueError(
+                f"{path}, row {n} has {len(line)} cells, but the header {len(columns)}: "
+                f'want a text with "{separator}" in it within double quotes'
+            )
+        if any(line):
+            yield n, {name: cell for name, cell in zip(columns, line, strict=False) if name}
+
+
+def _parse(text: str, place: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error}): want {FORMATS}") from error
+
+
+def names(row: object) -> str:
+    """The fields of a row, for an error."""
+    fields = filter(str.isprintable, row) if isinstance(row, dict) else ()
+    return ", ".join(f"{field:.50}" for field in fields) or "none"
+
+
+def check_unicode(text: str, place: str, field: str) -> None:
+    """Raise ValueError if a text has an unpaired surrogate."""
+    if SURROGATE.search(text):
+        raise ValueError(
+            f"{place} has an unpaired surrogate (\\ud800 to \\udfff) in {field!r}: "
+            "want Unicode text"
+        )
+
+
+# ---- --template FILE -----------------------------------------------------------------------------
+
+BORDER = "---"  # the line between prompt and answer
+# {field}, or {{field}} for the text "{field}". Any other brace stands for itself.
+FIELD = re.compile(r"\{(\{\w+(?:[ -]\w+)*\})\}|\{(\w+(?:[ -]\w+)*)\}")
+
+
+def read_template(path: Path) -> tuple[str, str]:
+    """The prompt and the answer of a template file, with their {fields}.
+
+    The prompt is what stands before a line `---`, the answer what stands behind it, both without
+    the line break at that line, and the answer without the one at the end of the file. Raises
+    ValueError unless there is one such line, and a field in the answer.
+    """
+    lines = text_of(path, "").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if lines.count(BORDER) != 1:
+        raise ValueError(
+            f"{path} has {lines.count(BORDER)} lines {BORDER!r}: want the prompt, one such line, "
+            "and the answer, with {field} for what a row has there"
+        )
+    at = lines.index(BORDER)
+    prompt, answer = "\n".join(lines[:at]), "\n".join(lines[at + 1 :])
+    if not any(field for _, field in FIELD.findall(answer)):
+        raise ValueError(f"{path} has no {{field}} below its line {BORDER!r}: want the answer's")
+    return prompt, answer
+
+
+def fill(template: str, row: object, place: str, empty: bool) -> str:
+    """A template with a row's texts in it. Braces in these texts are text.
+
+    empty: whether null is taken, as an empty text. Raises ValueError for a field without text.
+    """
+
+    def value(found: re.Match) -> str:
+        literal, field = found.groups()
+        if literal:
+            return literal
+        text = row.get(field, 0) if isinstance(row, dict) else 0
+        text = "" if text is None and empty else text
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{place} has no text in {field!r}, which the template names (its fields: "
+                f"{names(row)}): want it in each row, or {{{{{field}}}}} for the text {{{field}}}"
+            )
+        return text
+
+    return FIELD.sub(value, template)
+
+
+# ---- chats ---------------------------------------------------------------------------------------
+
+CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # field -> its keys
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+class ChatText(str):
+    """A prompt that a chat template wrote: it has its own first token, and ends of turns."""
+
+
+class ChatTemplate:
+    """What writes a chat as one text: the model's own template, or a .jinja file in its place.
+
+    It runs in jinja's sandbox, with what transformers gives such templates.
+    """
+
+    def __init__(self, model: Path, given: Path | None, check: Callable):
+        """check: raises ValueError if a text spells out the end of another (data.check_ends)."""
+        self.tokenizer, self.check = load_tokenizer(model), check
+        source, said = template_of(model, given)
+        world = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        world.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+        world.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+            **tokens_of(said, self.tokenizer),
+        }
+        try:
+            self.template = world.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template of {given or model} is wrong ({error})") from error
+
+    def write(self, turns: list[dict], ask: bool, place: str) -> str:
+        """The text of these turns. ask: with what stands before the answer that comes next."""
+        try:
+            return self.template.render(messages=turns, add_generation_prompt=ask)
+        except Exception as error:  # the template is a program, and may fail in any way
+            raise ValueError(
+                f"{place} does not fit the chat template ({error}): want turns in the order and "
+                "with the roles that it takes"
+            ) from error
+
+    def pairs(self, row: dict, field: str, place: str) -> list[tuple[ChatText, str]]:
+        """Each answer of the assistant, behind all that stands before it: a pair for each."""
+        turns, found = turns_of(row, field, place), []
+        for turn in turns:
+            check_unicode(turn["content"], place, field)
+            self.check(
+                self.tokenizer.encode(turn["content"]),
+                self.tokenizer.turn_ends,
+                self.tokenizer,
+                place,
+            )
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                prompt = self.write(turns[:i], True, place)
+                whole = self.write(turns[: i + 1], False, place)
+                if not whole.startswith(prompt):
+                    raise ValueError(
+                        f"{place}: the chat template writes an answer otherwise than it asks for "
+                        "it: want --template FILE.jinja, one that does not"
+                    )
+                answer = whole[len(prompt) :]
+                for end in self.tokenizer.turn_ends:  # data.encode puts the model's end there
+                    answer = answer.split(self.tokenizer.decode([end]))[0]
+                found.append((ChatText(prompt), answer))
+        if not found:
+            raise ValueError(f"{place} has no turn of the assistant in {field!r}: want one or more")
+        return found
+
+
+def turns_of(row: dict, field: str, place: str) -> list[dict]:
+    """The turns of a chat as {"role", "content"}, with the row's own `system` text first."""
+    who, what = CHATS[field]
+    turns = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(turns, list):
+        raise ValueError(
+            f"{place} has no list in {field!r} (its fields: {names(row)}): want a chat"
+        )
+    found = []
+    if isinstance(row.get("system"), str):
+        found.append({"role": "system", "content": row["system"]})
+    for m, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not all(
+            isinstance(turn.get(key), str) for key in (who, what)
+        ):
+            raise ValueError(
+                f"{place}, turn {m} of {field!r} has no text in {who!r} and {what!r} (its fields: "
+                f"{names(turn)}): want both in each turn, without calls of tools or pictures"
+            )
+        found.append({"role": ROLES.get(turn[who], turn[who]), "content": turn[what]})
+    return found
+
+
+def template_of(model: Path, given: Path | None) -> tuple[str, dict]:
+    """The text of the chat template, and the content of the model's tokenizer_config.json.
+
+    The model's own is in chat_template.jinja, or else in tokenizer_config.json, as in transformers.
+    Raises ValueError if there is none.
+    """
+    own = model / "tokenizer_config.json"
+    said = json.loads(own.read_text(encoding="utf-8-sig")) if own.is_file() else {}
+    path = given or model / "chat_template.jinja"
+    if path.is_file():
+        return text_of(path, ""), said
+    template = said.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = [of for of in template if isinstance(of, dict) and of.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
+        raise ValueError(
+            f"the rows are chats, but {model.name} has no chat template: want a model that has one "
+            "(often called Instruct or Chat), --template FILE.jinja, or rows with prompt and "
+            "completion"
+        )
+    return template, said
+
+
+def tokens_of(said: dict, tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens that a chat template may name, such as eos_token."""
+    tokens = {"eos_token": tokenizer.decode([tokenizer.eos]), "bos_token": ""}
+    if tokenizer.bos is not None:
+        tokens["bos_token"] = tokenizer.decode([tokenizer.bos])
+    for name, token in said.items():
+        text: Any = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
+def refuse(message: str) -> NoReturn:
+    """What a chat template calls for a chat that it does not take."""
+    raise jinja2.TemplateError(message)
