@@ -177,7 +177,8 @@ def parse_args() -> argparse.Namespace:
     either, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
     rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
-    either("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    either("--run", type=Path, nargs="+", action="extend", metavar="DIR",
+           help="run folders of train.py")
     either("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     add("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
     add("--data", type=Path, help="problems to score, in place of the task's test split")

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from plumbing.checkpoint import (
     read_config,
     shard_paths,
 )
-from plumbing.cli import Parser, command, compute
+from plumbing.cli import Parser, command, compute, to_type
+from plumbing.data import TASKS
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
 from plumbing.run_folder import read_run
@@ -311,12 +313,22 @@ def beside(source: Path) -> list[Path]:
     return [file for pattern in FILES_BESIDE_WEIGHTS for file in source.glob(pattern)]
 
 
+def show_scoring(folders: list[Path], out: Path) -> None:
+    """Print the commands that score an export as its runs are scored; of math tasks alone."""
+    for run in map(read_run, folders):
+        if run["task"] in TASKS and TASKS[run["task"]].kind == "math":
+            flags = ["--task", run["task"], "--template", run.get("template") or "plain"]
+            flags += ["--data", run["eval_data"]] if run.get("eval_data") else []
+            words = shlex.join(flags).replace("{", "{{").replace("}", "}}")
+            print(f"score it with: {to_type(f'python eval_gsm8k.py --model {{}} {words}', out)}")
+
+
 def main() -> None:
     """Check, write, read back; the folder gets its name only then."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--run", type=Path, action="append", required=True, metavar="DIR",
-        help="run folder of train.py; several times with --format hub: their updates are added",
+        "--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
+        help="run folder of train.py; several with --format hub: their updates are added",
     )  # fmt: skip
     p.add_argument("--format", choices=["hub", "peft"], required=True, help="see above")
     p.add_argument(
@@ -352,6 +364,8 @@ def main() -> None:
         shutil.rmtree(draft, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size:,} bytes")
+    if args.format == "hub":
+        show_scoring(args.run, out)
 
 
 if __name__ == "__main__":

@@ -570,3 +570,9 @@ def load_run(
     tokenizer = load_tokenizer(source)
     tokenizer.bos = run["bos"]  # what stood before each prompt in training
     return model.requires_grad_(False), tokenizer, run
+
+
+if __name__ == "__main__":
+    print(
+        "no command by itself: train.py puts these adapters on a model, see python train.py --help"
+    )

@@ -535,3 +535,7 @@ def load_balancing_loss(routing: dict[int, Routing], real: Tensor) -> Tensor:
     f = torch.bincount(visits, minlength=logits.shape[1]) / len(logits)  # [E]
     p = logits.softmax(-1).mean(0)  # [E]
     return logits.shape[1] * (f * p).sum()
+
+
+if __name__ == "__main__":
+    print("no command by itself: train.py trains this model, see python train.py --help")

@@ -575,7 +575,7 @@ def after_training(folder: Path) -> str:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, nargs="+", required=True, metavar="DIR",
+    p.add_argument("--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
                    help="run folders of train.py, finished or not")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE",
                    help="the page (default: report.html in the run's folder; of several runs, "

@@ -196,7 +196,7 @@ def parse_args(description: str) -> argparse.Namespace:
 
 
 def add_watch_flags(add: Callable) -> None:
-    """The flags of what is measured in training. add: an add_argument."""
+    """The flags of what is kept and measured in training. add: an add_argument."""
     # fmt: off
     add("--dev-data", type=Path, metavar="FILE",
         help="rows whose loss is taken in training; the best adapter is kept in DIR/best")
@@ -693,3 +693,7 @@ def other_conditions(saved: dict, new: dict) -> list[str]:
         now = {name: value for name, value in new[part].items() if name in was}
         differ += [f"{name}: {was[name]} -> {now[name]}" for name in now if was[name] != now[name]]
     return differ
+
+
+if __name__ == "__main__":
+    print("no command by itself: train.py has these flags, see python train.py --help")

@@ -35,7 +35,7 @@ from hellora import Method, adapter_state
 from moe_model import MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
-from plumbing.cli import DTYPES, advice, command, deferred_stop, say
+from plumbing.cli import DTYPES, advice, command, deferred_stop, say, to_type
 from plumbing.data import (
     TASKS,
     Encoded,
@@ -457,9 +457,13 @@ def main() -> None:
     args = parse_args(__doc__)
     job = prepare(args)
     with run_folder.lock(job.folder):
-        run_job(job, job.folder)
+        try:
+            run_job(job, job.folder)
+        except KeyboardInterrupt as interrupt:  # one in a step says more
+            again = "the same command goes on from what is kept"
+            raise KeyboardInterrupt(str(interrupt) or again) from None
     print(ranks.once(lambda: report.after_training(job.folder)))
-    scored_by = SCORED_BY[TASKS[job.settings["task"]].kind].format(job.folder)
+    scored_by = to_type(SCORED_BY[TASKS[job.settings["task"]].kind], job.folder)
     if job.own_rows:
         print(f"done. The loss of other rows of this form: {scored_by} --loss --data FILE")
     else:

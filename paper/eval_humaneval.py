@@ -12,6 +12,12 @@ completion may have 512 tokens, whatever its prompt has. Before a prompt stands 
 was trained with; a base model gets its own, if any.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.eval_humaneval, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import ast
 import builtins
@@ -144,6 +150,10 @@ def draw_samples(
     """
     wanted = [(problem, j) for problem in problems for j in range(args.n)]
     prompts = [encode_prompt(problem.prompt, tokenizer, problem.task_id) for problem, _ in wanted]
+    print(
+        f"{args.n} samples of each of {len(prompts) // args.n} problems ({len(prompts):,}), "
+        f"of up to {max_new} tokens: --limit and --n make them fewer"
+    )
     seeds = [crc32(f"{args.seed} {problem.task_id} {j}".encode()) for problem, j in wanted]
     sampling = Sampling(args.temperature, args.top_p, seeds) if args.temperature else None
 
@@ -287,7 +297,8 @@ def parse_args() -> argparse.Namespace:
     what, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
     rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
-    what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what("--run", type=Path, nargs="+", action="extend", metavar="DIR",
+         help="run folders of train.py")
     what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     what("--score", type=Path, nargs="+", metavar="FILE",
          help="score saved samples; needs no model")

@@ -9,6 +9,12 @@ It is a rate of keywords, and no guarantee. Greedy decoding; only generated text
 are neither printed nor kept, unless --show or --keep-texts is given.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.eval_safety, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import csv
 import time
@@ -81,7 +87,8 @@ def parse_args() -> argparse.Namespace:
     tasks = [name for name, task in TASKS.items() if task.kind == "safety"]
     rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
-    what.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what.add_argument("--run", type=Path, nargs="+", action="extend", metavar="DIR",
+                      help="run folders of train.py")
     what.add_argument("--model",
                       help="without adapters: tiny, a backbone's name, a folder, a Hub id")
     p.add_argument("--task", choices=tasks,

@@ -11,6 +11,12 @@ It measures nothing. The same results give the same bytes of SVG. What made them
     docs/results/bench-*.json             python -m paper.bench --json that file
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.figures, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 from collections.abc import Callable
 from itertools import combinations

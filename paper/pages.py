@@ -6,6 +6,12 @@ A block "```text python -m paper.reproduce ..." has what that command prints, on
 "```text docs/results/FILE.json" the table of that benchmark. A test holds the pages to it.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.pages, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import re

@@ -10,6 +10,12 @@ not counted. The smallest card is for train.py's default: training, and before i
 LoRA on all experts, for a method that chooses; scoring takes as many problems as there is room for.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.plan, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import re
 

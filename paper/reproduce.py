@@ -22,6 +22,12 @@ Finished runs are kept in docs/results/cells/ and are not run again. A stopped c
 where it was.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.reproduce, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import os

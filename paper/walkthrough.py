@@ -8,6 +8,12 @@ examples/golden.py's waves. The terms are computed by hand, from the equations; 
 holds them to the modules.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.walkthrough, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import re
 from copy import deepcopy

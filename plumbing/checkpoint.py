@@ -284,6 +284,8 @@ def locate(model: str | Path, weights: bool = True) -> Path:
         return Path(model)
     repo, _, revision = full_name(model).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        if repo == "tiny":
+            raise FileNotFoundError(f"{model}: tiny is no model of the Hub: want tiny alone")
         example = BACKBONES["olmoe-1b-7b"].repo
         raise FileNotFoundError(
             f"there is no model {repo!r}: want tiny, {', '.join(BACKBONES)}, a folder, "

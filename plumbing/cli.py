@@ -8,12 +8,14 @@ import argparse
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import inf
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -26,6 +28,7 @@ LOST = (
     "the same command, which goes on from the last save"
 )
 PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
+HERE = Path(__file__).parent.parent  # the folder of the project
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
 
 
@@ -97,6 +100,16 @@ def say(text: str) -> None:
 def plain(text: str) -> str:
     """The text with "?" for characters that could command a terminal, or hide others there."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def to_type(command: str, path: Path) -> str:
+    """A command of the project, as one types it where one stands.
+
+    command: as in the project's folder, with {} for `path`.
+    """
+    if Path.cwd() == HERE:
+        return command.format(shlex.quote(str(path)))
+    return f"cd {shlex.quote(str(HERE))} && {command.format(shlex.quote(str(path.absolute())))}"
 
 
 @contextmanager

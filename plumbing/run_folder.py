@@ -80,7 +80,12 @@ def read_run(folder: Path, *parts: str) -> dict:
     for setting, value in YOUNGER.items():
         run.setdefault(setting, value)
     if missing := [part for part in parts if run.get(part) is None]:
-        raise ValueError(f"{folder / 'run.json'} has no {missing[0]} yet: finish that run first")
+        raise ValueError(
+            f"{folder} was stopped before its experts were chosen: type its train.py "
+            "command again, which goes on"
+            if missing[0] == "adapted"
+            else f"{folder / 'run.json'} has no {missing[0]}: want a run that train.py finished"
+        )
     return run
 
 

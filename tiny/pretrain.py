@@ -7,6 +7,12 @@
 Sizes are lettered as in moe_model.py.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m tiny.pretrain, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import math

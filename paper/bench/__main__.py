@@ -12,6 +12,12 @@ paper. Full fine-tuning comes after the others, alone, as it needs the memory. W
 is written anew after each round.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.bench, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import platform

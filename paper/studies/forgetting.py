@@ -10,6 +10,14 @@ form. So it is asked for what it can do: fresh text of each domain of its pretra
 (tiny/corpus.py), and arithmetic.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print(
+        "error: want python -m paper.studies.forgetting, in the project's folder", file=sys.stderr
+    )
+    raise SystemExit(2)
+
 import argparse
 from pathlib import Path
 from statistics import mean
@@ -48,7 +56,14 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True).add_argument
-    what("--run", type=Path, nargs="+", metavar="DIR", help="run folders of train.py")
+    what(
+        "--run",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="run folders of train.py",
+    )
     what("--model", help="a model without adapters: tiny, or a folder that tiny.pretrain made")
     p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results here")
     return p.parse_args()

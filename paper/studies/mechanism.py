@@ -11,6 +11,12 @@ same task loss. --with names a run on another task, whose update is added to the
 shows what each of the two keeps in one model.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.studies.mechanism, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 from dataclasses import dataclass
 from itertools import pairwise

@@ -9,6 +9,12 @@ scripts/routing_output/*/expert_counts, Apache 2.0), pickled, some 205,000 token
 here is what is read off them: shares, and which experts are hot.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.studies.routing, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 from itertools import combinations
