@@ -39,7 +39,7 @@ from plumbing.checkpoint import (
     read_config,
     shard_paths,
 )
-from plumbing.cli import Parser, command, compute, to_type
+from plumbing.cli import Parser, command, compute, device_name, to_type
 from plumbing.data import TASKS
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
@@ -338,7 +338,8 @@ def main() -> None:
     rare("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
     rare(
         "--device",
-        choices=["cpu", "cuda"],
+        type=device_name,
+        metavar="{cpu,cuda}",
         help="to read it back on; default: cuda if there is one",
     )
     args = p.parse_args()

@@ -209,9 +209,20 @@ SHARE = number(float, above=0, high=1)
 SEED = number(int, low=0, high=2**31 - 1)  # what torch takes on every device
 
 
+def device_name(text: str) -> str:
+    """An argparse type: what --device takes."""
+    if text == "mps":
+        raise argparse.ArgumentTypeError(
+            "'mps', but nothing here has been tried on an Apple GPU: want cpu"
+        )
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}, want cpu or cuda")
+    return text
+
+
 def add_compute_flags(add: Callable) -> None:
     """The flags that `compute` takes. add: an add_argument."""
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--device", type=device_name, metavar="{cpu,cuda}", help="default: cuda if there is one")
     add("--dtype", choices=DTYPES, help="of the computation; default: bf16 on cuda, fp32 on cpu")
 
 

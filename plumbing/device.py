@@ -31,8 +31,11 @@ def prepare_cuda() -> None:
 def warn_of_unseen_gpu() -> None:
     """A line on stderr if this machine has NVIDIA's driver, and PyTorch finds no GPU.
 
-    None if CUDA_VISIBLE_DEVICES is set, as this hides GPUs on purpose.
+    Another if it has an Apple GPU, on which nothing has been tried. None of the first if
+    CUDA_VISIBLE_DEVICES is set, as this hides GPUs on purpose.
     """
+    if torch.backends.mps.is_available():
+        _warn("the CPU computes: nothing here has been tried on an Apple GPU (mps)")
     if shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         _warn(

@@ -81,6 +81,15 @@ def test_several_runs_may_follow_one_flag_or_each_its_own(name, monkeypatch):
     assert [path.name for path in found[0]] == ["a", "b"]
 
 
+@pytest.mark.parametrize(("name", "says"), [("mps", "Apple"), ("gpu", "want cpu or cuda")])
+def test_a_device_that_is_not_supported_is_refused_with_the_reason(cli, name, says):
+    for script, *flags in (["train.py"], ["export.py", "--run", "r", "--format", "hub"]):
+        code, _, err = cli(script, *flags, "--device", name)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert says in err
+
+
 def test_tiny_has_no_revisions():
     with pytest.raises(FileNotFoundError, match="tiny@main: tiny is no model of the Hub"):
         locate("tiny@main")

@@ -5,6 +5,12 @@ python -m tiny.report --shots 2                 after two solved problems in pla
 python -m tiny.report --model /tmp/tiny-1       another model that tiny.pretrain made
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m tiny.report, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 from itertools import combinations
 from pathlib import Path

@@ -10,6 +10,12 @@ act of a request. A hash of the problem alone says which split may use it, and p
 slice of its own, so no problem can stand on two sides, whatever the seed.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m tiny.tasks, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import zlib
