@@ -8,6 +8,12 @@ device costs that part alone. The JSON file and the page are written anew after 
 stands beside each: what was found, and whether it is as it should be.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.first_gpu, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import multiprocessing
 import os

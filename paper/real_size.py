@@ -13,6 +13,12 @@ Accuracies say nothing here. The text is tiny-math's, in the embedded model's to
 and --tokenizer give others.
 """
 
+if not __package__:  # started as a file: Python would find no other file of the project
+    import sys
+
+    print("error: want python -m paper.real_size, in the project's folder", file=sys.stderr)
+    raise SystemExit(2)
+
 import argparse
 import json
 import os
