@@ -292,6 +292,14 @@ def test_an_evaluation_changes_only_its_own_entry(tmp_path):
     }
 
 
+def test_json_lines_hold_any_text_and_are_utf8(tmp_path):
+    rows = [{"text": text} for text in ("2 \u2264 é\n", "half \ud800 and \udfff", "\u2028\x85\r")]
+    files.write_json_lines(tmp_path / "rows.jsonl", rows)
+    lines = (tmp_path / "rows.jsonl").read_bytes().decode("utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == rows
+    assert lines[-1] == ""
+
+
 def test_a_base_model_that_cannot_be_read_is_named_and_so_is_its_run(tmp_path):
     for model in (str(tmp_path / "gone"), "org/never-fetched"):  # the tests' Hub is offline
         with pytest.raises(OSError, match=f"{tmp_path / 'a-run'}.*{model}"):
