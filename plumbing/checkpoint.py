@@ -19,6 +19,7 @@ save. It is ignored, as in transformers. 3. In every other case: ValueError that
                                                                                   `check_weights`
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -37,7 +38,6 @@ from tqdm import tqdm
 
 from moe_model import MoEConfig, MoEModel
 from plumbing import ranks
-from plumbing.files import read_json
 
 FILES_BESIDE_WEIGHTS = (  # patterns; nothing here runs the Python ones
     "*.json", "tokenizer.model", "merges.txt", "*.jinja",
@@ -47,6 +47,7 @@ CHECKPOINT = (
     "a folder with config.json and model.safetensors (or shards and their index), as on the Hub"
 )
 
+LARGEST_JSON = 1 << 24  # bytes: as Python objects they may take a hundred times as many
 # Larger values would only take time and memory.
 LARGEST = {"n_layers": 200, "n_experts": 1000, "n_shared": 1000}
 MAY_BE_0 = ("n_shared", "n_dense", "dense_dim", "own_head_dim")
@@ -304,7 +305,25 @@ def full_name(model: str | Path) -> str:
 
 def read_config(folder: str | Path) -> MoEConfig:
     """The MoEConfig of folder/config.json."""
-    return parse_config(read_json(Path(folder) / "config.json", CHECKPOINT))
+    return parse_config(read_object(Path(folder) / "config.json"))
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the path.
+
+    It is not files.read_json, so that a model can be loaded with this file and ranks.py alone.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or no file: want {CHECKPOINT}")
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes are too many")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): want {CHECKPOINT}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: want {CHECKPOINT}")
+    return value
 
 
 # ---- names of tensors ----------------------------------------------------------------------------
@@ -529,7 +548,7 @@ def shard_paths(folder: Path) -> list[Path]:
     single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
         return [single]
-    weight_map = read_json(index, CHECKPOINT).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in weight_map.values()
     ):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -128,6 +129,29 @@ def test_importing_hellora_loads_little_else_and_nothing_of_unix(tmp_path):
     most = {"hellora.py", "moe_model.py", "plumbing/__init__.py", "plumbing/ranks.py"}
     loaded = set(elsewhere(tmp_path, LOADED).split())
     assert {"hellora.py", "moe_model.py"} <= loaded <= most
+
+
+ALONE = """
+import sys
+import torch
+from hellora import attach, init_adapters, merge, parse_method
+from moe_model import MoEModel
+
+model = MoEModel.from_pretrained(sys.argv[1])
+attach(model, parse_method("hellora"), dict.fromkeys(model.cfg.moe_layers, [0, 5]), 4, 8)
+init_adapters(model, 0)
+merge(model)
+model(torch.tensor([[1, 2, 3]]))
+"""
+
+
+def test_four_files_are_all_that_a_port_copies(tmp_path):
+    (tmp_path / "plumbing").mkdir()
+    for name in ("hellora.py", "moe_model.py", "plumbing/checkpoint.py", "plumbing/ranks.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-c", ALONE, str(ROOT / "tiny")]
+    subprocess.run(words, cwd=tmp_path, env=env | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
 IN_ANOTHER_PROJECT = """
