@@ -359,7 +359,7 @@ def prepare(args: argparse.Namespace) -> Job:
     settings["bos"] = bos_for(tokenizer, settings["template"])
     check_mask_from(args, method)
     start = lori_start(args.mask_from, method, settings) if args.mask_from else {}
-    check_choice(args, method, cfg)
+    check_choice(args, method)
     check_rank(args.rank, method, cfg)
     if args.hot_experts:
         hot = HotList.read(args.hot_experts, cfg)
@@ -555,17 +555,16 @@ def check_commit(mask_from: Path | None, settings: dict) -> None:
         )
 
 
-def check_choice(args: argparse.Namespace, method: Method, cfg: MoEConfig) -> None:
+def check_choice(args: argparse.Namespace, method: Method) -> None:
     """Raise ValueError for a flag about choosing experts where nothing is left to choose.
 
     That is where all or none are adapted, or a list is given. --coverage is let through beside a
-    list, as old commands have it; so is a --k that only says the default.
+    list, as old commands have it. So is --k with any method: the commands of all tables give it.
     """
     given = [flag for flag, default in CHOICE.items() if getattr(args, flag) != default]
-    without = [*given, *(["k"] if args.k not in (None, default_k(cfg)) else [])]
-    if without and not method.chooses:
+    if given and not method.chooses:
         raise ValueError(
-            f"--{without[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
+            f"--{given[0]} is for choosing experts, but {args.method} adapts all or none: omit it"
         )
     listed = args.hot_experts or args.mask_from
     if listed and given not in ([], ["coverage"]):
