@@ -30,6 +30,11 @@ class Source(NamedTuple):
     repo: str = ""  # of the Hub, ORG/NAME; the client checks what comes from there
     commit: str = ""  # of `repo`
 
+    @property
+    def is_download(self) -> bool:
+        """Whether it is not a file of this repository."""
+        return bool(self.repo) or "://" in self.place
+
     def cached(self) -> Path:
         """The path of a file of this repository, or of what is at a URL, even if it is not there.
 

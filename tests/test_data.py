@@ -253,7 +253,7 @@ def test_micro_batches_keep_every_example_and_group_like_lengths():
 
 def test_downloads_name_their_licence_and_a_checksum_or_a_commit_of_the_hub():
     sources = [source for task in TASKS.values() for source in (task.train, task.test) if source]
-    downloads = [source for source in sources if source.repo or "://" in source.place]
+    downloads = [source for source in sources if source.is_download]
     assert len(downloads) >= 5
     for source in downloads:
         assert source.licence

@@ -185,7 +185,7 @@ def call(words):
     cli.command(import_module(sys.argv[0].removesuffix(".py")).main)
 
 
-def python(*words):
+def python(*words, on_cpu=False):
     """grid.python without its imports: a process is forked from one that has done them."""
     process = FORKS.Process(target=call, args=(words,))
     process.start()

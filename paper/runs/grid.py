@@ -256,7 +256,7 @@ class Run(Cell):
 
     def rests_on(self) -> dict[str, str]:
         """The command, and what is committed of model and data."""
-        here = {"model": self.model == MODEL, "data": "://" not in TASKS[self.task].train.place}
+        here = {"model": self.model == MODEL, "data": not TASKS[self.task].train.is_download}
         known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
         return known | self.stand_ins | {"command": "python " + " ".join(self.command())}
 
