@@ -411,6 +411,7 @@ def answers_of(folder: Path, run: dict) -> tuple[list[dict], list[dict]]:
 
 def turned(before: list[dict], after: list[dict]) -> str:
     """How many answers changed from wrong to right, and so on, in a sentence."""
+    # One of the two may have been scored on fewer problems.
     both = [(b, a) for b, a in zip(before, after, strict=False) if b["prompt"] == a["prompt"]]
     pairs = [(b["correct"], a["correct"]) for b, a in both]
     if not pairs:
@@ -567,7 +568,7 @@ def after_training(folder: Path) -> str:
     """
     try:
         write_page([folder], folder / "report.html")
-    except Exception as error:
+    except Exception as error:  # any: the run is finished, and must not fail for its page
         return f"no report ({error!r:.300}); to try again: python report.py --run {folder}"
     return f"report: {folder / 'report.html'}, a page for the browser"
 

@@ -58,7 +58,7 @@ def run_ours(script: str, *words: object) -> None:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             import_module(script.removesuffix(".py")).main()
-    except Exception:
+    except Exception:  # any, and raised again: only then is the output of interest
         print(said.getvalue())
         raise
 
