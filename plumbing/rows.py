@@ -143,9 +143,15 @@ def _parse(text: str, place: str) -> object:
 
 
 def names(row: object) -> str:
-    """The fields of a row, for an error."""
-    fields = filter(str.isprintable, row) if isinstance(row, dict) else ()
-    return ", ".join(f"{field:.50}" for field in fields) or "none"
+    """The fields of a row, for an error.
+
+    Those of more than one word are only counted. They may be texts, as in a CSV without a header,
+    and no message shows the text of a row.
+    """
+    fields = list(row) if isinstance(row, dict) else []
+    words = [f"{field:.50}" for field in fields if field.isprintable() and " " not in field]
+    more = len(fields) - len(words)
+    return ", ".join(words + ([f"{more} of several words"] if more else [])) or "none"
 
 
 def check_unicode(text: str, place: str, field: str) -> None:
