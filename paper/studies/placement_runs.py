@@ -77,7 +77,16 @@ BASE_SEEDS = 4
 # tried.
 FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 TRIED = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
-RATES: dict[tuple[str, str], float] = {}  # not known yet
+TRIED |= {("P", arm): (*FIRST_RATES, 4e-2) for arm in ("hot", "cold", "model-level", ANSWERS)}
+RATES: dict[tuple[str, str], float] = {  # regime O has none yet
+    ("A", "hot"): 1e-2,
+    ("A", "cold"): 1e-2,
+    ("A", "random"): 1e-2,
+    ("A", "model-level"): 1e-2,
+    ("A", "none"): 1e-2,
+    ("A", "all"): 5e-3,
+    ("A", ANSWERS): 1e-2,
+}
 
 
 # ---- the runs ------------------------------------------------------------------------------------
