@@ -100,7 +100,8 @@ WAYS = [  # (run, the model's name as it began, and as it goes on)
 ]
 
 
-@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("many", [False, True])
 def test_a_run_keeps_the_commit_that_it_began_with(hub, run, rows, at, tmp_path, many):
     """main moves while runs stand still: they go on, are scored and exported all the same."""
     name, number = f"org/moving-{many}", 17

@@ -84,6 +84,7 @@ def flags(method, tag, shard=None):
     return ["--method", method, *more]
 
 
+@pytest.mark.slow  # test_frozen_runs.py has two ranks in the quick tier
 def test_two_ranks_give_the_numbers_of_one(ranks, tmp_path):
     """fp32 sums in another order, through six updates of which the last two are uneven: 1e-5."""
     one = ranks(1, {"one": ["--method", "hellora"]})["one"]
@@ -133,11 +134,12 @@ def balanced(folder, shard):
     ("n", "shard"),
     [
         (2, "none"),
-        pytest.param(2, "full", marks=pytest.mark.slow),
-        pytest.param(4, "none", marks=pytest.mark.slow),
-        pytest.param(4, "full", marks=pytest.mark.slow),
+        (2, "full"),
+        (4, "none"),
+        (4, "full"),
     ],
 )
+@pytest.mark.slow
 def test_the_balancing_loss_does_not_depend_on_the_ranks(ranks, tmp_path, n, shard):
     """Of losses and gradient norms; fp32 sums in another order, through up to 6 updates: 1e-5."""
     one, many = (
@@ -284,6 +286,7 @@ def ended(child, seconds=120):
     return child.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_in_another_ranks_rows_is_named(two, toy):
     weights = load_file(toy / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][-1, 4] = torch.nan  # rank 1 has the last

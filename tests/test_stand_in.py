@@ -112,7 +112,10 @@ def check(folder, name, matmul, recompute, kernel):
 
 
 @pytest.mark.parametrize("family", HUB)
-@pytest.mark.parametrize(("matmul", "recompute"), [("grouped", False), ("loop", True)])
+@pytest.mark.parametrize(
+    ("matmul", "recompute"),
+    [("grouped", False), pytest.param("loop", True, marks=pytest.mark.slow)],
+)
 def test_a_step_mixes_nothing_and_waits_as_often_as_we_say(tmp_path, family, matmul, recompute):
     folder = write_checkpoint(tmp_path / family, HUB[family])
     for name in ("lora", "hellora"):
