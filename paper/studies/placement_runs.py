@@ -86,6 +86,12 @@ RATES: dict[tuple[str, str], float] = {  # regime O has none yet
     ("A", "none"): 1e-2,
     ("A", "all"): 5e-3,
     ("A", ANSWERS): 1e-2,
+    ("P", "hot"): 2e-2,
+    ("P", "cold"): 2e-2,
+    ("P", "random"): 1e-2,
+    ("P", "model-level"): 2e-2,
+    ("P", "all"): 1e-2,
+    ("P", ANSWERS): 2e-2,
 }
 
 
