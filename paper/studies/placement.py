@@ -116,28 +116,34 @@ def units(values: list[float], models: list[str], bases: str) -> list[float]:
     return [mean(value for _, value in of) for _, of in by_base]
 
 
+@cache
+def drawn_again(n_problems: int) -> np.ndarray:
+    """How often each problem is in each draw of the bootstrap [problems, DRAWS]; the same for all.
+
+    It is kept, as it takes longer to draw than all that is done with it.
+    """
+    draw = np.random.default_rng(0)
+    times = draw.multinomial(n_problems, [1 / n_problems] * n_problems, DRAWS)
+    return times.astype(np.uint8).T  # none is drawn 256 times
+
+
 def bootstrap(some: list[Pair], part: slice, bases: str) -> tuple[float, float]:
     """The 95 % interval of the mean log ratio, seeds (or bases) and problems both drawn again.
 
     It does not assume that differences are normal, nor that these problems are all there are.
     """
-    draw = np.random.default_rng(0)
     other, hot = (np.stack([pair[i][part] for pair in some]) for i in (1, 2))  # [runs, problems]
-    n_problems = other.shape[1]
     _, group = np.unique([p.model for p in some], return_inverse=True)
     group = np.arange(len(some)) if bases == ONE else group
     average = (group == np.arange(group.max() + 1)[:, None]).astype(float)  # [units, runs]
     average /= average.sum(1, keepdims=True)
-    n_units, means = len(average), []
-    for _ in range(DRAWS // CHUNK):
-        times = draw.multinomial(
-            n_problems, [1 / n_problems] * n_problems, CHUNK
-        ).T  # [problems, C]
+    draw, n_units, means = np.random.default_rng(1), len(average), []
+    all_times = drawn_again(other.shape[1])
+    for start in range(0, DRAWS, CHUNK):
+        times = all_times[:, start : start + CHUNK].astype(float)  # [problems, C]
         ratios = average @ np.log((other @ times) / (hot @ times))  # [units, C]
-        weights = (
-            draw.multinomial(n_units, [1 / n_units] * n_units, CHUNK).T / n_units
-        )  # [units, C]
-        means.append((ratios * weights).sum(0))
+        weights = draw.multinomial(n_units, [1 / n_units] * n_units, CHUNK).T / n_units
+        means.append((ratios * weights).sum(0))  # [C]
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
 
