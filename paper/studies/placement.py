@@ -282,12 +282,26 @@ def results(on: Scale = TINY) -> dict:
         for bases in (ONE, MANY) if several else (ONE,):
             for part in parts:
                 rows += family(on, name, bases, part)
+    effects = {name: papers_effect(on, name) for name in REGIMES}
     return {
         "margin": MARGIN,
         "levels": [found for found in levels if found],
-        "effect": {name: papers_effect(on, name) for name in REGIMES},
-        "rows": rows,
+        "effect": effects,
+        "rows": [row | {"papers_effect": beside(row, effects[row["regime"]])} for row in rows],
     }
+
+
+def beside(row: dict, effect: dict | None) -> str | None:
+    """Where an interval lies beside the paper's effect: "below", "around" or "above" it.
+
+    "below": hot is not as much better as in the paper. None where that effect is not known: it is
+    measured on the plain problems.
+    """
+    if effect is None or row["problems"] != "plain":
+        return None
+    if row["high"] < effect["log_ratio"]:
+        return "below"
+    return "above" if row["low"] > effect["log_ratio"] else "around"
 
 
 # ---- how it is shown -----------------------------------------------------------------------------
@@ -295,13 +309,16 @@ def results(on: Scale = TINY) -> dict:
 
 def says(row: dict) -> str:
     """A verdict in words, with what it rests on."""
-    word = row["verdict"]
-    inner = row["p_equivalent"] < 0.05
+    word, margin = row["verdict"], f"{100 * (exp(MARGIN) - 1):.0f} %"
     if word == "equivalent":
-        return f"equivalent within {exp(MARGIN) - 1:.0%}"
-    if word == "undecided":
-        return f"undecided (an effect of {row['mde']:.3f} would be found)"
-    return f"{word}, less than {exp(MARGIN) - 1:.0%}" if inner else word
+        word += f" within {margin}"
+    elif word == "undecided":
+        word += f" (an effect of {row['mde']:.3f} would be found)"
+    elif row["p_equivalent"] < 0.05:
+        word += f", less than {margin}"
+    if row["papers_effect"] in ("below", "above"):
+        word += f", {row['papers_effect']} the paper's effect"
+    return word
 
 
 def show(found: dict) -> None:
@@ -330,9 +347,10 @@ def show(found: dict) -> None:
         units = f"{row['df'] + 1} {'seeds' if row['bases'] == ONE else 'bases'}"
         part = "" if row["runs"] == row["planned"] else f", {row['runs']} of {row['planned']} runs"
         low, high = row["bootstrap"]
+        p = "< 1e-6" if row["p_corrected"] < 1e-6 else f"{row['p_corrected']:.2g}"
         print(
             f"  {row['arm'] + (' *' if row['primary'] else ''):14s}{row['mean']:+.3f} "
             f"({row['low']:+.3f} to {row['high']:+.3f}; bootstrap {low:+.3f} to {high:+.3f}; "
-            f"p {row['p_corrected']:.2g})  {says(row)}; {units}{part}"
+            f"p {p})  {says(row)}; {units}{part}"
         )
     print("\n* primary: p is corrected for the number of these (Holm)")
