@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from conftest import ROOT
+from placement_cells import simulate
 
-from catcher import choose
+from catcher import choose, overlap, visited_share
 from paper import figures
 from paper.runs.rates import tried
 from paper.studies import placement
@@ -187,6 +189,35 @@ def test_each_figure_has_a_text_for_those_who_do_not_see_it():
         assert 60 < len(text) < 300
         assert text.endswith(".")
         assert not set(text) & set('"[]()')  # it stands in Markdown's ![...](...)
+
+
+def test_what_these_texts_say_is_so():
+    counts, hot = figures.visits(figures.TASK)
+    assert all(0.35 < share < 0.45 for share in visited_share(counts, hot).values())
+    lists = [figures.visits(task)[1] for task in figures.TASKS]
+    between = [x for a, b in combinations(lists, 2) for x in overlap(a, b).values()]
+    assert max(between) <= 0.6
+    assert sum(x > 8 / 120 for x in between) > len(between) / 2  # two random lists: 1 of 8 shared
+    for task, whole in zip(figures.TASKS, lists, strict=True):
+        assert figures.visits(task, "0.1")[1] == whole
+    ends = {m: [run["final_loss"] for run in runs] for m, runs in figures.cells().items()}
+    assert max(max(ends[m]) for m in ("fft", "lora", "hellora")) < 0.02
+    order = [ends[f"hellora_pure{suffix}"] for suffix in ("", "_r", "_c")]
+    assert all(max(a) < min(b) for a, b in pairwise(order))
+    assert min(order[-1]) > 1
+
+
+def test_the_placement_study_is_drawn_from_its_cells(matplotlib, tmp_path, monkeypatch):
+    simulate(tmp_path, monkeypatch, lambda run: run.model == "tiny" and run.seed < 2)
+    plt = figures.pyplot()
+    fig = figures.forest(plt)
+    check_texts(fig)
+    said = [text for text, *_ in texts(fig)]
+    assert sum("(2 of 20 seeds)" in text for text in said) == 6
+    assert sum("of 28 seeds" in text for text in said) == 5
+    plt.close(fig)
+    placement.finished.cache_clear()
+    placement.losses.cache_clear()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(cli, monkeypatch):
