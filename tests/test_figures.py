@@ -207,6 +207,7 @@ def test_what_these_texts_say_is_so():
     assert min(order[-1]) > 1
 
 
+@pytest.mark.slow
 def test_the_placement_study_is_drawn_from_its_cells(matplotlib, tmp_path, monkeypatch):
     simulate(tmp_path, monkeypatch, lambda run: run.model == "tiny" and run.seed < 2)
     plt = figures.pyplot()

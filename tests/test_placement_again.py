@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from placement_cells import simulate
+from test_figures import comparison
 
 from paper.studies import placement, placement_runs
 
@@ -291,6 +292,8 @@ def test_simulated_cells_give_the_same_with_both(keep, n_rows, tmp_path, monkeyp
         check_row(rows[key], tests)
     check_effect(found, tests, dev)
     assert all(found["effect"].values())
+    drawn = comparison("A", COLD, 0.0, 0.1)  # what the figure's tests take for a row
+    assert all(drawn.keys() <= row.keys() for row in found["rows"])
 
 
 def test_the_sides_of_the_papers_effect_are_told_apart():
