@@ -539,6 +539,10 @@ def draw(name: str, folder: Path) -> None:
     """Write NAME.svg and NAME.png, without anything of the day or the machine."""
     plt = pyplot()
     fig = FIGURES[name](plt)
+    fig.canvas.draw()  # axes find their places; from now on these are the same to the last digit
+    fig.set_layout_engine("none")
+    for ax in fig.axes:
+        ax.set_position([round(x, 6) for x in ax.get_position(original=True).bounds])
     for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         fig.savefig(folder / f"{name}.{kind}", metadata=metadata)
     plt.close(fig)
