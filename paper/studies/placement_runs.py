@@ -70,7 +70,7 @@ BATCH_SIZE = 16
 TUNING_SEEDS = (100, 101, 102)  # never used again
 OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained for this study
 BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
-BASE_SEEDS = 4
+BASE_SEEDS = 4  # of each other base, and of no second one: see `seeds_of`
 
 # (regime, arm) -> the learning rates that are tried, and the one with the lowest mean loss on DEV.
 # Where that was the lowest or the highest of the four, further ones a factor of two apart were
@@ -274,6 +274,15 @@ def best_rate(regime: str, arm: str) -> float | None:
     return best
 
 
+def seeds_of(model: str) -> range:
+    """The seeds of another base. Each base has its own, so that the bases share no training rows.
+
+    Else a sample of rows that suits an arm would count once for each base.
+    """
+    first = 300 + BASE_SEEDS * OTHER_BASES.index(model)
+    return range(first, first + BASE_SEEDS)
+
+
 def test_runs() -> Iterator[Placed]:
     """The runs that are compared, as far as their rates are known. All arms of a seed together."""
     for seed in range(max(regime.seeds for regime in REGIMES.values())):
@@ -282,7 +291,7 @@ def test_runs() -> Iterator[Placed]:
                 if lr := RATES.get((name, arm)):
                     yield placed(name, arm, seed, lr)
     for model in OTHER_BASES:
-        for seed in range(BASE_SEEDS):
+        for seed in seeds_of(model):
             for name, regime in REGIMES.items():
                 for arm in BASE_ARMS:
                     if name != "O" and arm in regime.arms and (lr := RATES.get((name, arm))):
