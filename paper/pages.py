@@ -1,9 +1,12 @@
-"""Fills in the blocks of docs/ that say where their text comes from.
+"""Fills in the blocks of README.md and docs/ that say where their text comes from.
 
     python -m paper.pages
 
 A block "```text python -m paper.reproduce ..." has what that command prints, one
-"```text docs/results/FILE.json" the table of that benchmark. A test holds the pages to it.
+"```text docs/results/FILE.json" the table of that benchmark. A part from "<!-- NAME -->" to
+"<!-- end of NAME -->" has what the function of that name in PARTS writes: "findings" in README.md,
+"claims" in docs/claims.md. Its numbers and verdicts are made from results. A test holds the pages
+to all of this.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -16,18 +19,233 @@ import argparse
 import json
 import re
 import shlex
+import textwrap
 from contextlib import redirect_stdout
 from io import StringIO
+from math import exp
+from statistics import mean
 
 from paper import reproduce
 from paper.bench import report
 from paper.runs.parallel import ROOT
+from paper.runs.stats import verdict
+from paper.studies import claims, comparison, placement
+from paper.studies.tables import OLMOE
 from plumbing.cli import Parser, command
 
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("claims", "routing", "speed", "tables")]
+NAMES = ("README.md", "docs/claims.md", "docs/routing.md", "docs/speed.md", "docs/tables.md")
+PAGES = [ROOT / name for name in NAMES]
 BLOCK = re.compile(
     r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
 )
+PART = re.compile(r"^(<!-- (\w+) -->\n).*?^(<!-- end of \2 -->)$", re.M | re.S)
+
+# ---- what the project found, in words ------------------------------------------------------------
+
+# The two figures of which the first that is there is shown, and what each shows.
+FIGURES = {
+    "placement": "Loss of other experts relative to hot ones, with intervals",
+    "accuracy": "Accuracy of each method against its trained parameters",
+}
+ANSWERS = {  # the verdict on a claim -> the answer to it as a question
+    "holds": "yes",
+    "fails": "no, less",
+    "holds unadjusted": "yes, unadjusted",
+    "fails unadjusted": "no, less, unadjusted",
+    "equivalent": "no, equivalent",
+    "undecided": "undecided",
+    "not finished": "not measured yet",
+}
+LOSSES = {  # the verdict on "hot is better" -> what is said of hot experts
+    "holds": "hot is better",
+    "fails": "hot is worse",
+    "holds unadjusted": "hot is better, unadjusted",
+    "fails unadjusted": "hot is worse, unadjusted",
+    "equivalent": f"equivalent within {exp(placement.MARGIN) - 1:.0%}",
+    "undecided": "undecided",
+}
+REGIMES = {"A": "With attention and router adapted too", "P": "With experts alone adapted"}
+
+
+def answer(claim: dict, digits: int = 1) -> str:
+    """The answer to a claim of claims.results(), with the difference and its 95 % interval."""
+    ours, word = claim["ours"], ANSWERS[claim["verdict"]]
+    if not ours:
+        return word
+    middle, low, high = (f"{ours[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{word} ({middle} {claim['unit']}, {low} to {high})"
+
+
+def placed(regime: str) -> str:
+    """What the placement study says of a regime: of all bases, or of one; "" if not all ran."""
+    for bases, where in ((placement.MANY, "several bases"), (placement.ONE, "one base")):
+        some = {}
+        for arm in placement.REGIMES[regime].arms:
+            of = placement.pairs(placement.TINY, regime, arm, bases) if arm != "hot" else []
+            if of and len(of) == placement.planned(placement.TINY, regime, arm, bases):
+                some[arm] = of
+        primary = [arm for arm in placement.REGIMES[regime].arms if arm in placement.PRIMARY]
+        if set(primary) <= some.keys():
+            tests = placement.compare_arms(some, bases, placement.PLAIN)
+            said = [loss_of(arm, *tests[arm]) for arm in primary if arm in tests]
+            return f"{REGIMES[regime]}, on {where}: {'; '.join(said)}."
+    return ""
+
+
+def loss_of(arm: str, test: placement.Comparison, corrected: float) -> str:
+    """An arm's loss relative to that of hot experts, with the verdict."""
+    middle, low, high = (f"{100 * (exp(at) - 1):+.1f}" for at in (test.mean, test.low, test.high))
+    return f"{arm} {middle} % ({low} to {high}), {LOSSES[verdict(test, corrected)]}"
+
+
+def experts_found(claim: dict[str, dict]) -> str:
+    """Hot experts against others: by accuracy, then by the loss of the placement study."""
+    plan = "The placement study (`paper/studies/placement.md`) compares losses, which tell more."
+    studied = [found for regime in REGIMES if (found := placed(regime))]
+    if studied:
+        plan += f" Loss of the others relative to hot: {' '.join(studied)}"
+    else:
+        plan += " Its runs are not finished."
+    solved = [100 * mean(scores) for scores in word_problems()]
+    asked = [
+        f"three bases{only}: hot{experts} beat {other} ones"
+        for only, experts in (("", " experts"), (", experts alone", ""))
+        for other in ("random", "cold")
+    ]
+    return (
+        "**Do hot experts beat others in accuracy?** With attention and router: random ones: {}, "
+        "cold ones: {}. Experts alone: random ones: {}, cold ones: {}. Every method solves {:.0f} "
+        "to {:.0f} % of these problems, so accuracy tells little. {}"
+    ).format(*(answer(claim[says]) for says in asked), min(solved), max(solved), plan)
+
+
+def word_problems() -> list[list[float]]:
+    """The accuracy of each method's runs on word problems."""
+    rows = comparison.study("2").rows
+    return [[comparison.score(c, r.columns["gsm8k"]) for c in r.runs["gsm8k"]] for r in rows]
+
+
+def lora_found(claim: dict[str, dict]) -> str:
+    """HELLoRA against LoRA on all experts."""
+    asked = {"Word problems": "word problems", "Code": "code", "Code in ten tries": "code, pass@10"}
+    asked |= {"Safety": "safety"}
+    said = (f"{on}: {answer(claim[f'HELLoRA beats LoRA on {x}'])}." for on, x in asked.items())
+    return f"**Does HELLoRA beat LoRA in accuracy?** {' '.join(said)}"
+
+
+def parts_found(claim: dict[str, dict]) -> str:
+    """What attention and router add."""
+    both = answer(claim["HELLoRA: attention and router add to the experts"])
+    router = answer(claim["HELLoRA: the router adds to the experts"])
+    return (
+        "**Do adapters on attention and router add to those on experts?** "
+        f"Both: {both}. The router alone: {router}."
+    )
+
+
+def kept_found(claim: dict[str, dict]) -> str:
+    """Forgetting and merging."""
+    full = answer(claim["HELLoRA forgets less of its pretraining than full fine-tuning"], 3)
+    lora = answer(claim["HELLoRA forgets less of its pretraining than LoRA"], 3)
+    merged = answer(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
+    return (
+        f"**Does it keep more of what the model knew?** Than full fine-tuning: {full}. Than LoRA: "
+        f"{lora}. Of word problems, when merged with a run on code, than LoRA: {merged}."
+    )
+
+
+def speed_found() -> str:
+    """Times as fast as LoRA, PEFT's and ours."""
+    found = []
+    for tokens in (1024, 48):
+        record = json.loads((ROOT / f"docs/results/speed-{tokens}-tokens.json").read_text())
+        peft = record["rows"]["hellora"]["faster"]["median"]
+        own = record["regimes"]["grouped"]["time"]["median"]
+        found += [f"{peft:.2f}", f"{own:.2f}"]
+    return (
+        "**Is it faster?** On one CPU core HELLoRA trains {0} times as fast as PEFT's LoRA in "
+        "steps of 1,024 tokens, and {2} times as fast in steps of 48. It is {1} and {3} times as "
+        "fast as LoRA in this repository. The paper reports {4:.2f} on two A100 GPUs."
+    ).format(*found, report.PAPER["ratio"])
+
+
+def parameters_found() -> str:
+    """The share of OLMoE-1B-7B's parameters that is trained."""
+    rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
+    hot, lora = rows[OLMOE, "hellora", 8], rows[OLMOE, "lora", 64]
+    return (
+        f"**How much is trained?** Of OLMoE-1B-7B {hot['percent']:.2f} % with HELLoRA (k = 8), and "
+        f"{lora['percent']:.2f} % with LoRA on all experts. The paper prints {hot['printed']} and "
+        f"{lora['printed']} %."
+    )
+
+
+def findings() -> str:
+    """The list, a line or some for each finding, and a figure."""
+    claim = {row["says"]: row for row in claims.results()}
+    found = [
+        lora_found(claim),
+        experts_found(claim),
+        parts_found(claim),
+        kept_found(claim),
+        speed_found(),
+        parameters_found(),
+    ]
+    name = next(name for name in FIGURES if (ROOT / f"docs/figures/{name}.png").exists())
+    listed = "".join(f"{wrapped(text)}\n" for text in found)
+    return f"{listed}\n![{FIGURES[name]}](docs/figures/{name}.png)\n"
+
+
+def wrapped(text: str) -> str:
+    """An entry of a list, 100 columns wide."""
+    fill = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
+    return fill.fill(f"- {text}")
+
+
+# ---- each claim, in tables -----------------------------------------------------------------------
+
+HEADINGS = {  # where a claim stands in the paper, or the study that asks it -> a heading
+    "2": "Methods (Table 2)",
+    "4": "Which experts (Table 4)",
+    "5": "Attention and router (Table 5)",
+    "7": "How many experts (Table 7)",
+    "bases": "Three pretrained bases (not in the paper)",
+    "forgetting": "Forgetting (not in the paper)",
+    "merging": "Merging two runs (left open in the paper)",
+    "stability": "How much data the catcher needs (Figure 3)",
+}
+
+
+def claims_in_tables() -> str:
+    """A table of its claims for each study."""
+    found = claims.results()
+    tables = []
+    for study, heading in HEADINGS.items():
+        rows = [claim_row(claim) for claim in found if claim["study"] == study]
+        head = (
+            "| claim | paper | verdict | ours, 95 % interval | MDE | p |\n|---|--:|---|--:|--:|--:|"
+        )
+        tables.append("\n".join([f"### {heading}\n", head, *rows]))
+    return "\n" + "\n\n".join(tables) + "\n\n"
+
+
+def claim_row(claim: dict) -> str:
+    """One line of such a table."""
+    paper = "" if claim["paper"] is None else f"{claim['paper']:+.2f}"
+    ours, cells = claim["ours"], ["", "", ""]
+    if ours:
+        digits = 1 if claim["unit"] == claims.POINTS.name else 3
+        middle, low, high, mde = (f"{ours[x]:+.{digits}f}" for x in ("mean", "low", "high", "mde"))
+        unit = "" if claim["unit"] == claims.POINTS.name else f" {claim['unit']}"
+        p = "<.001" if ours["p"] < 0.0005 else f"{ours['p']:.3f}".lstrip("0")
+        cells = [f"{middle}{unit} ({low} to {high})", mde.lstrip("+"), p]
+    says = claim["says"].removeprefix("three bases: ").removeprefix("three bases, ")
+    return f"| {says} | {paper} | {claim['verdict']} | {' | '.join(cells)} |"
+
+
+PARTS = {"findings": findings, "claims": claims_in_tables}
+
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 def printed(source: str) -> str:
@@ -42,7 +260,8 @@ def printed(source: str) -> str:
 
 def filled(text: str) -> str:
     """A page with its blocks as they are now."""
-    return BLOCK.sub(lambda block: f"{block[1]}{printed(block[2])}```", text)
+    text = BLOCK.sub(lambda block: f"{block[1]}{printed(block[2])}```", text)
+    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}{part[3]}", text)
 
 
 def main() -> None:

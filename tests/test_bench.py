@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
 
 from paper.bench import __main__ as bench
 from paper.bench import measure, worlds
@@ -161,18 +160,3 @@ def test_a_checkpoint_is_measured_on_text(cli, toy, tmp_path):
 )
 def test_what_is_unknown_is_refused(cli, args):
     assert cli(COMMAND, *args)[0] == 2
-
-
-def test_the_readme_has_the_ratios_of_the_committed_measurements():
-    page = " ".join((ROOT / "README.md").read_text().split())
-    large, small = (
-        json.loads((ROOT / f"docs/results/speed-{n}-tokens.json").read_text()) for n in (1024, 48)
-    )
-    faster = [f"{record['rows']['hellora']['faster']['median']:.2f}" for record in (large, small)]
-    gain = [record["regimes"]["grouped"]["time"] for record in (large, small)]
-    memory = large["rows"]["hellora"]["peak_bytes"] / large["rows"]["peft"]["peak_bytes"]
-    assert f"trains {faster[0]} times as fast as PEFT's LoRA" in page
-    assert f"in {memory:.2f} of its memory, and {faster[1]} times as fast in steps of 48" in page
-    says = "it gains {median:.2f} (in five rounds {least:.2f} to {most:.2f})".format(**gain[0])
-    assert says + " and {median:.2f} (in nine {least:.2f} to {most:.2f})".format(**gain[1]) in page
-    assert [len(record["rows"]["hellora"]["seconds"]) for record in (large, small)] == [5, 9]

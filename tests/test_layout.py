@@ -4,11 +4,9 @@ import ast
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from conftest import ROOT
@@ -201,43 +199,12 @@ def test_the_model_knows_nothing_of_adapters():
 # ---- pages ---------------------------------------------------------------------------------------
 
 
-def readme_commands():
-    blocks = re.findall(
-        r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
-    )
-    lines = [line for block in blocks for line in block.splitlines()]
-    parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [p for p in parts if re.match(r"python (\w+\.py|-m paper\.)", p)]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_every_flag_in_the_readme_exists(command, monkeypatch):
-    words = shlex.split(command, comments=True)[1:]
-    words = words[1:] if words[0] == "-m" else words  # paper.eval_safety, or train.py
-    module = import_module(words[0].removesuffix(".py"))
-    seen = {}
-    stop = SystemExit(0)
-
-    def parsed(self, *args, **kwargs):
-        seen["args"] = original(self, *args, **kwargs)
-        raise stop
-
-    original = import_module("plumbing.cli").Parser.parse_args
-    monkeypatch.setattr("plumbing.cli.Parser.parse_args", parsed)
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit):
-        module.main()
-    assert seen
-
-
 def test_results_quoted_in_tiny_s_readme_are_the_committed_ones():
     page = (ROOT / "tiny" / "README.md").read_text()
     assert (ROOT / "docs/results/tiny-report.txt").read_text().rstrip() in page
-    for name in ("tiny/README.md", "README.md"):
-        page = " ".join((ROOT / name).read_text().split())
-        seeds = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())["seeds"]
-        for task in ("tiny-math", "tiny-math-reworded"):
-            assert ", ".join(f"{100 * of[task]['accuracy']:.1f}" for of in seeds.values()) in page
+    seeds = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())["seeds"]
+    for task in ("tiny-math", "tiny-math-reworded"):
+        assert ", ".join(f"{100 * of[task]['accuracy']:.1f}" for of in seeds.values()) in page
 
 
 def test_nothing_private_is_committed():

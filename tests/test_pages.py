@@ -1,56 +1,100 @@
-"""README.md and docs/: they print what commands print, and quote what the files say."""
+"""README.md, CONTRIBUTING.md and docs/: what they print, quote, link to and tell you to type."""
 
 import json
 import re
+import shlex
+import subprocess
+import sys
+from argparse import ArgumentParser
+from importlib import import_module
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, small_run, toy_in, write_rows
 
 from paper import pages, reproduce
-from paper.studies import comparison
+from paper.studies import claims, comparison, placement
 from paper.studies.tables import OLMOE
+
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+WRITTEN = [README, CONTRIBUTING, *DOCS]
+LINKED = [*WRITTEN, ROOT / "LOG.md", ROOT / "tiny" / "README.md"]
+RUN = "runs/tiny-tiny-math-hellora-k8-s0"  # the run of README's first command
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page, kind):
+    """The text of each fenced block that begins with ```kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def prose(page):
+    """A page without its fenced blocks, however its lines end."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def flat(page):
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+# ---- what is printed and made from results -------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
 def test_printed_blocks_are_what_their_commands_print_now(page):
     text = page.read_text(encoding="utf-8")
-    assert pages.BLOCK.search(text)
+    assert pages.BLOCK.search(text) or pages.PART.search(text)
     assert pages.filled(text) == text
 
 
-def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
-    for page in (ROOT / "README.md", ROOT / "docs" / "walkthrough.md"):
-        text = page.read_text(encoding="utf-8")
-        quotes = re.findall(r"^```python (\S+)\n(.*?)^```$", text, re.M | re.S)
-        assert len(quotes) >= 6
-        parts = [
-            (name, part)
-            for name, code in quotes
-            for part in re.split(r"^ *\.\.\.\n", code, flags=re.M)
-        ]
-        for name, part in parts:
-            lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
-            quoted = [line.strip() for line in part.splitlines()]
-            assert any(lines[i : i + len(quoted)] == quoted for i in range(len(lines))), (
-                name,
-                part,
-            )
+def test_every_claim_has_its_row_on_the_page_of_claims():
+    text = (ROOT / "docs" / "claims.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| .* \| [+-]?[\d.]* \| ", line)]
+    assert len(rows) == len(claims.CLAIMS)
 
 
-def test_links_into_the_code_lead_to_the_functions_they_name():
-    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
-    assert len(links) >= 9
-    for name, file, line in links:
-        at = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"\s*def {name.rpartition('.')[2]}\(", at), (name, file, line)
+def pairs_of(ratio, n=12):
+    """Pairs of runs in which the other arm's loss is about so many times that of hot experts."""
+    draw = torch.Generator().manual_seed(0)
+    hot = torch.rand(n, placement.N_SCORED[placement.TEST], generator=draw).numpy() + 0.5
+    noise = (1 + 0.01 * torch.randn(n, 1, generator=draw)).numpy()
+    return [placement.Pair("tiny", *both) for both in zip(hot * ratio * noise, hot, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"),
+    [(1.3, "hot is better"), (0.7, "hot is worse"), (1.0, "equivalent within 10%")],
+)
+def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, monkeypatch):
+    monkeypatch.setattr(placement, "planned", lambda *_: 12)
+    monkeypatch.setattr(
+        placement,
+        "pairs",
+        lambda on, regime, arm, bases: pairs_of(ratio) if bases == placement.ONE else [],
+    )
+    found = pages.placed("P")
+    assert found.count(says) == 3  # cold, random, all
+    assert "one base" in found
+    shown = float(re.search(r"random ([+-][\d.]+) %", found)[1])
+    assert shown == pytest.approx(100 * (ratio - 1), abs=1)  # 1 % of noise a run
+
+
+def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
+    monkeypatch.setattr(placement, "planned", lambda *_: 12)
+    monkeypatch.setattr(placement, "pairs", lambda *_: pairs_of(1.3, n=11))
+    assert pages.placed("A") == ""
 
 
 def test_the_output_to_expect_is_that_of_a_committed_run():
-    text = (ROOT / "README.md").read_text()
+    text = README.read_text()
     kept = json.loads((ROOT / "docs/results/tiny-math-hellora.json").read_text())
-    assert (
-        f"after: accuracy {kept['seeds']['0']['tiny-math']['accuracy']:.1%} on 500 problems" in text
-    )
+    of = kept["seeds"]["0"]["tiny-math"]
+    assert f"base: accuracy {of['base_accuracy']:.1%} on {of['base_total']} problems" in text
+    assert f"after: accuracy {of['accuracy']:.1%} on {of['total']} problems" in text
     for layer, ids in kept["hot_experts"]["0"].items():
         assert re.search(rf"^layer  {layer} │.* of visits go to {re.escape(str(ids))}$", text, re.M)
     trained, stored = kept["run"]["trained"], kept["run"]["stored"]
@@ -58,23 +102,30 @@ def test_the_output_to_expect_is_that_of_a_committed_run():
 
 
 def test_the_exact_percents_in_prose_are_those_of_the_params_table():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = flat(ROOT / "docs" / "choices.md")
     rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
     lora, hot, dora = (rows[OLMOE, m, k] for m, k in (("lora", 64), ("hellora", 8), ("dora", 64)))
-    for name, before, after in (
-        ("percent", "The famous ", " % is a ratio"),
-        ("trained", "it is ", " %."),
-    ):
-        assert f"{before}{100 * hot[name] / lora[name]:.2f}{after}" in text
+    percents = 100 * hot["percent"] / lora["percent"]
+    counts = 100 * hot["trained"] / lora["trained"]
+    assert f"**{percents:.2f} %.** It is a ratio of percentages" in text
+    assert f"The ratio of the counts is {counts:.2f} %" in text
     assert f"{hot['percent']:.4f} rounded to 0.7" in text
     assert f"{dora['percent']:.4f} % with the router adapted" in text
 
 
-def test_what_the_readme_links_to_is_there():
-    text = (ROOT / "README.md").read_text()
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)#]+)", prose):
-        assert (ROOT / target).exists(), target
+def test_the_ratios_on_the_page_of_speed_are_those_of_the_committed_measurements():
+    page = flat(ROOT / "docs" / "speed.md")
+    large, small = (
+        json.loads((ROOT / f"docs/results/speed-{n}-tokens.json").read_text()) for n in (1024, 48)
+    )
+    faster = [f"{record['rows']['hellora']['faster']['median']:.2f}" for record in (large, small)]
+    gain = [record["regimes"]["grouped"]["time"] for record in (large, small)]
+    memory = large["rows"]["hellora"]["peak_bytes"] / large["rows"]["peft"]["peak_bytes"]
+    assert f"trains {faster[0]} times as fast as PEFT's LoRA" in page
+    assert f"in {memory:.2f} of its memory, and {faster[1]} times as fast in steps of 48" in page
+    says = "it gains {median:.2f} (in five rounds {least:.2f} to {most:.2f})".format(**gain[0])
+    assert says + " and {median:.2f} (in nine {least:.2f} to {most:.2f})".format(**gain[1]) in page
+    assert [len(record["rows"]["hellora"]["seconds"]) for record in (large, small)] == [5, 9]
 
 
 def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_those_of_the_runs():
@@ -93,15 +144,233 @@ def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_tho
         "over 5 % of the harmless are refused too in "
         f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
     )
-    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())  # however lines end
+    text = flat(ROOT / "docs" / "claims.md")
     assert f"{said}, in no other's {len(others)}." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
+
+
+# ---- code on a page ------------------------------------------------------------------------------
+
+
+def test_the_method_on_the_page_runs_by_itself_and_is_hellora(capsys):
+    code, _ = blocks(README, "python")
+    before = {}
+    exec(code.partition("# 4. Train")[0], before)
+    base = {name: w.clone() for name, w in before["W"].items()}
+    x, visits, hot = before["x"], before["visits"], before["hot"]
+    coldest_hot = min(visits[hot])
+    assert all(visits[e] <= coldest_hot for e in range(before["E"]) if e not in hot)
+    assert visits.sum() == len(x) * before["K"]
+    start = before["moe"](x)[0]
+    before["A"].clear()
+    torch.testing.assert_close(before["moe"](x)[0], start, atol=0, rtol=0)  # B = 0: unchanged
+
+    trained = {}
+    steps, merge = code.split("# 5. Merge")
+    exec(steps, trained)
+    live = trained["moe"](x)[0].detach()
+    adapted = set(trained["A"])
+    exec("# 5. Merge" + merge, trained)
+    merged = trained["moe"](x)[0]
+    # 1e-4: float32, sums in another order; training moved the outputs by about 1
+    torch.testing.assert_close(merged, live, atol=1e-4, rtol=1e-4)
+    assert (live - start).abs().max() > 0.1
+    changed = {name for name, w in trained["W"].items() if not torch.equal(w, base[name])}
+    assert changed == adapted
+    assert adapted == {"router"} | {f"{e}.{x}" for e in hot for x in ("gate", "up", "down")}
+    assert f"go to experts {hot}" in capsys.readouterr().out
+
+
+def test_runs_are_loaded_in_python_and_in_transformers_as_the_pages_say(
+    tmp_path, cli, monkeypatch, capfd
+):
+    pytest.importorskip("transformers", reason="dev requirement")
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(4)]
+    )
+    flags = small_run(toy_in(tmp_path), rows, "--steps", 1, "--catcher", "forward", "--no-eval")
+    assert cli("train.py", *flags, "--out", RUN)[0] == 0
+    assert cli("export.py", "--run", RUN, "--format", "hub")[0] == 0
+    monkeypatch.syspath_prepend(ROOT)
+    for page, holds in (
+        (README, "AutoModelForCausalLM"),
+        (ROOT / "docs" / "runs.md", "load_run"),
+    ):
+        (code,) = [code for code in blocks(page, "python") if holds in code]
+        capfd.readouterr()
+        exec(code, {})
+        assert capfd.readouterr().out
+
+
+def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
+    found = 0
+    for page in WRITTEN:
+        text = page.read_text(encoding="utf-8")
+        quotes = re.findall(r"^```python (\S+)\n(.*?)^```$", text, re.M | re.S)
+        parts = [
+            (name, part)
+            for name, code in quotes
+            for part in re.split(r"^ *\.\.\.\n", code, flags=re.M)
+        ]
+        for name, part in parts:
+            lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
+            quoted = [line.strip() for line in part.splitlines()]
+            assert any(lines[i : i + len(quoted)] == quoted for i in range(len(lines))), (
+                name,
+                part,
+            )
+        found += len(quotes)
+    assert found >= 6
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def test_links_into_the_code_lead_to_the_functions_they_name():
+    links = [
+        link
+        for page in WRITTEN
+        for link in re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", page.read_text())
+    ]
+    assert len(links) >= 9
+    for name, file, line in links:
+        at = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*def {name.rpartition('.')[2]}\(", at), (name, file, line)
+
+
+def anchors(page):
+    """The names that GitHub gives to a page's headings."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.M):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(plain.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place).resolve() if place else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), target
+        if re.fullmatch(r"L\d+", anchor):
+            assert int(anchor[1:]) <= len(file.read_text().splitlines()), target
+
+
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_every_file_that_is_named_is_there(page):
+    for name in re.findall(r"`((?:[\w-]+/)+[\w.-]+\.\w+)`", prose(page)):
+        made = name.startswith("runs/") or name.split("/")[0] in ("hub", "results")
+        assert made or (ROOT / name).exists() or (page.parent / name).exists(), name
+
+
+def test_the_list_of_pages_has_them_all():
+    listed = re.findall(r"\]\(([\w./-]+)\)", (ROOT / "docs" / "README.md").read_text())
+    assert {page.name for page in DOCS} - {"README.md"} <= set(listed)
+
+
+@pytest.mark.parametrize("page", [CONTRIBUTING, *DOCS], ids=named)
+def test_a_page_says_first_what_it_answers_and_last_what_to_read(page):
+    title, answers, *_, last = [p for p in page.read_text().split("\n\n") if p.strip()]
+    assert title.startswith("# ")
+    assert re.match(r"This page answers: .*\?$", " ".join(answers.split()))
+    assert re.match(r"Read next: .*\]\(|Read next: `", last)
+
+
+def test_the_tree_on_the_page_names_all_there_is_at_the_top():
+    (tree,) = [block for block in blocks(README, "text") if "moe_model.py " in block]
+    told = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert told == {p.name for p in ROOT.glob("*.py")} | folders | {"docs", "examples", "tests"}
 
 
 def test_each_promise_about_faults_names_a_test_that_is_there():
     rows = re.findall(r"^\| (.+) \| (.+) \|$", (ROOT / "docs/faults.md").read_text(), re.M)
     promises = [row for row in rows if row[0] not in ("promise", "---")]
     assert len(promises) >= 25
-    for promise, named in promises:
-        file, name = re.fullmatch(r"`(tests/\w+\.py)::(\w+)`", named).groups()
+    for promise, test in promises:
+        file, name = re.fullmatch(r"`(tests/\w+\.py)::(\w+)`", test).groups()
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), promise
+
+
+def test_each_commit_that_is_named_has_that_subject():
+    told = re.findall(r"commit `(\w{7})`, \"([^\"]+)\"", flat(CONTRIBUTING))
+    assert len(told) >= 5
+    log = subprocess.run(["git", "log", "--format=%h %s"], cwd=ROOT, capture_output=True, text=True)
+    if log.returncode or len(log.stdout.splitlines()) < 200:
+        pytest.skip("the history is not here")
+    for commit, subject in told:
+        assert re.search(rf"^{commit}\w* {re.escape(subject)}$", log.stdout, re.M), commit
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def typed(page):
+    """What a page has one type: the commands of its blocks, and those quoted in its prose."""
+    lines = [line for kind in ("sh", "bash") for block in blocks(page, kind)
+             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+    quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+    for text in lines + [code for code in quoted if re.match(r"(python|torchrun) .*\S", code)]:
+        yield from (part.strip() for part in text.split(" && "))
+
+
+STARTS = r"python (?:-m )?((?:paper|tiny|tests)\.[\w.]+|[\w/]+\.py)|torchrun .*?(train\.py)"
+COMMANDS = sorted(
+    {
+        (re.sub(r"^torchrun .*?(?=train\.py)", "python ", text), named(page))
+        for page in [*WRITTEN, ROOT / "tiny" / "README.md"]  # LOG.md has what was typed once
+        for text in typed(page)
+        if re.match(STARTS, text) and "..." not in text
+    }
+)
+
+
+def test_there_are_commands_on_most_pages():
+    assert len(COMMANDS) > 70
+    assert len({page for _, page in COMMANDS}) > 10
+
+
+@pytest.mark.parametrize(("text", "page"), COMMANDS)
+def test_every_command_on_a_page_is_one_that_its_parser_takes(text, page, monkeypatch):
+    words = [w for w in shlex.split(text, comments=True)[1:] if w != "-m"]
+    name, *flags = words
+    path = ROOT / name if name.endswith(".py") else ROOT / f"{name.replace('.', '/')}.py"
+    if not path.exists():
+        path = ROOT / name.replace(".", "/") / "__main__.py"  # python -m paper.bench
+    assert path.exists()
+    if "parse_args" not in path.read_text():
+        assert not flags or "sys.argv" in path.read_text()  # a command without flags
+        return
+
+    class Parsed(Exception):
+        pass
+
+    original = ArgumentParser.parse_args
+
+    def parse_args(self, *args, **kwargs):
+        raise Parsed(original(self, *args, **kwargs))
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    with pytest.raises((Parsed, SystemExit)) as ended:
+        module.main()
+    assert ended.type is Parsed or ended.value.code == 0  # --help and --version end with 0
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_no_page_has_a_word_that_the_list_of_words_rejects(page):
+    rejected = ["cannot be told", "untrained", "famous", "popular expert", "burn-in"]
+    listed = CONTRIBUTING.read_text()
+    assert all(word in listed for word in rejected if word != "famous")
+    text = prose(page).partition("## Words")[0] if page == CONTRIBUTING else prose(page)
+    assert [word for word in rejected if word in text] == []
