@@ -47,12 +47,12 @@ FIGURES = {
     "placement": "Loss of other experts relative to hot ones, with intervals",
     "accuracy": "Accuracy of each method against its trained parameters",
 }
-ANSWERS = {  # the verdict on a claim -> the answer to it as a question
-    "holds": "yes",
-    "fails": "no, less",
-    "holds unadjusted": "yes, unadjusted",
-    "fails unadjusted": "no, less, unadjusted",
-    "equivalent": "no, equivalent",
+SAYS = {  # the verdict on a claim -> what is said of the first of the two
+    "holds": "{} is better",
+    "fails": "{} is worse",
+    "holds unadjusted": "{} is better, unadjusted",
+    "fails unadjusted": "{} is worse, unadjusted",
+    "equivalent": "equivalent",
     "undecided": "undecided",
     "not finished": "not measured yet",
 }
@@ -67,13 +67,15 @@ LOSSES = {  # the verdict on "hot is better" -> what is said of hot experts
 REGIMES = {"A": "With attention and router adapted too", "P": "With experts alone adapted"}
 
 
-def answer(claim: dict, digits: int = 1) -> str:
-    """The answer to a claim of claims.results(), with the difference and its 95 % interval."""
-    ours, word = claim["ours"], ANSWERS[claim["verdict"]]
+def said(claim: dict, first: str = "HELLoRA") -> str:
+    """The verdict on a claim of claims.results(), with the difference and its 95 % interval."""
+    ours, words = claim["ours"], SAYS[claim["verdict"]].format(first)
     if not ours:
-        return word
-    middle, low, high = (f"{ours[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{word} ({middle} {claim['unit']}, {low} to {high})"
+        return words
+    points = claim["unit"] == claims.POINTS.name
+    middle, low, high = (f"{ours[x]:+.{1 if points else 3}f}" for x in ("mean", "low", "high"))
+    unit = "" if points else f" {claim['unit']}"
+    return f"{words} ({middle}{unit}, {low} to {high})"
 
 
 def placed(regime: str) -> str:
@@ -100,23 +102,22 @@ def loss_of(arm: str, test: placement.Comparison, corrected: float) -> str:
 
 def experts_found(claim: dict[str, dict]) -> str:
     """Hot experts against others: by accuracy, then by the loss of the placement study."""
-    plan = "The placement study (`paper/studies/placement.md`) compares losses, which tell more."
-    studied = [found for regime in REGIMES if (found := placed(regime))]
-    if studied:
-        plan += f" Loss of the others relative to hot: {' '.join(studied)}"
-    else:
-        plan += " Its runs are not finished."
-    solved = [100 * mean(scores) for scores in word_problems()]
     asked = [
         f"three bases{only}: hot{experts} beat {other} ones"
-        for only, experts in (("", " experts"), (", experts alone", ""))
         for other in ("random", "cold")
+        for only, experts in (("", " experts"), (", experts alone", ""))
     ]
+    solved = [100 * mean(scores) for scores in word_problems()]
+    studied = " ".join(found for regime in REGIMES if (found := placed(regime)))
+    plan = (
+        f"Loss of others, relative to hot: {studied}" if studied else "Its runs are not finished."
+    )
     return (
-        "**Do hot experts beat others in accuracy?** With attention and router: random ones: {}, "
-        "cold ones: {}. Experts alone: random ones: {}, cold ones: {}. Every method solves {:.0f} "
-        "to {:.0f} % of these problems, so accuracy tells little. {}"
-    ).format(*(answer(claim[says]) for says in asked), min(solved), max(solved), plan)
+        "**Hot experts against random ones**, in accuracy: {}. If experts alone are adapted: {}. "
+        "**Against cold ones**: {}. If experts alone are adapted: {}. Every method solves {:.0f} "
+        "to {:.0f} % of the word problems, so accuracy tells little here. The placement study "
+        "(`paper/studies/placement.md`) compares losses instead. {}"
+    ).format(*(said(claim[says], "hot") for says in asked), min(solved), max(solved), plan)
 
 
 def word_problems() -> list[list[float]]:
@@ -127,30 +128,31 @@ def word_problems() -> list[list[float]]:
 
 def lora_found(claim: dict[str, dict]) -> str:
     """HELLoRA against LoRA on all experts."""
-    asked = {"Word problems": "word problems", "Code": "code", "Code in ten tries": "code, pass@10"}
-    asked |= {"Safety": "safety"}
-    said = (f"{on}: {answer(claim[f'HELLoRA beats LoRA on {x}'])}." for on, x in asked.items())
-    return f"**Does HELLoRA beat LoRA in accuracy?** {' '.join(said)}"
+    on = {"Word problems": "word problems", "Code": "code", "Code in ten tries": "code, pass@10"}
+    on |= {"Refusals": "safety"}
+    found = (f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items())
+    return f"**HELLoRA against LoRA**, in accuracy. {' '.join(found)}"
 
 
 def parts_found(claim: dict[str, dict]) -> str:
     """What attention and router add."""
-    both = answer(claim["HELLoRA: attention and router add to the experts"])
-    router = answer(claim["HELLoRA: the router adds to the experts"])
+    both = said(claim["HELLoRA: attention and router add to the experts"])
+    router = said(claim["HELLoRA: the router adds to the experts"], "the router")
     return (
-        "**Do adapters on attention and router add to those on experts?** "
-        f"Both: {both}. The router alone: {router}."
+        f"**HELLoRA against adapters on experts alone**: {both}. Experts and router against "
+        f"experts alone: {router}."
     )
 
 
 def kept_found(claim: dict[str, dict]) -> str:
     """Forgetting and merging."""
-    full = answer(claim["HELLoRA forgets less of its pretraining than full fine-tuning"], 3)
-    lora = answer(claim["HELLoRA forgets less of its pretraining than LoRA"], 3)
-    merged = answer(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
+    full = said(claim["HELLoRA forgets less of its pretraining than full fine-tuning"])
+    lora = said(claim["HELLoRA forgets less of its pretraining than LoRA"])
+    merged = said(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
     return (
-        f"**Does it keep more of what the model knew?** Than full fine-tuning: {full}. Than LoRA: "
-        f"{lora}. Of word problems, when merged with a run on code, than LoRA: {merged}."
+        f"**What is kept of pretraining**, against full fine-tuning: {full}. Against LoRA: {lora}. "
+        "**What is kept of word problems** after a merge with a run on code, against LoRA: "
+        f"{merged}."
     )
 
 
@@ -163,7 +165,7 @@ def speed_found() -> str:
         own = record["regimes"]["grouped"]["time"]["median"]
         found += [f"{peft:.2f}", f"{own:.2f}"]
     return (
-        "**Is it faster?** On one CPU core HELLoRA trains {0} times as fast as PEFT's LoRA in "
+        "**Speed.** On one CPU core HELLoRA trains {0} times as fast as PEFT's LoRA in "
         "steps of 1,024 tokens, and {2} times as fast in steps of 48. It is {1} and {3} times as "
         "fast as LoRA in this repository. The paper reports {4:.2f} on two A100 GPUs."
     ).format(*found, report.PAPER["ratio"])
@@ -174,7 +176,7 @@ def parameters_found() -> str:
     rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
     hot, lora = rows[OLMOE, "hellora", 8], rows[OLMOE, "lora", 64]
     return (
-        f"**How much is trained?** Of OLMoE-1B-7B {hot['percent']:.2f} % with HELLoRA (k = 8), and "
+        f"**Trained parameters.** Of OLMoE-1B-7B {hot['percent']:.2f} % with HELLoRA (k = 8), and "
         f"{lora['percent']:.2f} % with LoRA on all experts. The paper prints {hot['printed']} and "
         f"{lora['printed']} %."
     )
