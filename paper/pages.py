@@ -64,7 +64,8 @@ LOSSES = {  # the verdict on "hot is better" -> what is said of hot experts
     "equivalent": f"equivalent within {exp(placement.MARGIN) - 1:.0%}",
     "undecided": "undecided",
 }
-REGIMES = {"A": "With attention and router adapted too", "P": "With experts alone adapted"}
+REGIMES = {"A": "Attention, router and experts adapted", "P": "Experts alone adapted"}
+ARMS = {"cold": "Cold", "random": "Random", "none": "None", "all": "All (LoRA)"}
 
 
 def said(claim: dict, first: str = "HELLoRA") -> str:
@@ -79,25 +80,27 @@ def said(claim: dict, first: str = "HELLoRA") -> str:
 
 
 def placed(regime: str) -> str:
-    """What the placement study says of a regime: of all bases, or of one; "" if not all ran."""
-    for bases, where in ((placement.MANY, "several bases"), (placement.ONE, "one base")):
-        some = {}
-        for arm in placement.REGIMES[regime].arms:
-            of = placement.pairs(placement.TINY, regime, arm, bases) if arm != "hot" else []
-            if of and len(of) == placement.planned(placement.TINY, regime, arm, bases):
-                some[arm] = of
-        primary = [arm for arm in placement.REGIMES[regime].arms if arm in placement.PRIMARY]
-        if set(primary) <= some.keys():
-            tests = placement.compare_arms(some, bases, placement.PLAIN)
-            said = [loss_of(arm, *tests[arm]) for arm in primary if arm in tests]
-            return f"{REGIMES[regime]}, on {where}: {'; '.join(said)}."
+    """What the placement study says of a regime, on all bases or on one; "" if not all have run."""
+    arms = [arm for arm in placement.REGIMES[regime].arms if arm != "hot"]
+    primary = [arm for arm in arms if arm in placement.PRIMARY]
+    for bases in (placement.MANY, placement.ONE):
+        some = {arm: placement.pairs(placement.TINY, regime, arm, bases) for arm in arms}
+        planned = {arm: placement.planned(placement.TINY, regime, arm, bases) for arm in primary}
+        if any(len(some[arm]) < planned[arm] for arm in primary):
+            continue
+        tests = placement.compare_arms(some, bases, placement.PLAIN)
+        if set(primary) <= tests.keys():
+            n = len({pair.model for pair in some[primary[0]]})
+            on = "one base" if n == 1 else f"{n} bases"
+            found = ". ".join(loss_of(arm, *tests[arm]) for arm in primary)
+            return f"{REGIMES[regime]}, {on}. {found}."
     return ""
 
 
 def loss_of(arm: str, test: placement.Comparison, corrected: float) -> str:
     """An arm's loss relative to that of hot experts, with the verdict."""
     middle, low, high = (f"{100 * (exp(at) - 1):+.1f}" for at in (test.mean, test.low, test.high))
-    return f"{arm} {middle} % ({low} to {high}), {LOSSES[verdict(test, corrected)]}"
+    return f"{ARMS[arm]}: {middle} % ({low} to {high}), {LOSSES[verdict(test, corrected)]}"
 
 
 def experts_found(claim: dict[str, dict]) -> str:
@@ -108,10 +111,11 @@ def experts_found(claim: dict[str, dict]) -> str:
         for only, experts in (("", " experts"), (", experts alone", ""))
     ]
     solved = [100 * mean(scores) for scores in word_problems()]
-    studied = " ".join(found for regime in REGIMES if (found := placed(regime)))
-    plan = (
-        f"Loss of others, relative to hot: {studied}" if studied else "Its runs are not finished."
-    )
+    studied = {regime: placed(regime) for regime in REGIMES}
+    plan = "Its runs are not finished."
+    if any(studied.values()):
+        plan = "The loss with other experts, relative to that with hot ones:"
+        plan += "".join(f"\n{of or f'{REGIMES[x]}: not finished.'}" for x, of in studied.items())
     return (
         "**Hot experts against random ones**, in accuracy: {}. If experts alone are adapted: {}. "
         "**Against cold ones**: {}. If experts alone are adapted: {}. Every method solves {:.0f} "
@@ -199,9 +203,19 @@ def findings() -> str:
 
 
 def wrapped(text: str) -> str:
-    """An entry of a list, 100 columns wide."""
-    fill = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
-    return fill.fill(f"- {text}")
+    """An entry of a list, 100 columns wide; each line after the first is an entry below it."""
+    first, *below = text.split("\n")
+    lines = [("- ", first), *(("  - ", line) for line in below)]
+    return "\n".join(
+        textwrap.fill(
+            line,
+            100,
+            initial_indent=mark,
+            subsequent_indent=" " * len(mark),
+            break_on_hyphens=False,
+        )
+        for mark, line in lines
+    )
 
 
 # ---- each claim, in tables -----------------------------------------------------------------------

@@ -78,8 +78,9 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     )
     found = pages.placed("P")
     assert found.count(says) == 3  # cold, random, all
+    assert says in " ".join(pages.findings().split())
     assert "one base" in found
-    shown = float(re.search(r"random ([+-][\d.]+) %", found)[1])
+    shown = float(re.search(r"Random: ([+-][\d.]+) %", found)[1])
     assert shown == pytest.approx(100 * (ratio - 1), abs=1)  # 1 % of noise a run
 
 
@@ -287,6 +288,12 @@ def test_the_tree_on_the_page_names_all_there_is_at_the_top():
     told = {line.split()[0].rstrip("/") for line in tree.splitlines()}
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert told == {p.name for p in ROOT.glob("*.py")} | folders | {"docs", "examples", "tests"}
+
+
+def test_the_list_of_plumbing_names_each_of_its_files():
+    (listed,) = blocks(CONTRIBUTING, "text")
+    files = {path.name for path in (ROOT / "plumbing").glob("*.py")} - {"__init__.py"}
+    assert {line.split()[0] for line in listed.splitlines()} == files
 
 
 def test_each_promise_about_faults_names_a_test_that_is_there():
