@@ -100,6 +100,8 @@ def test_the_output_to_expect_is_that_of_a_committed_run():
         assert re.search(rf"^layer  {layer} │.* of visits go to {re.escape(str(ids))}$", text, re.M)
     trained, stored = kept["run"]["trained"], kept["run"]["stored"]
     assert f"{trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})" in text
+    answer = re.search(r"-> '(.*)' \(right: 89\)", text)[1]
+    assert answer in (ROOT / "docs" / "report.html").read_text()  # the page of this run
 
 
 def test_the_exact_percents_in_prose_are_those_of_the_params_table():
@@ -185,14 +187,16 @@ def test_the_method_on_the_page_runs_by_itself_and_is_hellora(capsys):
 def test_runs_are_loaded_in_python_and_in_transformers_as_the_pages_say(
     tmp_path, cli, monkeypatch, capfd
 ):
-    pytest.importorskip("transformers", reason="dev requirement")
+    for peer in ("transformers", "peft"):
+        pytest.importorskip(peer, reason="dev requirement")
     monkeypatch.chdir(tmp_path)
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(4)]
     )
     flags = small_run(toy_in(tmp_path), rows, "--steps", 1, "--catcher", "forward", "--no-eval")
     assert cli("train.py", *flags, "--out", RUN)[0] == 0
-    assert cli("export.py", "--run", RUN, "--format", "hub")[0] == 0
+    for form in ("hub", "peft"):
+        assert cli("export.py", "--run", RUN, "--format", form)[0] == 0
     monkeypatch.syspath_prepend(ROOT)
     for page, holds in (
         (README, "AutoModelForCausalLM"),
@@ -202,6 +206,13 @@ def test_runs_are_loaded_in_python_and_in_transformers_as_the_pages_say(
         capfd.readouterr()
         exec(code, {})
         assert capfd.readouterr().out
+    (code,) = [c for c in blocks(ROOT / "docs" / "porting.md", "python") if "PeftModel" in c]
+    loaded = {}
+    exec(code.replace('"tiny"', '"toy"'), loaded)
+    tokens = torch.arange(20)[None]
+    merged, adapted = (loaded[name](tokens).logits for name in ("merged", "adapted"))
+    # 1e-4: float32, and an update that is merged rounds otherwise
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
 
 
 def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
