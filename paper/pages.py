@@ -5,8 +5,8 @@
 A block "```text python -m paper.reproduce ..." has what that command prints, one
 "```text docs/results/FILE.json" the table of that benchmark. A part from "<!-- NAME -->" to
 "<!-- end of NAME -->" has what the function of that name in PARTS writes: "findings" in README.md,
-"claims" in docs/claims.md. Its numbers and verdicts are made from results. A test holds the pages
-to all of this.
+"claims" in docs/claims.md. Its numbers and verdicts are made from results. A figure gets the words
+that paper/figures.py has for those who do not see it. A test holds the pages to all of this.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -27,6 +27,7 @@ from statistics import mean
 
 from paper import reproduce
 from paper.bench import report
+from paper.figures import ALT
 from paper.runs.parallel import ROOT
 from paper.runs.stats import verdict
 from paper.studies import claims, comparison, placement
@@ -39,14 +40,10 @@ BLOCK = re.compile(
     r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
 )
 PART = re.compile(r"^(<!-- (\w+) -->\n).*?^(<!-- end of \2 -->)$", re.M | re.S)
+IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 
 # ---- what the project found, in words ------------------------------------------------------------
 
-# The two figures of which the first that is there is shown, and what each shows.
-FIGURES = {
-    "placement": "Loss of other experts relative to hot ones, with intervals",
-    "accuracy": "Accuracy of each method against its trained parameters",
-}
 SAYS = {  # the verdict on a claim -> what is said of the first of the two
     "holds": "{} is better",
     "fails": "{} is worse",
@@ -197,9 +194,10 @@ def findings() -> str:
         speed_found(),
         parameters_found(),
     ]
-    name = next(name for name in FIGURES if (ROOT / f"docs/figures/{name}.png").exists())
+    drawn = ("placement", "accuracy")  # the first of these that is there is shown
+    name = next(name for name in drawn if (ROOT / f"docs/figures/{name}.png").exists())
     listed = "".join(f"{wrapped(text)}\n" for text in found)
-    return f"{listed}\n![{FIGURES[name]}](docs/figures/{name}.png)\n"
+    return f"{listed}\n![](docs/figures/{name}.png)\n"
 
 
 def wrapped(text: str) -> str:
@@ -277,7 +275,8 @@ def printed(source: str) -> str:
 def filled(text: str) -> str:
     """A page with its blocks as they are now."""
     text = BLOCK.sub(lambda block: f"{block[1]}{printed(block[2])}```", text)
-    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}{part[3]}", text)
+    text = PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}{part[3]}", text)
+    return IMAGE.sub(lambda image: textwrap.fill(f"![{ALT[image[2]]}]({image[1]})", 100), text)
 
 
 def main() -> None:
