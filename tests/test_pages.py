@@ -156,7 +156,7 @@ def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_tho
 
 
 def test_the_method_on_the_page_runs_by_itself_and_is_hellora(capsys):
-    code, _ = blocks(README, "python")
+    (code,) = blocks(README, "python")
     before = {}
     exec(code.partition("# 4. Train")[0], before)
     base = {name: w.clone() for name, w in before["W"].items()}
@@ -180,7 +180,7 @@ def test_the_method_on_the_page_runs_by_itself_and_is_hellora(capsys):
     assert (live - start).abs().max() > 0.1
     changed = {name for name, w in trained["W"].items() if not torch.equal(w, base[name])}
     assert changed == adapted
-    assert adapted == {"router"} | {f"{e}.{x}" for e in hot for x in ("gate", "up", "down")}
+    assert adapted == {"router", *hot}
     assert f"go to experts {hot}" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_runs_are_loaded_in_python_and_in_transformers_as_the_pages_say(
         assert cli("export.py", "--run", RUN, "--format", form)[0] == 0
     monkeypatch.syspath_prepend(ROOT)
     for page, holds in (
-        (README, "AutoModelForCausalLM"),
+        (ROOT / "docs" / "porting.md", "AutoTokenizer"),
         (ROOT / "docs" / "runs.md", "load_run"),
     ):
         (code,) = [code for code in blocks(page, "python") if holds in code]
