@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from plumbing.tokenizer import load_tokenizer, protobuf
+from plumbing.bpe import protobuf
+from plumbing.tokenizer import load_tokenizer
 from tests.peers.compare_tokenizers import fuzz_texts
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
