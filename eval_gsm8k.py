@@ -41,7 +41,6 @@ from plumbing.data import (
     HUMANEVAL,
     TASKS,
     Example,
-    bos_for,
     default_task,
     encode,
     encode_prompt,
@@ -233,15 +232,14 @@ def load_model(
 ) -> tuple[MoEModel, Tokenizer]:
     """The model of a run, and its tokenizer; without a `folder`, those of run["model"].
 
-    args: with device and dtype. merged: fold the run's adapters into the weights. A tokenizer that
-    is no run's has the model's own bos.
+    args: with device and dtype. merged: fold the run's adapters into the weights.
     """
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
     if folder:
         return load_run(folder, merged, dtype, device)[:2]
     source = locate(run["model"])
     warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
-    return MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source)
+    return MoEModel.from_pretrained(source, dtype, device), load_tokenizer(source, run)
 
 
 class Asked(NamedTuple):
@@ -262,8 +260,7 @@ def what_is_asked(args: argparse.Namespace, run: dict, folder: Path | None) -> A
     template = args.template or own.get("template") or TASKS[task].template
     source = base_folder(run)
     path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
-    tokenizer = load_tokenizer(source)
-    tokenizer.bos = run["bos"] if folder else bos_for(tokenizer, template)
+    tokenizer = load_tokenizer(source, {"template": template} | run)
     limit = args.limit or own.get("eval_limit")
     examples = problems(task, template, Path(path), limit, args.shots, source)
     return Asked(task, template, tokenizer, examples, read_config(source))

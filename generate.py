@@ -58,7 +58,7 @@ from plumbing.cli import (
     plain,
     say,
 )
-from plumbing.data import TASKS, bos_for, encode_prompt, question
+from plumbing.data import TASKS, encode_prompt, question
 from plumbing.device import free_bytes, warn_of_slow_cpu
 from plumbing.memory import problem
 from plumbing.run_folder import read_run
@@ -528,9 +528,9 @@ def main() -> None:
     prompts = given_prompts(args)
     run = read_run(args.run, "adapted") if args.run else {}
     source = base_folder(run) if run else locate(args.model)
-    tokenizer, max_len = load_tokenizer(source), read_config(source).max_len
+    tokenizer = load_tokenizer(source, {"template": args.template} | run)
+    max_len = read_config(source).max_len
     resolve(args, run)
-    tokenizer.bos = run["bos"] if run else bos_for(tokenizer, args.template)
     questions = []  # read before the model, which may take minutes
     for n, (place, text) in enumerate(prompts or [], 1):
         questions.append(prepare(n, place, text, args, tokenizer, max_len))

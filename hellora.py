@@ -559,17 +559,17 @@ def load_run(
     device: torch.device | str = "cpu",
 ) -> tuple[MoEModel, object, dict]:
     """A finished run of train.py: its model (merged, or live adapters), tokenizer, run.json."""
-    from plumbing.run_folder import base_of
+    from plumbing.base_model import unchanged_base_folder
+    from plumbing.run_folder import read_run
     from plumbing.tokenizer import load_tokenizer
 
-    source = base_of(Path(folder))
+    run = read_run(Path(folder), "hashes")
+    source = unchanged_base_folder(run, Path(folder))
     model = MoEModel.from_pretrained(source, dtype, device)
-    run = attach_run(model, Path(folder))
+    attach_run(model, Path(folder))
     if merged:
         merge(model)
-    tokenizer = load_tokenizer(source)
-    tokenizer.bos = run["bos"]  # what stood before each prompt in training
-    return model.requires_grad_(False), tokenizer, run
+    return model.requires_grad_(False), load_tokenizer(source, run), run
 
 
 if __name__ == "__main__":

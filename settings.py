@@ -37,7 +37,6 @@ from plumbing.data import (
     TASKS,
     Encoded,
     Example,
-    bos_for,
     default_task,
     encode,
     has_fields,
@@ -353,10 +352,10 @@ def prepare(args: argparse.Namespace) -> Job:
     # an unfinished run there goes on with the commit that it began with.
     commit = ranks.once(lambda: snapshot_commit(locate(args.model, weights=False)))
     newest = locate(name_at_commit(args.model, commit), weights=False)
-    cfg, tokenizer = read_config(newest), load_tokenizer(newest)
-    warn_of_slow_cpu(count_base(cfg), device, args.device)
+    cfg = read_config(newest)
     settings = resolve(args, cfg, dtype) | {"commit": commit}
-    settings["bos"] = bos_for(tokenizer, settings["template"])
+    settings["bos"] = load_tokenizer(newest, settings).bos
+    warn_of_slow_cpu(count_base(cfg), device, args.device)
     check_mask_from(args, method)
     start = lori_start(args.mask_from, method, settings) if args.mask_from else {}
     check_choice(args, method)
@@ -372,8 +371,7 @@ def prepare(args: argparse.Namespace) -> Job:
     settings["commit"] = saved_commit(folder) or commit
     check_commit(args.mask_from, settings)
     source = locate(name_at_commit(args.model, settings["commit"]))
-    cfg, tokenizer = read_config(source), load_tokenizer(source)
-    tokenizer.bos = settings["bos"]
+    cfg, tokenizer = read_config(source), load_tokenizer(source, settings)
     check_weights(cfg, Checkpoint(source))
 
     task, template = settings["task"], settings["template"]

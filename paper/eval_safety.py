@@ -25,7 +25,7 @@ from eval_gsm8k import load_model
 from generate import generate
 from paper.scoring.refusals import RULE, RULES
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, say
-from plumbing.data import TASKS, TEMPLATES, bos_for, encode_prompt
+from plumbing.data import TASKS, TEMPLATES, encode_prompt
 from plumbing.hub import snapshot
 from plumbing.rows import read_rows
 from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
@@ -136,9 +136,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
         raise ValueError(
             f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
         )
-    model, tokenizer = load_model(folder, run, args)
-    if not folder:
-        tokenizer.bos = bos_for(tokenizer, template)
+    model, tokenizer = load_model(folder, {"template": template} | run, args)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
     ids = [encode_prompt(prompt, tokenizer, f"row {n}") for n, prompt in enumerate(prompts, 1)]
     max_new = args.max_new or TASKS[task].max_new

@@ -330,11 +330,6 @@ class Encoded(NamedTuple):
     n_prompt: int
 
 
-def bos_for(tokenizer: Tokenizer, template: str | None) -> int | None:
-    """What is put before prompts of a template: the model's own bos; nothing in LoRI's."""
-    return None if template == "lori" else tokenizer.bos
-
-
 def encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> list[int]:
     """The ids of a prompt, after `tokenizer.bos`. Training and scoring both have them from here.
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from moe_model import MoEConfig
 from plumbing import ranks
-from plumbing.base_model import is_same_model, unchanged_base_folder
+from plumbing.base_model import is_same_model
 from plumbing.files import (
     Positive,
     check,
@@ -92,11 +92,6 @@ def read_run(folder: Path, *parts: str) -> dict:
 def saved_commit(folder: Path) -> str | None:
     """The commit that the run in `folder` keeps; None if no run is there, or none of the Hub."""
     return read_run(folder).get("commit") if (folder / "run.json").exists() else None
-
-
-def base_of(folder: Path) -> Path:
-    """The folder of a run's base model. Raises as `unchanged_base_folder`."""
-    return unchanged_base_folder(read_run(folder, "hashes"), folder)
 
 
 # ---- what else it says ---------------------------------------------------------------------------

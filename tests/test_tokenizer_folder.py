@@ -319,6 +319,22 @@ def test_without_a_template_the_flag_says_whether_there_is_a_bos(content, own, f
 
 
 @pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"template": "bare"}, 1),
+        ({"template": None}, 1),
+        ({"template": "lori"}, None),
+        ({"bos": None, "template": "bare"}, None),  # of a run from before there was a bos
+        ({"bos": 5, "template": "lori"}, 5),
+    ],
+)
+def test_a_runs_own_bos_comes_first_then_the_templates(settings, first, tmp_path):
+    folder = beside(put(tmp_path, MODEL), {OWN: {"add_bos_token": True}})
+    assert load_tokenizer(folder).bos == 1
+    assert load_tokenizer(folder, settings).bos == first
+
+
+@pytest.mark.parametrize(
     ("processor", "own", "named"),
     [
         (template("<s>", 1), {"add_bos_token": False}, ["add_bos_token", OWN, "tokenizer.json"]),
