@@ -1,12 +1,12 @@
 """Count which experts a task visits, layer by layer, and choose the ones to adapt.
 
     python catcher.py --model tiny --task tiny-math      counts on the base model, no training
-    python catcher.py --data own.jsonl --k 4 --out hot.json     of your own rows, kept in a file
+    python catcher.py --data own.jsonl --k 4 --out hot.json   counts your own rows, keeps the list
     python catcher.py --run DIR                          shows the list that a run was trained with
 
 Read it from top to bottom: counting, the rules of choosing, the list that is kept, the command.
-train.py counts in the same way during its warm-up. The paper calls the step that finds the hot
-experts its catcher. Letters are those of moe_model.py.
+train.py counts in the same way during its warm-up. The paper's name for the step that finds the hot
+experts is the catcher. The letters are those of moe_model.py.
 """
 
 if __name__ == "__main__":
@@ -43,21 +43,21 @@ from plumbing.tokenizer import load_tokenizer
 
 
 class Catcher:
-    """Visits of one task: (token, choice) pairs per layer and expert, over real tokens only.
+    """Visits of one task: (token, choice) pairs per layer and expert.
 
-    count: "all" of them, as in the paper, or only the positions that predict "answers".
+    which_tokens: "all" but padding, as in the paper, or only those that predict "answers".
     """
 
-    def __init__(self, n_experts: int, count: str = "all"):
+    def __init__(self, n_experts: int, which_tokens: str = "all"):
         self.n_experts = n_experts
-        self.count = count
+        self.which_tokens = which_tokens  # one of COUNTS
         self.counts: dict[int, Tensor] = {}  # {MoE layer: visits [E] int64}
         self.gates: dict[int, Tensor] = {}  # {MoE layer: summed router probabilities [E] float64}
         self.n_tokens: int | Tensor = 0
 
     @torch.no_grad()
     def add(self, routing: dict[int, Routing], counted: Tensor) -> None:
-        """Count one forward pass. counted [B, T]: see Batch.counted. The host never waits here."""
+        """Count one forward pass. counted [B, T]: see Batch.counted. No host waits here."""
         self.n_tokens = self.n_tokens + counted.sum()
         for layer, decided in routing.items():
             if layer not in self.counts:
@@ -65,28 +65,29 @@ class Catcher:
                     self.n_experts, dtype=torch.long, device=counted.device
                 )
                 self.gates[layer] = self.counts[layer].double()
-            # What is not counted adds 0: to leave it out, the host would have to wait for how many
-            # there are.
+            # A token that is not counted adds 0. To leave it out, the host would have to wait for
+            # the number of the others.
             ids = decided.expert_ids.flatten()  # [B*T*K]
             ones = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
             self.counts[layer].index_add_(0, ids, ones.long())
             self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * ones).double())
 
     def gather(self) -> "Catcher":
-        """Add what all ranks have counted, on every rank. Returns itself."""
-        for tensor in (*self.counts.values(), *self.gates.values(), self.n_tokens):
-            ranks.total(tensor)
+        """Add up what all ranks have counted, on every rank. Returns itself."""
+        if self.counts:  # without any pass there is nothing, on no rank
+            for tensor in (*self.counts.values(), *self.gates.values(), self.n_tokens):
+                ranks.total(tensor)
         return self
 
     def scores(self, score: str) -> dict[int, Tensor]:
-        """{layer: [E]} on the CPU. "count": visits; "gate": a token's mean probability there."""
+        """{layer: [E]} on the CPU. "count": visits. "gate": the mean probability over tokens."""
         if score == "gate":
             return {layer: g.cpu() / int(self.n_tokens) for layer, g in self.gates.items()}
         return {layer: c.cpu() for layer, c in self.counts.items()}
 
 
 def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
-    """A seeded share of the data, at least one example: what the catcher looks at."""
+    """A seeded share of the data, at least one example, for the catcher."""
     draw = torch.Generator().manual_seed(seed)
     n = max(1, min(len(data), round(share * len(data))))
     return [data[i] for i in torch.randperm(len(data), generator=draw)[:n].tolist()]
@@ -94,41 +95,41 @@ def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
 
 @torch.no_grad()
 def count_visits(
-    model: MoEModel, data: list[Encoded], batch_size: int, label: str, count: str = "all"
+    model: MoEModel, data: list[Encoded], batch_size: int, label: str, which_tokens: str = "all"
 ) -> Catcher:
-    """Run `model` over `data` once and count. label: of the progress bar."""
-    catcher = Catcher(model.cfg.n_experts, count)
+    """Run `model` over `data` once and count. label: the progress bar's."""
+    catcher = Catcher(model.cfg.n_experts, which_tokens)
     for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
         batch = collate(group, model.device)
-        # Without any target no logits are made: routing is all that is wanted.
+        # Only the routing is needed. Without any target, no logits are made.
         _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))
-        catcher.add(routing, batch.counted(count))
+        catcher.add(routing, batch.counted(which_tokens))
     return catcher.gather()
 
 
 def visited_share(counts: dict[int, Tensor], experts: dict[int, list[int]]) -> dict[int, float]:
-    """{layer: the share of visits that goes to its `experts`}; k / E if the router were uniform."""
+    """{layer: the share of visits that goes to its `experts`}. A uniform router gives k / E."""
     return {i: (counts[i][experts[i]].sum() / counts[i].sum()).item() for i in experts}
 
 
 # ---- choosing ------------------------------------------------------------------------------------
 
 RULES = ("hot", "cold", "global-hot", "random", "all")
-COUNTS = ("all", "answers")  # which tokens' visits count: see Batch.counted
+COUNTS = ("all", "answers")  # whose visits count: see Batch.counted
 
 
 def preference(rule: str, of_layer: Tensor, of_model: Tensor, draw: torch.Generator) -> Tensor:
-    """How much `rule` wants each expert of a layer [E].
+    """How much `rule` prefers each expert of a layer [E].
 
-    of_layer [E]: the layer's scores. of_model [E]: those of all layers, added up by expert id.
+    of_layer [E]: the layer's scores. of_model [E]: the scores of all layers, added up by expert id.
     """
     if rule == "hot":  # HELLoRA
         return of_layer
     if rule == "cold":  # Table 4: the suffix _c of a method
         return -of_layer
-    if rule == "global-hot":  # Table 4: the suffix _m; the same experts in every layer
+    if rule == "global-hot":  # Table 4: the suffix _m. The same experts in every layer
         return of_model
-    if rule == "random":  # a control that the paper lacks
+    if rule == "random":  # a control that the paper does not have
         return torch.rand(len(of_layer), generator=draw)
     raise ValueError(f"unknown rule {rule!r}: want one of {', '.join(RULES)}")
 
@@ -138,9 +139,9 @@ def choose(
 ) -> dict[int, list[int]]:
     """{layer: the k experts that `rule` prefers, ascending}. Of two equal scores the lower id wins.
 
-    scores: {layer: [E]}, visits or mean probabilities. With a coverage in (0, 1], k is ignored:
-    each layer takes its preferred experts until they hold this share of its score. That is the rule
-    of ESFT (expert-specialized fine-tuning, arXiv 2407.01906).
+    scores: {layer: [E]}, visits or mean probabilities. coverage: a share in (0, 1] in place of k.
+    Each layer takes its preferred experts until they hold this share of its scores. This is the
+    rule of ESFT (expert-specialized fine-tuning, arXiv 2407.01906).
     Raises ValueError for a k outside 1..E.
     """
     of_model = sum(scores.values())  # [E]
@@ -164,8 +165,8 @@ def choose(
 def default_k(cfg: MoEConfig) -> int:
     """The paper's k: as many experts as a token visits (8 for OLMoE, 2 for Mixtral).
 
-    For DeepSeekMoE, the one backbone with shared experts, it is 12 of 64: no other number gives the
-    paper's 23.2 % of LoRA's parameters there (README).
+    For DeepSeekMoE, the one backbone with shared experts, it is 12 of 64. Only this number gives
+    the paper's 23.2 % of LoRA's parameters there (README).
     """
     return 12 if cfg.n_shared else cfg.top_k
 
@@ -180,7 +181,7 @@ def check_k(k: int, n_experts: int) -> int:
 
 
 def overlap(a: dict[int, list[int]], b: dict[int, list[int]]) -> dict[int, float]:
-    """{layer: Jaccard overlap of two lists of experts, shared / in either}; Fig. 3 of the paper."""
+    """{layer: Jaccard overlap of two lists of experts, shared / in either}. Fig. 3 of the paper."""
     return {i: len(set(a[i]) & set(b[i])) / len(set(a[i]) | set(b[i])) for i in a}
 
 
@@ -193,20 +194,20 @@ class HotList:
 
     model: str = ""
     task: str = ""
-    catcher: str = "file"  # "warmup" or "forward"; a list made by other means need not say
+    catcher: str = "file"  # "warmup" or "forward". A list from elsewhere need not say
     rule: str = "hot"
     score: str = "count"
-    count: str = YOUNGER["count"]  # of COUNTS
+    count: str = YOUNGER["count"]  # one of COUNTS
     k: int = 0  # the most that a layer has
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
     counts: dict[int, list[int]] = field(default_factory=dict)  # {MoE layer: visits [E]}, if known
-    gates: dict[int, list[float]] = field(default_factory=dict)  # probabilities, if score is "gate"
+    gates: dict[int, list[float]] = field(default_factory=dict)  # {MoE layer: scores [E]} by "gate"
 
     def show(self) -> str:
         """Each layer's visits as bars, one character an expert, with the chosen and their share."""
         if not self.counts:
-            return f"a given list of {self.rule} experts; the visits behind it are not known"
+            return f"a given list of {self.rule} experts, without the visits behind it"
         counts = {layer: torch.tensor(visits) for layer, visits in self.counts.items()}
         lines, levels = [], " ▁▂▃▄▅▆▇█"
         for layer, share in visited_share(counts, self.experts).items():
@@ -238,27 +239,28 @@ class HotList:
         Raises FileNotFoundError, or ValueError for a damaged file or another model's list.
         """
         saved = read_json(path, "a hot_experts.json, as catcher.py --out writes it", HotListFile)
-        known = {}
+        fields = {}
         for name in HotListFile.__annotations__:
             if saved.get(name) is not None:
-                known[name] = saved[name]
+                fields[name] = saved[name]
 
         layers = {str(layer) for layer in cfg.moe_layers}
-        for name in ("counts", "gates"):  # a list made by other means may have none
-            scores = known.pop(name, {})
-            unlike = [layer for layer, of in scores.items() if len(of) != cfg.n_experts]
-            if saved["experts"].keys() < layers or (scores and scores.keys() != layers) or unlike:
+        for name in ("counts", "gates"):  # a list from elsewhere may have none
+            scores = fields.pop(name, {})
+            wrong_size = any(len(values) != cfg.n_experts for values in scores.values())
+            wrong_layers = scores and scores.keys() != layers
+            if saved["experts"].keys() < layers or wrong_layers or wrong_size:
                 raise ValueError(
                     f"{path} lacks experts or visits of a layer: want a list made for this model"
                 )
-            known[name] = {int(layer): of for layer, of in scores.items()}
-        known["experts"] = by_layer(cfg, saved["experts"], path)
-        return cls(**known)
+            fields[name] = {int(layer): values for layer, values in scores.items()}
+        fields["experts"] = by_layer(cfg, saved["experts"], path)
+        return cls(**fields)
 
 
 @dataclass
 class HotListFile:
-    """What read_json checks of hot_experts.json: keys are text in JSON."""
+    """hot_experts.json as read_json checks it. In JSON all keys are text."""
 
     experts: dict[str, list[int]]
     model: str | None = None
@@ -274,7 +276,7 @@ class HotListFile:
 
 
 def hot_list(
-    counted: Catcher,
+    visits: Catcher,
     *,
     k: int,
     rule: str,
@@ -285,8 +287,8 @@ def hot_list(
     task: str,
     catcher: str,
 ) -> HotList:
-    """Choose from what was counted (see `choose`), and note where it comes from."""
-    scores = counted.scores(score)
+    """Choose from the visits that were counted (see `choose`), and note where they come from."""
+    scores = visits.scores(score)
     experts = choose(scores, k, rule, seed, coverage)
     gates = scores if score == "gate" else {}
     return HotList(
@@ -295,12 +297,12 @@ def hot_list(
         catcher=catcher,
         rule=rule,
         score=score,
-        count=counted.count,
+        count=visits.which_tokens,
         k=max(len(ids) for ids in experts.values()),
-        n_tokens=int(counted.n_tokens),
+        n_tokens=int(visits.n_tokens),
         experts=experts,
-        counts={layer: visits.tolist() for layer, visits in counted.scores("count").items()},
-        gates={layer: mean.tolist() for layer, mean in gates.items()},
+        counts={layer: counts.tolist() for layer, counts in visits.scores("count").items()},
+        gates={layer: means.tolist() for layer, means in gates.items()},
     )
 
 
@@ -315,7 +317,8 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     add("--model", default="tiny",
         help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
-    add("--task", choices=TASKS, help="whose training split is run (default tiny-math; else gsm8k)")
+    add("--task", choices=TASKS,
+        help="whose training split is run (default tiny-math for tiny, else gsm8k)")
     add("--data", type=Path, help="rows in place of the task's training split")
     rare("--drop-long", action="store_true", help="leave out rows longer than the model's context")
     add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
@@ -353,14 +356,14 @@ def main() -> None:
     warn_of_slow_cpu(count_base(cfg), device, args.device)
     k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
 
-    # The same look at the task that train.py --catcher forward takes.
+    # As train.py --catcher forward counts.
     model = MoEModel.from_pretrained(source, dtype, device)
     examples = load_examples(task, args.data or TASKS[task].train.fetch(), model=source)
     encoded = encode(examples, load_tokenizer(source), cfg.max_len, args.drop_long)
     data = sample(encoded, args.share, args.seed)
-    counted = count_visits(model, data, args.batch_size, "catch", args.count)
+    visits = count_visits(model, data, args.batch_size, "catch", args.count)
     hot = hot_list(
-        counted, k=k, rule=args.rule, score=args.score, seed=args.seed, coverage=args.coverage,
+        visits, k=k, rule=args.rule, score=args.score, seed=args.seed, coverage=args.coverage,
         model=args.model, task=task, catcher="forward",
     )  # fmt: skip
     print(hot.show())

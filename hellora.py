@@ -2,7 +2,7 @@
 
 Read it from top to bottom: the methods as data, the update, stacked experts, into a model and out
 of it (attach, start, merge), LoRI's mask, what it costs, a trained run. catcher.py finds the hot
-experts; train.py trains.
+experts. train.py trains.
 
 Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or a control's.
 
@@ -37,7 +37,7 @@ from plumbing.ranks import put, whole
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 ROUTER = ("moe.router",)
-# Shared experts and dense layers are visited by every token.
+# Every token visits shared experts and dense layers.
 ALWAYS_VISITED = (
     *("moe.shared.gate", "moe.shared.up", "moe.shared.down"),
     *("dense.gate", "dense.up", "dense.down"),
@@ -48,11 +48,9 @@ ALWAYS_VISITED = (
 class Method:
     """One row of the paper's tables: where updates go, and what is trained of them."""
 
-    rule: str | None = "all"  # catcher.RULES: how adapted experts are chosen; None: there are none
-    sites: tuple[str, ...] = (
-        *ATTENTION,
-        *ROUTER,
-    )  # adapted maps (with experts: ALWAYS_VISITED too)
+    rule: str | None = "all"  # one of catcher.RULES, which chooses the adapted experts. None: none
+    # The adapted linear maps. A method that adapts experts also adapts ALWAYS_VISITED.
+    sites: tuple[str, ...] = (*ATTENTION, *ROUTER)
     train_a: bool = True  # False: A stays at its random start (LoRI)
     keep: float = 1.0  # share of B's entries that is trained (LoRI-S: 0.1)
     dora: bool = False  # True: also train the length of every row of W + BA
@@ -64,7 +62,7 @@ class Method:
         return self.rule not in (None, "all")
 
 
-# LoRI freezes A. LoRI-D trains all of B. LoRI-S starts again from B = 0, and trains the tenth of B
+# LoRI freezes A. LoRI-D trains all of B. LoRI-S starts again from B = 0. It trains the tenth of B
 # that was largest after a D run.
 METHODS = {
     "fft": Method(rule=None, sites=(), train_base=True),
@@ -77,11 +75,13 @@ METHODS = {
     "hellori-s": Method(rule="hot", train_a=False, keep=0.1),
 }
 SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts and nothing else
-    "m": {"rule": "global-hot"},  # m, c, pure, gate: Tables 4 to 6
+    # of Tables 4 to 6
+    "m": {"rule": "global-hot"},
     "c": {"rule": "cold"},
     "pure": {"sites": ()},
     "gate": {"sites": ROUTER},
-    "r": {"rule": "random"},  # r, none, attn: controls that the paper lacks
+    # controls that the paper does not have
+    "r": {"rule": "random"},
     "none": {"rule": None},
     "attn": {"sites": ATTENTION},
 }
@@ -92,17 +92,18 @@ def parse_method(name: str) -> Method:
 
     Raises ValueError for an unknown name, and for two suffixes about one thing.
     """
-    want = (
-        f"want one of {', '.join(METHODS)}, and after any but fft the suffixes "
-        f"_{', _'.join(SUFFIXES)}, each about another thing: hellora_pure_c, but not hellora_m_c"
+    unknown = ValueError(
+        f"unknown method {name!r}: want one of {', '.join(METHODS)}, and after any but fft the "
+        f"suffixes _{', _'.join(SUFFIXES)}, each about another thing: hellora_pure_c, but not "
+        "hellora_m_c"
     )
     base, *suffixes = name.split("_")
     if base not in METHODS or (base == "fft" and suffixes):
-        raise ValueError(f"unknown method {name!r}: {want}")
+        raise unknown
     changes = {}
     for suffix in suffixes:
         if suffix not in SUFFIXES or SUFFIXES[suffix].keys() & changes.keys():
-            raise ValueError(f"unknown method {name!r}: {want}")
+            raise unknown
         changes |= SUFFIXES[suffix]
     method = replace(METHODS[base], **changes)
     if not (method.rule or method.sites or method.train_base):
@@ -120,7 +121,7 @@ class LowRank(nn.Module):
         y = W x + scale * (B * mask) (A x)       Eq. 4: LoRI-S trains a tenth of B
         A [r, in] or [k, r, in]    B [out, r] or [k, out, r]
 
-    The values are set by `init_adapters`, not here.
+    `init_adapters` sets the values.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class LowRank(nn.Module):
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.register_buffer("mask", mask)
-        # DoRA: |w|^2 of each row w of the frozen W, [(k,) out]; row_scale fills it, once.
+        # DoRA: |w|^2 of each row w of the frozen W, [(k,) out]. row_scale fills it, once.
         self.register_buffer("square", None, persistent=False)
 
     @classmethod
@@ -146,22 +147,17 @@ class LowRank(nn.Module):
         """An update of `weight` [..., out, in] without values. stack: (), or (k,) of k matrices."""
         *_, out_dim, in_dim = weight.shape
         with torch.device(weight.device):
-            update = cls(
-                A=torch.empty(*stack, rank, in_dim),
-                B=torch.empty(*stack, out_dim, rank),
-                scale=alpha / rank,
-                mask=torch.empty(*stack, out_dim, rank, dtype=torch.bool)
-                if method.keep < 1
-                else None,
-                magnitude=torch.empty(*stack, out_dim) if method.dora else None,
-            )
+            A, B = torch.empty(*stack, rank, in_dim), torch.empty(*stack, out_dim, rank)
+            mask = torch.empty_like(B, dtype=torch.bool) if method.keep < 1 else None
+            magnitude = torch.empty(*stack, out_dim) if method.dora else None
+        update = cls(A, B, alpha / rank, mask, magnitude)
         update.A.requires_grad_(method.train_a)  # LoRI freezes A
         return update
 
-    def one(self, at: int) -> "LowRank":
-        """The update of matrix `at` of the stack alone. It shares memory with the stack's."""
+    def one(self, index: int) -> "LowRank":
+        """The update of one matrix of the stack. It shares memory with the stack."""
         parts = (self.A, self.B, self.mask, self.magnitude)
-        A, B, mask, magnitude = (None if t is None else t.detach()[at] for t in parts)
+        A, B, mask, magnitude = (None if t is None else t.detach()[index] for t in parts)
         return LowRank(A, B, self.scale, mask, magnitude)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,30 +172,29 @@ class LowRank(nn.Module):
         return self.scale * (a_t @ b_t).mT  # (A^T B^T)^T = B A
 
     def row_scale(self, weight: Tensor) -> Tensor:
-        """DoRA: wanted / present length of each row of weight [*stack, out, in] + delta().
+        """DoRA: trained length / present length of each row of weight + delta(), [*stack, out].
 
-        Returns [*stack, out]: a row has the weights of one output. The present length is a constant
-        in the backward pass. It is made without a tensor of the weight's size: with b a row of
-        scale * B, |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b. See `present` for rows that
-        nearly cancel.
+        weight: [*stack, out, in]. A row has the weights of one output. The present length is a
+        constant in the backward pass. It is computed without a tensor of the weight's size: if b is
+        a row of scale * B, then |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b.
         Source: PEFT's DoraLinearLayer.forward.
         """
         with torch.no_grad():
             if self.square is None:
-                self.square = row_length(weight) ** 2  # [*stack, out] once, as W is frozen
+                self.square = row_length(weight) ** 2  # [*stack, out], once, as W is frozen
             a_t, b_t = self.factors(torch.float32)  # [*stack, in, r], [*stack, r, out]
             b = self.scale * b_t.mT  # [*stack, out, r]
             cross = (weight @ a_t.to(weight.dtype)).float()  # [*stack, out, r]
             grown = (b * (2 * cross + b @ (a_t.mT @ a_t))).sum(-1)  # [*stack, out]
             length = (self.square + grown).clamp(min=0).sqrt()
-        return ratio(self.magnitude, present(length, self.square.sqrt()))
+        return safe_ratio(self.magnitude, clamp_length(length, self.square.sqrt()))
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight [*stack, out, in] with the update folded in, in fp32."""
         after = weight.float() + self.delta()
         if self.magnitude is not None:
-            length = present(row_length(after), row_length(weight))
-            after = after * ratio(self.magnitude, length)[..., None]
+            length = clamp_length(row_length(after), row_length(weight))
+            after = after * safe_ratio(self.magnitude, length)[..., None]
         return after
 
 
@@ -208,19 +203,20 @@ def row_length(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
 
 
-def present(after: Tensor, before: Tensor) -> Tensor:
-    """The length of rows that count as `after` long, and were `before` long without the update.
+def clamp_length(length: Tensor, base_length: Tensor) -> Tensor:
+    """The lengths of updated rows, each at least sqrt(eps) times its length without the update.
 
-    It is at least sqrt(eps) of that: to fp32 the square of a smaller rest is noise.
+    A smaller length is the rest of a row that the update nearly cancels. In fp32 its square is
+    noise.
     """
-    return after.clamp(min=torch.finfo(torch.float32).eps ** 0.5 * before)
+    return length.clamp(min=torch.finfo(torch.float32).eps ** 0.5 * base_length)
 
 
-def ratio(wanted: Tensor, length: Tensor) -> Tensor:
-    """wanted / length, element by element; 1 where length is 0: a row of zeros without update."""
-    there = length > 0
-    # Two `where`: the gradient of a division by 0 would be NaN, even where it is not chosen.
-    return torch.where(there, wanted / torch.where(there, length, 1), 1)
+def safe_ratio(magnitude: Tensor, length: Tensor) -> Tensor:
+    """magnitude / length, element by element. 1 where length is 0: a row of zeros, not updated."""
+    nonzero = length > 0
+    # Two `where`, because a division by 0 has the gradient NaN, even where it is not chosen.
+    return torch.where(nonzero, magnitude / torch.where(nonzero, length, 1), 1)
 
 
 class LoRALinear(nn.Module):
@@ -245,9 +241,9 @@ class LoRALinear(nn.Module):
 
 
 class AdaptedRows(Rows):
-    """Rows that all visit adapted experts. In the plain Rows of LoRAExperts none does.
+    """Rows that all visit adapted experts. In LoRAExperts, plain Rows visit none of them.
 
-    It is a class and not a field of Rows, because moe_model.py knows of no adapter.
+    This is a class and not a field of Rows, because moe_model.py knows nothing of adapters.
     """
 
 
@@ -267,9 +263,9 @@ class LoRAGroupedLinear(nn.Module):
         y = rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)  # W x
         if not isinstance(rows, AdaptedRows):
             return y
-        # An adapted expert that no row visits takes part as well. So its gradient is zero, and not
-        # None: AdamW skips None, but moves a parameter of gradient zero by its momentum.
-        ends = ends_of(self.adapted, rows.ends)  # of k experts; the others have no rows here
+        # An adapted expert that no row visits takes part as well, so that its gradient is zero and
+        # not None. AdamW skips None, but moves a parameter of gradient zero by its momentum.
+        ends = ends_of(self.adapted, rows.ends)  # of k experts: the others have no rows here
         a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
         low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
         y += rows.matmul(low, b, ends)  # + B low
@@ -285,7 +281,7 @@ class LoRAGroupedLinear(nn.Module):
 
 
 class LoRAExperts(Experts):
-    """The experts of a layer, k of which carry updates. Rows of the others pay nothing for them."""
+    """The experts of a layer. k of them carry updates. Rows of the others pay nothing for them."""
 
     def __init__(self, base: Experts, adapted: list[int], method: Method, rank: int, alpha: float):
         super().__init__(
@@ -305,11 +301,11 @@ class LoRAExperts(Experts):
         if len(self.adapted) == n_experts:  # LoRA: there are no others
             slot, ends = sort_by_expert(expert, n_experts)
             return self.mlp(tokens, weight, AdaptedRows(slot, ends, self.matmul))
-        # One sort puts the rows of adapted experts first: the others count as E to 2E - 1. The
-        # weights stay in the order of ids, so loading, merging and saving need not know of it.
+        # One sort puts the rows of adapted experts first. In it, the others have the ids E to
+        # 2E - 1. The weights stay in the order of ids, so loading, merging and saving are the same.
         key = as_index(self.key, expert.device)[expert]  # [N]
         slot, ends = sort_by_expert(key, 2 * n_experts)
-        sizes = ends.sizes  # [2E] here a GPU's host waits, once a layer
+        sizes = ends.sizes  # [2E] the host waits for a GPU here, once a layer
         n = sum(sizes[:n_experts])  # adapted rows
         first = Ends(ends.tensor[:n_experts], sizes[:n_experts])
         second = Ends(ends.tensor[n_experts:] - n, sizes[n_experts:])
@@ -319,20 +315,20 @@ class LoRAExperts(Experts):
 
 
 def ends_of(experts: list[int], ends: Ends) -> Ends:
-    """The ends of these experts [k], ascending, in rows that visit no other."""
+    """The ends of these experts [k], ascending, in rows that visit no other expert."""
     if len(experts) == len(ends.tensor):
         return ends  # LoRA: of all
-    of = as_index(experts, ends.tensor.device)
-    return Ends(ends.tensor[of], [ends.sizes[e] for e in experts])
+    index = as_index(experts, ends.tensor.device)
+    return Ends(ends.tensor[index], [ends.sizes[e] for e in experts])
 
 
 def as_index(ids: Iterable[int], device: torch.device) -> Tensor:
-    """Ids as a tensor on `device`, made once: a copy to a GPU has the host wait."""
+    """Ids as a tensor on `device`. It is made once, because the host waits for a copy to a GPU."""
     return _as_index(tuple(ids), device)
 
 
-@cache  # it takes tuples, and no lists
-@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+@cache  # which takes tuples, and no lists
+@torch.inference_mode(False)  # training could not use a tensor made in inference mode
 def _as_index(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ids, device=device)
 
@@ -343,7 +339,7 @@ def _as_index(ids: tuple[int, ...], device: torch.device) -> Tensor:
 def attach(
     model: MoEModel, method: Method, adapted: dict[int, list[int]], rank: int, alpha: float
 ) -> None:
-    """Freeze `model` and put adapters in it, in place, without values (see init_adapters).
+    """Freeze `model` and put adapters in it, in place. `init_adapters` gives them values.
 
     adapted: {MoE layer: ids of its adapted experts, ascending}, as catcher.choose gives them. A
     layer that is not named, or has an empty list, gets no expert adapters.
@@ -360,8 +356,8 @@ def attach(
 def sites(layer: Block, method: Method, linear_router: bool) -> list[str]:
     """Names of the plain linear maps of `layer` that `method` adapts.
 
-    A method that adapts experts also adapts the maps that every token visits. A router that the Hub
-    stores as a bare parameter is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.
+    A method that adapts experts also adapts the maps that every token visits. A router that is a
+    bare parameter on the Hub is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.
     """
     wanted = [*method.sites, *(ALWAYS_VISITED if method.rule else ())]
     if not linear_router:
@@ -378,9 +374,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAGroupedLinear]:
 
 def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
     """The part of the frozen weight that the update changes, [out, in] or [k, out, in]."""
-    weight = whole(m.weight)  # of several ranks each may hold some rows
+    weight = whole(m.weight)  # with several ranks, each may hold some rows
     if isinstance(m, LoRALinear) or len(m.adapted) == len(weight):
-        return weight  # all of it: no copy
+        return weight  # all of it, without a copy
     return weight[as_index(m.adapted, weight.device)]
 
 
@@ -388,9 +384,9 @@ def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
 def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | None = None) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the adapted model starts as the base model.
 
-    Call it after the weights are loaded. The draw of A depends on `seed` and on the module's name
-    only, so not on the method. start: values of an adapter_state to take in place of these, such
-    as LoRI's masks. Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform, a = sqrt 5).
+    Call it after the weights are loaded. The draw of A depends only on `seed` and on the module's
+    name, and so not on the method. start: values of an adapter_state that replace these, such as
+    LoRI's masks. Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform, a = sqrt 5).
     """
     for name, m in adapters(model).items():
         # crc32, because Python's hash() of a text differs from one process to the next.
@@ -400,7 +396,7 @@ def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | N
         m.lora.B.zero_()
         if m.lora.mask is not None:
             m.lora.mask.fill_(True)
-        m.lora.square = None  # of the weights that were there before
+        m.lora.square = None  # the weights may be other ones now
         if m.lora.magnitude is not None:  # DoRA starts from the lengths that the rows have
             put(m.lora.magnitude, row_length(adapted_weight(m)))
     state = adapter_state(model)
@@ -410,7 +406,7 @@ def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | N
 
 @torch.no_grad()
 def merge(model: MoEModel) -> None:
-    """Fold every update into its weight, in fp32 and rounded once, and take the adapters out."""
+    """Fold every update into its weight, in fp32 and rounded once. Then take the adapters out."""
     for m in adapters(model).values():
         after = m.lora.merged(adapted_weight(m)).to(m.weight.dtype)
         if isinstance(m, LoRAGroupedLinear):
@@ -421,10 +417,10 @@ def merge(model: MoEModel) -> None:
 
 
 def detach(model: MoEModel) -> None:
-    """Take the adapters out, in place; the base weights stay as they are."""
+    """Take the adapters out, in place. The base weights stay as they are."""
     for name, m in adapters(model).items():
         *stack, out_dim, in_dim = m.weight.shape
-        with torch.device("meta"):  # no memory: the next line gives it the weight that is there
+        with torch.device("meta"):  # takes no memory: it gets the weight that is there
             plain = GroupedLinear(*stack, in_dim, out_dim) if stack else Linear(in_dim, out_dim)
         plain.weight = m.weight
         model.set_submodule(name, plain)
@@ -436,26 +432,25 @@ def detach(model: MoEModel) -> None:
 
 # ---- LoRI's mask: which entries of B a sparse run trains -----------------------------------------
 #
-# A D run trains all of B. The S run starts again from B = 0, and trains only the tenth of B that
-# was largest at the end of the D run. settings.lori_start has the mask made, LowRank.factors
-# applies it.
+# A D run trains all of B. The S run starts again from B = 0. It trains only the tenth of B that was
+# largest at the end of the D run. settings.lori_start calls `lori_masks`. LowRank.factors applies
+# the mask.
 
 
 def lori_masks(trained_b: dict[str, Tensor], keep: float, scope: str) -> dict[str, Tensor]:
     """Mark the `keep` share of largest |B| entries of a trained D run: {module name: bool like B}.
 
-    trained_b: {module name: B [*stack, out, r]}. scope: within what the entries compete: the whole
-    "model", a "layer", or a "matrix" (each expert's is its own). Of equal entries the first wins,
-    modules in the order of their names. Source: LoRI's extract_mask.py, get_model_mask (it keeps
-    all of equal entries, and rounds down).
+    trained_b: {module name: B [*stack, out, r]}. scope: the entries compete within the whole
+    "model", within a "layer", or within a "matrix" (each expert has its own). Of equal entries the
+    first wins, with the modules in the order of their names. Source: LoRI's extract_mask.py,
+    get_model_mask (which keeps all of equal entries, and rounds down).
     """
     if scope == "matrix":
         masks = {}
         for name, b in trained_b.items():
             matrices = b.reshape(-1, *b.shape[-2:])  # [k or 1, out, r]
-            masks[name] = torch.cat([keep_largest([one], keep)[0] for one in matrices]).view(
-                b.shape
-            )
+            parts = [keep_largest([matrix], keep)[0] for matrix in matrices]
+            masks[name] = torch.cat(parts).view(b.shape)
         return masks
     groups: dict[str, list[str]] = {}
     for name in sorted(trained_b):
@@ -483,8 +478,9 @@ def keep_largest(rivals: list[Tensor], keep: float) -> list[Tensor]:
 def count_params(model: MoEModel, method: Method) -> tuple[int, int]:
     """How many numbers are trained, and how many are stored, adapters included.
 
-    The paper's Params column is trained / stored. Of a masked B the entries that the masks keep are
-    trained. A model of shapes (meta device) has no masks yet: there it is round(keep * all of B).
+    The paper's Params column is trained / stored. Only those entries of a masked B are trained that
+    the masks keep. A model of shapes (meta device) has no masks yet: there the number of entries is
+    round(keep * all of B).
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in model.parameters())
@@ -503,8 +499,8 @@ def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
     """FLOPs that the adapters add to one token's forward pass. The backward pass scales with it.
 
     shares: {layer: the share of its expert visits that adapted experts get}. A and B cost
-    2 r (in + out) for each row that meets them: every token for a linear map, K * share rows of a
-    token for a stack.
+    2 r (in + out) for each row that meets them. A linear map meets one row of each token, a stack
+    K * share rows.
     """
     total = 0.0
     for name, m in adapters(model).items():
@@ -517,12 +513,12 @@ def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
 
 # ---- a trained run -------------------------------------------------------------------------------
 #
-# The files of a run are read here and nowhere above. What reads them is imported where it is used,
-# so that the method itself needs no run folder and no tokenizer.
+# Only this section reads the files of a run. The functions import what they need, so that the
+# method itself needs no run folder and no tokenizer.
 
 
 def adapter_state(model: MoEModel) -> dict[str, Tensor]:
-    """What a run must keep: each adapter's A, B, mask, magnitude; without adapters, all weights."""
+    """What a run must keep: A, B, mask and magnitude of each adapter, else all weights."""
     state = model.state_dict()
     if not adapters(model):
         return state
@@ -545,7 +541,7 @@ def attach_run(model: MoEModel, folder: Path) -> dict:
         )
     adapted = by_layer(model.cfg, run["adapted"], folder / "run.json")
     attach(model, parse_method(run["method"]), adapted, run["rank"], run["alpha"])
-    for m in adapters(model).values():  # of a model of shapes, the adapters alone get memory
+    for m in adapters(model).values():  # in a model of shapes, only the adapters get memory
         if m.lora.B.is_meta:
             m.lora.to_empty(device="cpu")
     fill(adapter_state(model), saved, folder)
@@ -558,7 +554,11 @@ def load_run(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[MoEModel, object, dict]:
-    """A finished run of train.py: its model (merged, or live adapters), tokenizer, run.json."""
+    """The model of a finished run of train.py, its tokenizer, and its run.json.
+
+    The adapters are merged into the weights, or live. Raises FileNotFoundError or ValueError for a
+    run that cannot be loaded, OSError or ValueError if its base model is gone or has changed.
+    """
     from plumbing.base_model import unchanged_base_folder
     from plumbing.run_folder import read_run
     from plumbing.tokenizer import load_tokenizer

@@ -1,8 +1,8 @@
 """A Mixture-of-Experts decoder in plain PyTorch: OLMoE, Mixtral, DeepSeekMoE, Qwen3-MoE.
 
 Read it from top to bottom: sizes, the experts, the router, attention, a layer, the whole model.
-It knows nothing of adapters. Its one seam is that any module may be replaced by another that is
-called in the same way: hellora.py replaces `Linear`, `GroupedLinear` and `Experts`.
+This file knows nothing of adapters. Any module here may be replaced by another that is called in
+the same way. hellora.py replaces `Linear`, `GroupedLinear` and `Experts`.
 
 Letters for tensor sizes, the same in every file:
     B sequences    T tokens per sequence    S tokens in the key/value cache    V vocabulary
@@ -28,12 +28,13 @@ LOSS_CHUNK = 1024  # positions whose fp32 logits exist at one time: 206 MB for 5
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Everything in which the supported backbones differ. plumbing/checkpoint.py reads it.
+    """Everything in which the supported backbones differ.
 
-    No code below asks for a model's name: a difference is a number here.
+    plumbing/checkpoint.py makes it from a config.json. No code below asks for a model's name: each
+    difference is a value here.
     """
 
-    family: str  # the Hub's model_type: decides the checkpoint's tensor names, and nothing else
+    family: str  # the Hub's model_type. It decides only the names of the checkpoint's tensors
     vocab_size: int  # V
     dim: int  # D
     n_layers: int
@@ -43,14 +44,14 @@ class MoEConfig:
     top_k: int  # K
     expert_dim: int  # F
     norm_topk: bool  # rescale the K routing weights of a token so that they sum to 1
-    qk_norm: bool  # RMSNorm on the whole query and key vectors, before they are split into heads
+    qk_norm: bool  # RMSNorm on the whole query and the whole key, before the split into heads
     max_len: int  # the context: tokens
     rope_theta: float
     norm_eps: float
-    own_head_dim: int = 0  # C where it is not D / H; 0: it is
-    head_norm: bool = False  # RMSNorm on the query and key of each head
+    own_head_dim: int = 0  # C where it is not D / H, else 0
+    qk_head_norm: bool = False  # RMSNorm on the query and the key of each head
     tied: bool = False  # the output layer is the embedding, transposed
-    linear_router: bool = True  # False: the Hub's router is a bare parameter, no linear module
+    linear_router: bool = True  # False: on the Hub the router is a parameter, not a Linear
     n_shared: int = 0  # experts that every token visits, kept as one MLP of width n_shared * F
     n_dense: int = 0  # leading layers with one MLP of width dense_dim in place of the experts
     dense_dim: int = 0
@@ -67,11 +68,11 @@ class MoEConfig:
 
 
 class Linear(nn.Module):
-    """A linear map without bias. It multiplies in the dtype of its input, however it is stored."""
+    """A linear map without bias. It multiplies in the dtype of its input."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        # Weights come from a checkpoint, so nothing is drawn here.
+        # Weights come from a checkpoint, so no random values are drawn here.
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +102,14 @@ class Ends:
 
     def __init__(self, tensor: Tensor, sizes: list[int] | None = None):
         """sizes: how many rows each expert has, if the host knows it already."""
-        self.tensor = tensor  # [E] int32, one past the last row of each: what a kernel reads
+        self.tensor = tensor  # [E] int32, one past each expert's last row: a kernel reads this
         self.known = sizes
 
     @property
     def sizes(self) -> list[int]:
-        """[E] how many rows each expert has: what a loop needs.
+        """[E] how many rows each expert has: a loop needs this.
 
-        For these numbers a GPU's host waits. They are kept, so it waits once a layer.
+        The host waits for a GPU here. The sizes are kept, so it waits once a layer.
         """
         if self.known is None:
             self.known = self.tensor.diff(prepend=self.tensor.new_zeros(1)).tolist()
@@ -118,18 +119,18 @@ class Ends:
 def looped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """Multiply each segment of rows by its own matrix, one after the other.
 
-    x [n, in] in E segments that end at `ends`; weight [E, in, out] -> [n, out].
+    x [n, in], in E segments that end at `ends`, and weight [E, in, out] -> [n, out].
     """
     if len(x) == 0:
-        return x @ weight[0]  # no row either, but weight gets a gradient of zero
+        return x @ weight[0]  # [0, out], but weight gets a gradient of zero
     parts = zip(x.split(ends.sizes), weight.unbind(0), strict=True)
     return torch.cat([part @ w for part, w in parts if len(part)])
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
-    """What looped_mm computes, in one call. A frozen weight gets no gradient, so x is not kept.
+    """The result of looped_mm, in one call. A frozen weight gets no gradient, so x is not kept.
 
-    The loop takes what the kernel cannot: no row at all (pytorch #152668), and see one_call.
+    The loop takes what the kernel cannot: no rows at all (pytorch #152668), and see `one_call`.
     """
     if len(x) == 0 or not one_call(x, weight):
         return looped_mm(x, weight, ends)
@@ -137,13 +138,14 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
 
 
 def one_call(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm takes these, and no host waits in it.
+    """Whether F.grouped_mm takes these, without a wait of the host.
 
-    On CUDA it is a kernel in bf16 on Hopper and Blackwell (compute capability 9 and 10). Elsewhere
-    it loops as well, and the host waits in each call. Source: PyTorch's GroupedBlas.cpp.
+    On CUDA it is one kernel in bf16 on Hopper and Blackwell (compute capability 9 and 10).
+    Elsewhere on CUDA it is a loop too, and the host waits in each call. Source: PyTorch's
+    GroupedBlas.cpp.
     """
     if any(size * x.element_size() % 16 for size in weight.shape[1:]):
-        return False  # it wants rows of a multiple of 16 bytes; with rank 2 they are shorter
+        return False  # its rows must be a multiple of 16 bytes long. With rank 2 they are shorter
     if not x.is_cuda:
         return True
     card, _ = torch.cuda.get_device_capability(x.device)
@@ -158,8 +160,9 @@ MATMULS = {"grouped": grouped_mm, "loop": looped_mm}  # the choices of --experts
 class Rows(NamedTuple):
     """Copies of tokens, one for each expert visited, sorted so that each expert owns one segment.
 
-    A slot is one (token, choice) pair; slots are numbered token by token. Two tokens, K = 2, three
-    experts, choices [[2, 0], [2, 1]]: slot [1, 3, 0, 2] visits experts 0, 1, 2, 2; ends [1, 2, 4].
+    A slot is one (token, choice) pair. Slots are numbered token by token. An example with two
+    tokens, K = 2 and three experts: from the choices [[2, 0], [2, 1]] come the slots [1, 3, 0, 2],
+    which visit the experts 0, 1, 2, 2, and the ends [1, 2, 4].
     """
 
     slot: Tensor  # [n] the slot that each row serves
@@ -168,14 +171,14 @@ class Rows(NamedTuple):
 
 
 def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Ends]:
-    """The expert of each slot [N] -> slots sorted by expert [N], each expert's end [n_experts]."""
+    """The expert of each slot [N] -> the slots sorted by expert [N], and the experts' ends [E]."""
     in_order, slot = expert.sort(stable=True)
     ends = torch.searchsorted(in_order, torch.arange(n_experts, device=slot.device), right=True)
     return slot, Ends(ends.int())
 
 
 def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
-    """Rows [n, D] and the slots they serve [n] -> for each token the sum of its rows [M, D]."""
+    """Rows [n, D] and the slots they serve [n] -> the sum of the rows of each token [M, D]."""
     in_order, row = slot.sort()  # [n] the rows, token by token
     tokens = torch.arange(n_tokens, device=slot.device)  # [M]
     first = torch.searchsorted(in_order, top_k * tokens)  # [M] where each token's rows begin
@@ -201,7 +204,7 @@ class Experts(nn.Module):
             token, choice = torch.where(expert_ids == e)
             y[token] += weight[token, choice, None] * expert(x[token])
 
-    Rows are sorted by expert for speed and memory alone: one product then serves all experts.
+    Rows are sorted by expert only for speed and memory: one product then serves all experts.
     """
 
     def __init__(
@@ -226,14 +229,14 @@ class Experts(nn.Module):
         x = F.embedding(rows.slot // top_k, tokens)  # [n, D] each row is a copy of its token
         weight = weight.flatten()[rows.slot, None].to(x.dtype)  # [n, 1]
         hidden = F.silu(self.gate(x, rows)) * self.up(x, rows)  # [n, F]
-        # `down` is linear, so the routing weight may come before it or after it. Before it, no
-        # output has to be kept for the weight's gradient.
+        # `down` is linear, so the routing weight may come before it or after it. If it comes
+        # before, no output of `down` has to be kept for the weight's gradient.
         hidden = hidden * weight
         return sum_by_token(self.down(hidden, rows), rows.slot, n_tokens, top_k)
 
 
 def recomputed(function: Callable, *args: object) -> object:
-    """function(*args), but only `args` are kept, and the backward pass runs it again.
+    """function(*args). Only `args` are kept, and the backward pass runs the function again.
 
     This is activation checkpointing: less memory, more time.
     """
@@ -270,8 +273,8 @@ class MoE(nn.Module):
         """[B, T, D] -> [B, T, D] and the routing. Source: transformers' OlmoeSparseMoeBlock."""
         tokens = x.flatten(0, 1)  # [M, D]
 
-        # The router scores all experts; a token visits the K that score highest. The softmax comes
-        # before the choice, and is in fp32: bf16 would make ties.
+        # The router scores all experts. A token visits the K with the highest scores. The softmax
+        # comes before the choice. It is in fp32, because bf16 would make ties.
         logits = self.router(tokens)  # [M, E]
         gate, expert_ids = logits.softmax(-1, dtype=torch.float32).topk(self.top_k)  # [M, K] each
         weight = gate / gate.sum(-1, keepdim=True) if self.norm_topk else gate
@@ -280,7 +283,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(tokens)  # every token visits these, with weight 1
 
-        # Routing is returned: the catcher counts it, and the balancing loss needs it.
+        # The routing is returned, because the catcher counts it and the balancing loss needs it.
         routing = Routing(
             expert_ids=expert_ids.unflatten(0, x.shape[:2]),
             gate=gate.unflatten(0, x.shape[:2]),
@@ -317,23 +320,24 @@ class KVCache:
         self.length = 0  # columns filled so far, padding included
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of new tokens [B, G, T, C] -> all of that layer's so far [B, G, S, C]."""
+        """Keys and values of new tokens [B, G, T, C] -> all those of the layer [B, G, S, C]."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these sequences of the batch only [n], ascending, in the memory that is there."""
+        """Keep only these sequences of the batch [n], ascending, in the memory that is there."""
         n = len(rows)
+        # One layer at a time, because a copy of all layers would take twice the memory.
         for half in (self.k, self.v):
-            for layer in half:  # [B, G, S, C]; to move all layers at once would take it all twice
+            for layer in half:  # [B, G, S, C]
                 layer[:n, :, : self.length] = layer[rows, :, : self.length]
         self.k, self.v, self.pad = self.k[:, :n], self.v[:, :n], self.pad[rows]
 
 
 class Positions(NamedTuple):
-    """Where the T tokens of this call stand, and what they may look at; shared by all layers."""
+    """Where the T tokens of this call stand, and what they may look at. All layers share it."""
 
     cos: Tensor  # [B or 1, 1, T, C], the second half of the channels repeats the first
     sin: Tensor
@@ -346,19 +350,19 @@ def positions(
     """Rotary angles and attention mask for the next `n_tokens` tokens."""
     column = torch.arange(n_tokens, device=device)  # [T]
     if cache is None:
-        place, mask = column[None], None
+        position, mask = column[None], None
     else:
         column = cache.length + column
-        place = (column - cache.pad[:, None]).clamp(min=0)  # [B, T], 0 at the first real token
+        position = (column - cache.pad[:, None]).clamp(min=0)  # [B, T], 0 at the first real token
         key = torch.arange(cache.length + n_tokens, device=device)  # [S]
         real = key >= cache.pad[:, None, None]  # [B, 1, S]
         causal = key <= column[:, None]  # [T, S]
-        # A padding query sees itself, because a row with no key at all would be NaN.
+        # A padding query sees itself, because a query without any key would give NaN.
         itself = key == column[:, None]  # [T, S]
         mask = ((real & causal) | itself)[:, None]  # [B, 1, T, S]
     channel = torch.arange(0, cfg.head_dim, 2, device=device)
     frequency = cfg.rope_theta ** (-channel / cfg.head_dim).repeat(2)  # [C]
-    angle = place[:, None, :, None].float() * frequency
+    angle = position[:, None, :, None].float() * frequency
     return Positions(angle.cos(), angle.sin(), mask)
 
 
@@ -381,8 +385,9 @@ class Attention(nn.Module):
         self.o = Linear(q_dim, cfg.dim)
         self.q_norm = RMSNorm(q_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(kv_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.q_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.head_norm else nn.Identity()
-        self.k_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.head_norm else nn.Identity()
+        per_head = cfg.qk_head_norm
+        self.q_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if per_head else nn.Identity()
+        self.k_head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if per_head else nn.Identity()
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -390,8 +395,8 @@ class Attention(nn.Module):
         def heads(t: Tensor) -> Tensor:  # [B, T, H*C] -> [B, H, T, C]
             return t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        # Norm on the whole vector (OLMoE), then heads, a norm on each head (Qwen3-MoE), then
-        # rotation: the Hub's order.
+        # The order is the Hub's: a norm on the whole vector (OLMoE), the split into heads, a norm
+        # on each head (Qwen3-MoE), the rotation.
         q = rotate(self.q_head_norm(heads(self.q_norm(self.q(x)))), at)
         k = rotate(self.k_head_norm(heads(self.k_norm(self.k(x)))), at)
         v = heads(self.v(x))
@@ -404,7 +409,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then experts (or, in leading dense layers, one MLP)."""
+    """One decoder layer: attention, then experts. Leading dense layers have one MLP instead."""
 
     def __init__(self, cfg: MoEConfig, layer: int, matmul: Callable):
         super().__init__()
@@ -426,14 +431,14 @@ class Block(nn.Module):
 
 
 class MoEModel(nn.Module):
-    """The whole decoder. Activations are in `dtype`; parameters may be stored in another."""
+    """The whole decoder. Activations are in `dtype`. Parameters may be stored in another dtype."""
 
     def __init__(self, cfg: MoEConfig, dtype: torch.dtype = torch.float32, matmul: str = "grouped"):
         """matmul: how the experts' matrices are multiplied, "grouped" or "loop" (MATMULS)."""
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.recompute = False  # True: keep only each layer's input for the backward pass
-        # nn.Embedding(...) would draw values, which a checkpoint replaces. This does not.
+        # nn.Embedding(...) would draw random values, only for a checkpoint to replace them.
         words = torch.empty(cfg.vocab_size, cfg.dim)
         self.embed = nn.Embedding.from_pretrained(words, freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i, MATMULS[matmul]) for i in range(cfg.n_layers))
@@ -450,8 +455,8 @@ class MoEModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """tokens [B, T] -> last hidden states [B, T, D] and {MoE layer: Routing}.
 
-        Routing is returned, and not recorded in the modules: `recompute` runs a layer twice, and
-        its visits would be counted twice.
+        Routing is returned, and not recorded in the modules. `recompute` runs a layer twice, so
+        that a record would have its visits twice.
         """
         at = positions(self.cfg, tokens.shape[1], cache, tokens.device)
         x = self.embed(tokens).to(self.dtype)
@@ -472,10 +477,10 @@ class MoEModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """tokens [B, T] -> logits [B, T, V] and {MoE layer: Routing}.
 
-        Padding belongs on the right. With a cache it belongs on the left, and only the last
-        column's logits [B, 1, V] are made, which is what decoding needs. With targets [B, T]
-        (IGNORE where there is none) the first result is not logits but the sum of the
-        cross-entropies over all targets.
+        Padding belongs on the right. With a cache it belongs on the left. Then only the logits of
+        the last column [B, 1, V] are made: decoding needs no others. With targets [B, T] (IGNORE
+        where there is none) the first result is the sum of the cross-entropies over all targets,
+        in place of logits.
         """
         x, routing = self.trunk(tokens, cache)
         if targets is not None:
@@ -491,14 +496,15 @@ class MoEModel(nn.Module):
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Hidden states [B, T, D], targets [B, T] -> sum of cross-entropies, a scalar in fp32.
 
-        Only target positions meet the head, LOSS_CHUNK at a time. Their logits are made again in
-        the backward pass: for a whole batch they would be the largest tensor of the step.
+        Only target positions meet the head, LOSS_CHUNK at a time. Their logits are not kept, but
+        made again in the backward pass. Those of a whole batch would be the largest tensor of the
+        step.
         """
 
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n] -> scalar
             return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
-        wanted = (targets != IGNORE).nonzero(as_tuple=True)  # a GPU's host waits for how many
+        wanted = (targets != IGNORE).nonzero(as_tuple=True)  # the host waits for their number
         chunks = zip(x[wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True)
         return sum(recomputed(chunk_loss, *chunk) for chunk in chunks)
 
@@ -514,7 +520,7 @@ class MoEModel(nn.Module):
 
         Raises FileNotFoundError or ValueError that name what is missing, corrupt or not supported.
         """
-        # Imported here, because that file is built on this one.
+        # Imported here, because that file imports this one.
         from plumbing.checkpoint import Checkpoint, empty_model, load_weights, locate, read_config
 
         folder = locate(model)
@@ -527,10 +533,11 @@ def load_balancing_loss(routing: dict[int, Routing], real: Tensor) -> Tensor:
     """Eq. 1 of the paper over the concatenated routers of all layers: E * sum_i f_i P_i, a scalar.
 
     f_i is the share of tokens that visit expert i. The shares add up to K, so a balanced router
-    gives K. P_i is the expert's mean probability. Both are over all layers and over the real tokens
-    [B, T] (False on padding). Source: transformers' load_balancing_loss_func.
+    gives K. P_i is the expert's mean probability. Both are taken over all layers, and over the
+    tokens that are `real` [B, T] (False on padding). Source: transformers'
+    load_balancing_loss_func.
     """
-    logits = torch.cat([r.logits[real] for r in routing.values()]).float()  # [tokens of all, E]
+    logits = torch.cat([r.logits[real] for r in routing.values()]).float()  # [L * tokens, E]
     visits = torch.cat([r.expert_ids[real] for r in routing.values()]).flatten()
     f = torch.bincount(visits, minlength=logits.shape[1]) / len(logits)  # [E]
     p = logits.softmax(-1).mean(0)  # [E]

@@ -85,7 +85,7 @@ def train_step(
         if balance and group:  # a rank without work in this micro-batch has an empty group
             part = part + balance / n_groups * load_balancing_loss(routing, batch.real)
         ranks.backward(part, model)  # gradients of all micro-batches add up
-        catcher.add(routing, batch.counted(catcher.count))
+        catcher.add(routing, batch.counted(catcher.which_tokens))
     ranks.finish_gradients(trained, model)
 
     # Clip after all parts are there, so that the norm is that of the whole step.

@@ -84,7 +84,7 @@ FAMILIES = {
         "n_layers": ("num_hidden_layers", 24), "n_heads": ("num_attention_heads", 32),
         "n_kv_heads": ("num_key_value_heads", 4), "n_experts": ("num_experts", 128),
         "top_k": ("num_experts_per_tok", 8), "expert_dim": ("moe_intermediate_size", 768),
-        "norm_topk": ("norm_topk_prob", False), "qk_norm": ("", False), "head_norm": ("", True),
+        "norm_topk": ("norm_topk_prob", False), "qk_norm": ("", False), "qk_head_norm": ("", True),
         "max_len": ("max_position_embeddings", 32768), "rope_theta": ("rope_theta", 1e4),
         "norm_eps": ("rms_norm_eps", 1e-6), "own_head_dim": ("head_dim", 0),
         "tied": ("tie_word_embeddings", False),

@@ -114,7 +114,7 @@ def kept(layer: Block, model: MoEModel, tokens: int, share: float, on_cpu: bool,
     """
     cfg, size, attn = model.cfg, model.dtype.itemsize, layer.attn
     q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    into_norms = 2 * cfg.dim + (q + kv) * (cfg.qk_norm + cfg.head_norm)
+    into_norms = 2 * cfg.dim + (q + kv) * (cfg.qk_norm + cfg.qk_head_norm)
     total = tokens * into_norms * of_norms(model, on_cpu)
 
     width = 2 * (q + kv)  # of a token: q and k as rotated, v, and what attention returns

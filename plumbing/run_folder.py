@@ -30,6 +30,8 @@ from plumbing.files import (
 
 # Settings that are younger than some runs -> what a run that lacks them was trained with.
 YOUNGER = {"count": "all", "clip": "all", "bos": None, "drop_long": None}
+# Fields of MoEConfig in older runs -> their names now.
+RENAMED = {"head_norm": "qk_head_norm"}
 
 
 @dataclass
@@ -79,6 +81,10 @@ def read_run(folder: Path, *parts: str) -> dict:
     run = read_json(folder / "run.json", "the folder of a run of train.py", RunRecord)
     for setting, value in YOUNGER.items():
         run.setdefault(setting, value)
+    config = run.get("config") or {}
+    for old, new in RENAMED.items():
+        if old in config:
+            config[new] = config.pop(old)
     if missing := [part for part in parts if run.get(part) is None]:
         raise ValueError(
             f"{folder} was stopped before its experts were chosen: type its train.py "

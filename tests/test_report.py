@@ -296,6 +296,7 @@ def test_settings_that_an_old_run_lacks_are_those_that_it_had(cli, run, tmp_path
     record = json.loads((run / "run.json").read_text())
     younger = ("count", "clip", "bos", "drop_long")
     old = {name: value for name, value in record.items() if name not in younger}
+    old["config"]["head_norm"] = old["config"].pop("qk_head_norm")  # its name before
     shutil.copytree(run, tmp_path / "old")
     (tmp_path / "old" / "run.json").write_text(json.dumps(old))
     done(cli, "report.py", "--run", "r", "old", "--out", "both.html")
