@@ -9,10 +9,11 @@
 3. Adapters are put on the hot ones, on attention and on the router.
 4. They are trained.
 5. They are merged into the weights, and the result is scored. (A model that is cut up over several
-   ranks is scored unmerged: no rank has a whole weight to merge into.)
+   ranks is scored unmerged, because no rank has a whole weight to merge into.)
 
-`main` at the end has these steps. Before it, in this order: one optimizer step, the warm-up, the
-training loop. settings.py has the flags, hellora.py the adapters, catcher.py the counting.
+`run_job` near the end has these steps. Before it stand, in this order: one optimizer step, the
+warm-up, the training loop. settings.py has the flags, hellora.py the adapters, catcher.py the
+counting.
 """
 
 if __name__ == "__main__":
@@ -31,8 +32,8 @@ import hellora
 import report
 from catcher import Catcher, HotList, count_visits, hot_list, sample, visited_share
 from eval_gsm8k import evaluate
-from hellora import Method, adapter_state
-from moe_model import MoEModel, load_balancing_loss
+from hellora import LoRAGroupedLinear, Method, adapter_state
+from moe_model import GroupedLinear, MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
 from plumbing.cli import DTYPES, advice, command, deferred_stop, say, to_type
@@ -49,8 +50,8 @@ from plumbing.device import free_bytes
 from plumbing.files import sha256, write_json
 from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
 
-CATCHER_SHARE = 0.1  # of the training data; Table 1
-MAX_NORM = 1.0  # gradients are clipped to this; LoRI's scripts (but see --clip)
+CATCHER_SHARE = 0.1  # of the training data (Table 1)
+MAX_NORM = 1.0  # gradients are clipped to this norm, as in LoRI's scripts (but see --clip)
 MAX_SKIPPED = 10  # steps in a row without a finite loss or gradient, after which a run gives up
 
 
@@ -66,20 +67,20 @@ def train_step(
     """One optimizer step over `examples`.
 
     Returns the mean loss per target token before the step, and the gradient's norm before clipping.
-    How the step is split into micro-batches and over ranks does not change them. (The balancing
-    term, a mean over micro-batches, does depend on their size, but not on the ranks.) A step whose
-    loss or gradient is not finite changes nothing; the caller has to look at the two numbers.
+    They do not depend on the split into micro-batches and over ranks. (The balancing term is a mean
+    over micro-batches. It depends on their size, but not on the ranks.) A step whose loss or
+    gradient is not finite changes nothing. The caller has to look at the two numbers.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Every rank gets all examples of the step, so these are the numbers of all ranks together.
+    # Every rank gets all examples of the step, so these numbers hold for all ranks together.
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
-    n_groups = -(-len(examples) // micro_batch)  # that hold examples
+    n_groups = -(-len(examples) // micro_batch)  # groups that are not empty
     groups = micro_batches(examples, micro_batch)
     loss = torch.zeros((), device=model.device)
     for group in groups:
         batch = collate(group, model.device)
         summed, routing = model(batch.tokens, targets=batch.targets)
-        # Divided by the targets of the whole step, not of the micro-batch: all tokens count alike.
+        # Divide by the targets of the whole step, not of the micro-batch: all tokens count alike.
         part = summed / n_targets
         loss += part.detach()
         if balance and group:  # a rank without work in this micro-batch has an empty group
@@ -88,11 +89,11 @@ def train_step(
         catcher.add(routing, batch.counted(catcher.which_tokens))
     ranks.finish_gradients(trained, model)
 
-    # Clip after all parts are there, so that the norm is that of the whole step.
+    # Clip when all parts are added up, so that the norm is that of the whole step.
     norm = nn.utils.clip_grad_norm_(trained, MAX_NORM if clip == "all" else math.inf)
     if clip == "each":
         clip_each(model)
-    # Both numbers in one go: here, once a step, the host waits for the device.
+    # Both numbers in one copy, because the host waits for the device here, once a step.
     loss, norm = torch.stack([ranks.total(loss), ranks.whole(norm)]).tolist()
     if is_finite(loss, norm):
         optimizer.step()
@@ -102,27 +103,29 @@ def train_step(
 
 @torch.no_grad()
 def clip_each(model: MoEModel) -> None:
-    """--clip each: bound the norm of each matrix's gradient by itself.
+    """--clip each: bound the norm of the gradient of each matrix by itself.
 
-    Of k experts in one parameter each is by itself, as in LoRI, which has a parameter for each.
-    Source: LoRI's grad_norm_strategy "even".
+    A stack of experts is one parameter here. LoRI has a parameter for each expert. So the gradient
+    of each expert's matrix is bounded by itself. Source: LoRI's grad_norm_strategy "even".
     """
-    for name, p in model.named_parameters():
+    stacks = [m for m in model.modules() if isinstance(m, GroupedLinear | LoRAGroupedLinear)]
+    stacked = {p for stack in stacks for p in stack.parameters()}  # [E or k, ...] each
+    for p in model.parameters():
         if p.grad is not None:
-            dims = tuple(range(1 if ".experts." in name else 0, p.ndim))
+            dims = tuple(range(1 if p in stacked else 0, p.ndim))
             norm = torch.linalg.vector_norm(p.grad, dim=dims, keepdim=True)  # [(k,) 1, 1]
             p.grad *= (MAX_NORM / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
 
 
 def is_finite(loss: float, norm: float) -> bool:
-    """Whether a step was sound, and so was taken."""
+    """Whether a step has a finite loss and gradient, and so was taken."""
     return math.isfinite(loss) and math.isfinite(norm)
 
 
 def symptoms(model: MoEModel, loss: float, norm: float) -> str:
-    """What a step that was not sound shows, and what to do, for an error."""
+    """What a step that was not taken shows, and what to do, for an error."""
     bad = [n for n, p in model.named_parameters() if not ranks.mine(p).isfinite().all()]
-    # Of a cut model each rank has looked at its own rows. All come here together.
+    # If the model is cut up, each rank has looked at its own rows. All ranks come here together.
     bad = [name for names in ranks.gathered(bad) for name in names]
     if bad:
         weights = f"weights that are not finite, first {bad[0]}: want a --model without them"
@@ -132,13 +135,13 @@ def symptoms(model: MoEModel, loss: float, norm: float) -> str:
 
 
 def make_optimizer(model: MoEModel, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay over what is trained. Frozen weights have no optimizer state."""
+    """AdamW without weight decay, over what is trained. Frozen weights have no optimizer state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
 
 
 def lr_at(step: int, n_steps: int, settings: dict) -> float:
-    """The learning rate of a step, from 0: constant, or falling linearly to 0 at the end."""
+    """The learning rate of a step, from 0. It is constant, or falls linearly to 0 at the end."""
     if settings["decay"]:
         return settings["lr"] * (1 - step / n_steps)
     return settings["lr"]
@@ -148,12 +151,12 @@ def build_model(
     job: Job, method: Method | None = None, adapted: dict[int, list[int]] | None = None
 ) -> MoEModel:
     """The model with `method`'s adapters on the experts `adapted`. Without a method: the base."""
-    gc.collect()  # the last model has reference cycles: only this frees it before the next is built
+    gc.collect()  # the last model has reference cycles: only this frees it before the new one
     dtype = DTYPES[job.settings["dtype"]]
     in_full = method is not None and method.train_base
 
-    # 1. Shapes without memory, so that nothing is allocated twice. What is frozen is stored in the
-    #    dtype of the computation; full fine-tuning keeps fp32 masters.
+    # 1. Shapes without memory, so that nothing is allocated twice. Frozen weights are stored in the
+    #    dtype of the computation. Full fine-tuning keeps fp32 masters.
     model = empty_model(job.cfg, dtype, job.matmul)
     model.to(torch.float32 if in_full else dtype).requires_grad_(False)
     model.recompute = job.recompute
@@ -164,8 +167,8 @@ def build_model(
     if ranks.world() > 1 and job.shard == "full":
         ranks.shard(model, model.layers, dtype if in_full else None, job.device)
 
-    # 3. Values: the checkpoint's, and then the adapters', as DoRA starts from the weights' lengths.
-    #    Only the run's own method takes over a mask: the base and the warm-up have none.
+    # 3. Values: first the checkpoint's, then the adapters', as DoRA starts from the weights'
+    #    lengths. Only the run's own method takes over a mask. The base and the warm-up have none.
     load_weights(model, Checkpoint(job.source), job.device)
     a_seed = f"{job.settings['seed']}{' redrawn' if job.settings['redraw_a'] else ''}"
     hellora.init_adapters(model, a_seed, job.start if method is job.method else None)
@@ -178,7 +181,7 @@ def build_model(
 def find_adapted(job: Job, folder: Path) -> dict[int, list[int]]:
     """{MoE layer: the experts that the method adapts}.
 
-    The experts are counted once per run, and kept in its hot_experts.json.
+    They are chosen once per run, and kept in its hot_experts.json.
     """
     if not job.method.chooses:
         return job.all_experts if job.method.rule else {}
@@ -195,15 +198,14 @@ def find_adapted(job: Job, folder: Path) -> dict[int, list[int]]:
 def catch(job: Job) -> HotList:
     """Count the experts that a tenth of the task visits, and choose."""
     settings = job.settings
-    some = sample(job.data, CATCHER_SHARE, settings["seed"])
+    data = sample(job.data, CATCHER_SHARE, settings["seed"])
     if settings["catcher"] == "warmup":
-        counted = warm_up(job, some)
+        visits = warm_up(job, data)
     else:
-        counted = count_visits(
-            build_model(job), some, job.micro_batch, "catcher", settings["count"]
-        )
+        model = build_model(job)
+        visits = count_visits(model, data, job.micro_batch, "catcher", settings["count"])
     return hot_list(
-        counted,
+        visits,
         k=settings["k"],
         rule=job.method.rule,
         score=settings["score"],
@@ -215,29 +217,22 @@ def catch(job: Job) -> HotList:
     )
 
 
-def warm_up(job: Job, some: list[Encoded]) -> Catcher:
-    """The paper's catcher: train LoRA on all experts for one pass over `some`, counting meanwhile.
+def warm_up(job: Job, data: list[Encoded]) -> Catcher:
+    """The paper's catcher: train LoRA on all experts for one pass over `data`, and count visits.
 
-    Only the counts survive (section 3 of the paper; section 4.3 counts on the base model, which is
-    --catcher forward). Raises ValueError if the loss is not finite.
+    Only the counts are kept. This is section 3 of the paper. Section 4.3 counts on the base model,
+    as --catcher forward does. Raises ValueError if the loss is not finite.
     """
     settings = job.settings
     model = build_model(job, hellora.parse_method("lora"), job.all_experts)
     # The recipe's rate, and not --lr, which must not decide which experts are hot.
     optimizer = make_optimizer(model, recipe(settings["task"]).lr)
     catcher = Catcher(job.cfg.n_experts, settings["count"])
-    n_steps = steps_per_epoch(len(some), settings["batch_size"])
+    balance, clip = settings["balance"], settings["clip"]
+    n_steps = steps_per_epoch(len(data), settings["batch_size"])
     for step in tqdm(range(n_steps), "catcher warm-up", unit="step", leave=False):
-        examples = examples_of_step(some, step, settings["batch_size"], settings["seed"])
-        loss, norm = train_step(
-            model,
-            optimizer,
-            examples,
-            job.micro_batch,
-            settings["balance"],
-            catcher,
-            settings["clip"],
-        )
+        examples = examples_of_step(data, step, settings["batch_size"], settings["seed"])
+        loss, norm = train_step(model, optimizer, examples, job.micro_batch, balance, catcher, clip)
         if not is_finite(loss, norm):
             raise ValueError(
                 f"step {step + 1} of the warm-up has {symptoms(model, loss, norm)}, or --catcher "
@@ -252,91 +247,66 @@ def warm_up(job: Job, some: list[Encoded]) -> Catcher:
 def fit(model: MoEModel, job: Job, folder: Path) -> Catcher:
     """Train `model`, from the last save in `folder` if there is one.
 
-    Returns the visits of its forward passes: they tell how many the adapters really got. Raises
-    KeyboardInterrupt, after a save, when asked to stop; ValueError when the loss stays not finite.
+    Returns the visits of its forward passes: they show what share the adapters really got. Raises
+    KeyboardInterrupt, after a save, when asked to stop. Raises ValueError when too many steps in a
+    row have no finite loss or gradient.
     """
-    settings = job.settings
+    settings, n_steps = job.settings, job.n_steps
+    balance, clip = settings["balance"], settings["clip"]
     optimizer, visits = make_optimizer(model, settings["lr"]), Catcher(job.cfg.n_experts)
-    n_steps = job.n_steps
     start = saves.resume(folder, adapter_state(model), model, optimizer)
-    metrics = run_folder.Metrics(folder, start, log=job.log)
+    log = run_folder.StepLog(folder, start, n_steps, job.log)
     dev_losses = saves.DevLosses(folder, start, job.log) if job.dev else None
-    skipped, in_a_row = 0, 0  # steps whose loss or gradient was not finite
-    bar = tqdm(total=n_steps, initial=start, desc="train", unit="step")
-    with deferred_stop() as asked, bar:
+    skipped_in_a_row = 0
+    with deferred_stop() as signals, log.bar:
         for step in range(start, n_steps):
+            # The batch. It depends on the step's number alone, so a resumed run needs no more.
             began = time.perf_counter()
+            examples = examples_of_step(job.data, step, settings["batch_size"], settings["seed"])
+
+            # The step.
             lr = lr_at(step, n_steps, settings)
             optimizer.param_groups[0]["lr"] = lr
-            # The examples follow from the step's number alone, so a resumed run needs no more.
-            examples = examples_of_step(job.data, step, settings["batch_size"], settings["seed"])
             loss, norm = train_step(
-                model,
-                optimizer,
-                examples,
-                job.micro_batch,
-                settings["balance"],
-                visits,
-                settings["clip"],
+                model, optimizer, examples, job.micro_batch, balance, visits, clip
             )
-
-            # A skipped step changes nothing. After many in a row there is no hope.
-            if is_finite(loss, norm):
-                in_a_row = 0
-            else:
-                skipped += 1
-                in_a_row += 1
-            if in_a_row > MAX_SKIPPED:
-                raise ValueError(
-                    f"{in_a_row} steps in a row, at --lr {settings['lr']:g}, had no finite loss or "
-                    f"gradient: step {step + 1} has {symptoms(model, loss, norm)}"
-                )
-
             seconds = time.perf_counter() - began
-            n_tokens = sum(len(e.ids) for e in examples)
-            samples_per_s, tokens_per_s = len(examples) / seconds, n_tokens / seconds
-            metrics.add(
-                step=step + 1,
-                loss=loss,
-                grad_norm=norm,
-                lr=lr,
-                samples_per_s=samples_per_s,
-                tokens_per_s=tokens_per_s,
-            )
-            note = f", {skipped} skipped" if skipped else ""
-            bar.set_postfix_str(f"loss {loss:.3f}, {samples_per_s:.0f} samples/s{note}")
-            bar.update()
-            if job.is_dev_step(step + 1):
-                loss = mean_loss(model, job.dev, job.micro_batch)
-                dev_losses.add(step + 1, loss, adapter_state(model))
 
-            # Save only between steps, so that no step is torn. If one rank has to stop, all do.
-            stop = ranks.largest(len(asked), model.device)  # asked: the signals that came
+            # A step without a finite loss and gradient is skipped: it changes nothing. After many
+            # in a row the run gives up.
+            skipped_in_a_row = 0 if is_finite(loss, norm) else skipped_in_a_row + 1
+            if skipped_in_a_row > MAX_SKIPPED:
+                raise ValueError(
+                    f"{skipped_in_a_row} steps in a row, at --lr {settings['lr']:g}, had no finite "
+                    f"loss or gradient: step {step + 1} has {symptoms(model, loss, norm)}"
+                )
+            log.add(step + 1, loss, norm, lr, examples, seconds, skipped_in_a_row > 0)
+            if job.is_dev_step(step + 1):
+                dev_loss = mean_loss(model, job.dev, job.micro_batch)
+                dev_losses.add(step + 1, dev_loss, adapter_state(model))
+
+            # Save only between steps, so that no save has half a step. If one rank must stop, all
+            # stop.
+            stop = ranks.largest(len(signals), model.device)
             if stop or (step + 1) % job.save_every == 0 or step + 1 == n_steps:
                 saves.save(folder, step + 1, adapter_state(model), model, optimizer)
             if stop:
                 raise KeyboardInterrupt(
-                    f"saved after step {step + 1}; the same command resumes there"
+                    f"saved after step {step + 1}: the same command resumes there"
                 )
-    if skipped:
-        print(
-            f"{skipped} of the steps just trained had no finite loss or gradient: "
-            "they changed nothing"
-        )
-    held = [t for values in optimizer.state.values() for t in values.values()]
-    print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in held):,} bytes")
-    visits = visits.gather() if visits.counts else visits  # none where no step was left to do
-    report.keep_visits(folder, visits, start + 1, n_steps)
+    log.report_skipped()
+    report_optimizer(optimizer)
+    report.keep_visits(folder, visits.gather(), start + 1, n_steps)
     return visits
 
 
 @torch.no_grad()
 def mean_loss(model: MoEModel, data: list[Encoded], micro_batch: int) -> float:
-    """The mean loss per target token over `data`, as `train_step` has it. Each rank takes it all.
+    """The mean loss per target token over `data`, as in `train_step`. Each rank takes all of it.
 
     (A model that is cut up needs all ranks in each forward pass.)
     """
-    ordered = sorted(data, key=lambda e: len(e.ids))  # so there is little padding
+    ordered = sorted(data, key=lambda e: len(e.ids))  # for little padding
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for at in range(0, len(ordered), micro_batch):
         batch = collate(ordered[at : at + micro_batch], model.device)
@@ -380,20 +350,26 @@ def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict
 
 
 def report_size(job: Job, model: MoEModel, trained: int, stored: int) -> None:
-    """Say how much is trained, and what goes over the wire."""
+    """Print how much is trained, and what the ranks send each other."""
     name = job.settings["method"]
     print(f"{name}: {trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})")
     if ranks.world() > 1:
         n, cut = ranks.world(), ranks.is_cut(model)
-        per = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
-        print(f"{n} ranks, --shard {job.shard}: each gets {per} from the others")
+        sent = f"{ranks.traffic(model, n, cut):,} bytes a {'micro-batch' if cut else 'step'}"
+        print(f"{n} ranks, --shard {job.shard}: each gets {sent} from the others")
         full_step = min(job.settings["batch_size"], len(job.data))
         if idle := idle_ranks(full_step, job.micro_batch):
             print(idle)
 
 
+def report_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Print the size of the optimizer's state."""
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    print(f"the optimizer's state is {sum(t.numel() * t.element_size() for t in state):,} bytes")
+
+
 def report_share(model: MoEModel, shares: dict[int, float]) -> None:
-    """Say what share of the visits the adapters got, and what that saves of LoRA's work."""
+    """Print what share of the visits the adapters got, and how much less work that is than LoRA."""
     on_all = hellora.adapter_flops(model, dict.fromkeys(shares, 1.0))
     cost = hellora.adapter_flops(model, shares) / on_all
     mean = sum(shares.values()) / len(shares)
@@ -459,7 +435,7 @@ def main() -> None:
     with run_folder.lock(job.folder):
         try:
             run_job(job, job.folder)
-        except KeyboardInterrupt as interrupt:  # one in a step says more
+        except KeyboardInterrupt as interrupt:  # one after a save has a text of its own
             again = "the same command goes on from what is kept"
             raise KeyboardInterrupt(str(interrupt) or again) from None
     print(ranks.once(lambda: report.after_training(job.folder)))

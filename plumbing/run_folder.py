@@ -12,10 +12,12 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from moe_model import MoEConfig
 from plumbing import ranks
 from plumbing.base_model import is_same_model
+from plumbing.data import Encoded
 from plumbing.files import (
     Positive,
     check,
@@ -273,6 +275,49 @@ class Metrics:
                 self.board.add_scalar(name, value, values["step"])
             if self.board:
                 self.board.flush()
+
+
+class StepLog:
+    """What is shown and kept of each training step: a progress bar, and metrics.jsonl."""
+
+    def __init__(self, folder: Path, step: int, n_steps: int, log: str | None):
+        """Go on after `step` steps of `n_steps`. log: see Metrics."""
+        self.metrics = Metrics(folder, step, log=log)
+        self.bar = tqdm(total=n_steps, initial=step, desc="train", unit="step")
+        self.n_skipped = 0
+
+    def add(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        examples: list[Encoded],
+        seconds: float,
+        skipped: bool,
+    ) -> None:
+        """Log a step over `examples` that took `seconds`. skipped: it changed nothing."""
+        self.n_skipped += skipped
+        samples_per_s = len(examples) / seconds
+        self.metrics.add(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            samples_per_s=samples_per_s,
+            tokens_per_s=sum(len(e.ids) for e in examples) / seconds,
+        )
+        note = f", {self.n_skipped} skipped" if self.n_skipped else ""
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {samples_per_s:.0f} samples/s{note}")
+        self.bar.update()
+
+    def report_skipped(self) -> None:
+        """Print how many steps were skipped, if any."""
+        if self.n_skipped:
+            print(
+                f"{self.n_skipped} of the steps just trained had no finite loss or gradient: "
+                "they changed nothing"
+            )
 
 
 def lines_up_to(path: Path, step: int, schema: object = MetricsLine) -> list[bytes]:
