@@ -4,7 +4,8 @@ Read it from top to bottom: the methods as data, the update, stacked experts, in
 of it (attach, start, merge), LoRI's mask, what it costs, a trained run. catcher.py finds the hot
 experts. train.py trains.
 
-Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or a control's.
+Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or those that a
+control chooses.
 
 Letters added to those of moe_model.py:
     r rank    k adapted experts of a layer
@@ -248,7 +249,7 @@ class AdaptedRows(Rows):
 
 
 class LoRAGroupedLinear(nn.Module):
-    """A frozen stack of expert weights plus updates of k of them."""
+    """A frozen stack of expert weights, plus updates of k of them."""
 
     def __init__(
         self, base: GroupedLinear, adapted: list[int], method: Method, rank: int, alpha: float
@@ -306,11 +307,11 @@ class LoRAExperts(Experts):
         key = as_index(self.key, expert.device)[expert]  # [N]
         slot, ends = sort_by_expert(key, 2 * n_experts)
         sizes = ends.sizes  # [2E] the host waits for a GPU here, once a layer
-        n = sum(sizes[:n_experts])  # adapted rows
-        first = Ends(ends.tensor[:n_experts], sizes[:n_experts])
-        second = Ends(ends.tensor[n_experts:] - n, sizes[n_experts:])
-        adapted = AdaptedRows(slot[:n], first, self.matmul)
-        others = Rows(slot[n:], second, self.matmul)
+        n = sum(sizes[:n_experts])  # rows of adapted experts
+        adapted_ends = Ends(ends.tensor[:n_experts], sizes[:n_experts])
+        other_ends = Ends(ends.tensor[n_experts:] - n, sizes[n_experts:])
+        adapted = AdaptedRows(slot[:n], adapted_ends, self.matmul)
+        others = Rows(slot[n:], other_ends, self.matmul)
         return self.mlp(tokens, weight, adapted) + self.mlp(tokens, weight, others)
 
 

@@ -319,9 +319,9 @@ def mean_loss(model: MoEModel, data: list[Encoded], micro_batch: int) -> float:
 
 
 def score_model(job: Job, model: MoEModel, folder: Path, when: str) -> list[dict]:
-    """Accuracy on the job's tests into results.json, and three answers to look at.
+    """Score the job's tests into results.json, and print three answers.
 
-    when: "base" or "after" training. Returns a record of each problem.
+    when: "base", or "after" training. Returns a record of each problem.
     """
     task = job.settings["task"]
     if ranks.is_cut(model):
@@ -389,35 +389,39 @@ def run_job(job: Job, folder: Path) -> None:
     write_json(folder / "run.json", record)
     run_folder.check_shared(folder, record)
 
+    # 1. The base model's score.
     scored = run_folder.read_results(folder).get(job.settings["task"], {})
     if job.tests and "base_accuracy" not in scored:  # a resumed run has it
         score_model(job, build_model(job), folder, "base")
 
+    # 2. The experts.
     began = time.perf_counter()
     with advice(job.micro_batch, job.recompute):
         adapted = find_adapted(job, folder)
-    caught = time.perf_counter() - began
+    finding = time.perf_counter() - began  # seconds
     as_json = {str(layer): ids for layer, ids in adapted.items()}
-    if "adapted" not in record:
-        record["adapted"] = as_json
-    elif record["adapted"] != as_json:
+    if record.setdefault("adapted", as_json) != as_json:
         raise ValueError(
             f"{folder}/hot_experts.json changed since training began: want another --out"
         )
 
+    # 3. Adapters. The record is written before the first step, because a save needs it.
     model = build_model(job, job.method, adapted)
     trained, stored = hellora.count_params(model, job.method)
     report_size(job, model, trained, stored)
     record |= {"trained": trained, "stored": stored}
-    write_json(folder / "run.json", record)  # before the first step: what is saved must be readable
+    write_json(folder / "run.json", record)
+
+    # 4. Training.
     with advice(job.micro_batch, job.recompute):
         visits = fit(model, job, folder)
     saves.save_adapter(folder, adapter_state(model))
     if job.method.chooses and visits.counts:
         report_share(model, visited_share(visits.scores("count"), adapted))
         spent = time.perf_counter() - began
-        print(f"finding the experts took {caught:.0f} of the {spent:.0f} s, {caught / spent:.1%}")
+        print(f"finding the experts took {finding:.0f} of the {spent:.0f} s, {finding / spent:.1%}")
 
+    # 5. The merged model's score.
     if not ranks.is_cut(model):
         hellora.merge(model)
     records = score_model(job, model, folder, "after") if job.tests else []

@@ -1,19 +1,21 @@
-"""A model as the Hub stores it: config.json, tensor names, safetensors. It is read here alone.
+"""A model as the Hub stores it: config.json, tensor names, safetensors. Only this file reads it.
 
-moe_model.py holds what is computed with them. Sizes have the letters that are defined there.
+moe_model.py has the computation, and defines the letters of sizes. Read this file from top to
+bottom: config.json, where a model is, names of tensors, weights, a model from them.
 
-Two files, or two places of one file, may say the same thing. One rule holds for all of them.
-1. If they agree, either is used. 2. An index whose shards are missing is left over from an older
-save. It is ignored, as in transformers. 3. In every other case: ValueError that names both places.
+Two files, or two places in one file, may say the same thing. One rule holds for all of them:
+1. If they agree, either is used.
+2. An index whose shards are missing is a rest of an older save. It is ignored, as in transformers.
+3. In every other case, a ValueError names both places.
 
-    weights      model.safetensors is read if it is there. An index beside it whose shards are gone
-                 is left over. With all of its shards there, it is a second model: refused.
-                 (transformers reads the single file then, although it may be the older one: it
-                 stays where shards are saved over it.)                            `shard_paths`
-    experts      one tensor for each expert's matrix, or a layer's stacked as transformers 5 has
-                 them. Both for one matrix: refused.                            `Checkpoint.find`
-    config.json  rope_theta, or the same in rope_parameters (transformers 5) or rope_scaling;
-                 num_experts or num_local_experts. Two values that differ: refused, as
+    weights      model.safetensors is read if it is there. An index beside it is ignored if its
+                 shards are missing. With all of its shards, it is a second model: refused.
+                 (transformers then reads the single file. That may be the older one, because it
+                 stays when shards are saved over it.)                              `shard_paths`
+    experts      Each expert's matrix is a tensor, or a layer's experts are stacked as transformers
+                 5 has them. Both for one matrix: refused.                      `Checkpoint.check`
+    config.json  rope_theta may also stand in rope_parameters (transformers 5) or in rope_scaling.
+                 num_experts may be called num_local_experts. Two values that differ: refused, as
                  transformers 4 and 5 would take different ones.                         `agreed`
     head         lm_head.weight beside tied embeddings: refused unless it is equal to them.
                                                                                   `check_weights`
@@ -39,7 +41,8 @@ from tqdm import tqdm
 from moe_model import MoEConfig, MoEModel
 from plumbing import ranks
 
-FILES_BESIDE_WEIGHTS = (  # patterns; nothing here runs the Python ones
+# Patterns of file names. The Python files are downloaded, but never run.
+FILES_BESIDE_WEIGHTS = (
     "*.json", "tokenizer.model", "merges.txt", "*.jinja",
     "configuration_*.py", "modeling_*.py", "LICENSE*",
 )  # fmt: skip
@@ -47,8 +50,8 @@ CHECKPOINT = (
     "a folder with config.json and model.safetensors (or shards and their index), as on the Hub"
 )
 
-LARGEST_JSON = 1 << 24  # bytes: as Python objects they may take a hundred times as many
-# Larger values would only take time and memory.
+LARGEST_JSON = 1 << 24  # bytes. As Python objects they may take a hundred times as many
+# The largest values of config.json that are read. Larger ones would only take time and memory.
 LARGEST = {"n_layers": 200, "n_experts": 1000, "n_shared": 1000}
 MAY_BE_0 = ("n_shared", "n_dense", "dense_dim", "own_head_dim")
 
@@ -56,7 +59,7 @@ MAY_BE_0 = ("n_shared", "n_dense", "dense_dim", "own_head_dim")
 
 
 # Our field -> (key of config.json, the default of the family's class for a config.json without it).
-# The key "" says that the value is fixed. "window" is no field: it bounds max_len. Sources:
+# The key "" means that the value is fixed. "window" is no field: it bounds max_len. Sources:
 # transformers' OlmoeConfig, MixtralConfig and Qwen3MoeConfig, and configuration_deepseek.py of
 # deepseek-moe-16b-base.
 FAMILIES = {
@@ -102,15 +105,16 @@ FAMILIES = {
     },
 }  # fmt: skip
 
-# Where else config.json may say what a key says: the names of transformers 4, then of 5.
+# key -> all places in config.json that may have its value, in the words of transformers 4 and 5.
 PLACES = {
     "rope_theta": ("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"),
     "num_experts": ("num_experts", "num_local_experts"),
     "num_local_experts": ("num_local_experts", "num_experts"),
 }
 
-# Keys of config.json that would change the computation in a way that moe_model.py does not follow
-# -> the values that change nothing. Neither do null, false and 0, nor a key that the family reads.
+# Keys of config.json that change the computation in a way that moe_model.py does not implement ->
+# the values that change nothing. null, false and 0 change nothing either. A key that the family
+# reads is supported.
 UNSUPPORTED = {
     "attention_bias": (), "clip_qkv": (), "decoder_sparse_step": (1,), "hidden_act": ("silu",),
     "mlp_bias": (), "mlp_only_layers": (), "moe_layer_freq": (1,),
@@ -119,7 +123,7 @@ UNSUPPORTED = {
     "sliding_window": (), "tie_word_embeddings": (), "topk_method": ("greedy",),
     "transformers_weights": ("model.safetensors",), "use_sliding_window": (),
 }  # fmt: skip
-IGNORED = {"qwen3_moe": {"sliding_window"}}  # it says nothing unless use_sliding_window is set
+IGNORED = {"qwen3_moe": {"sliding_window"}}  # has an effect only if use_sliding_window is set
 
 QUANTISED = (
     "quantised weights cannot be trained here: want the same model in bf16, fp16 or fp32, "
@@ -130,8 +134,8 @@ QUANTISED = (
 def parse_config(hub: dict) -> MoEConfig:
     """The Hub's config.json -> MoEConfig.
 
-    Raises ValueError for an architecture we do not know, and for settings that we would silently
-    get wrong.
+    Raises ValueError for an unknown architecture, and for settings that we would get wrong in
+    silence.
     """
     family = hub.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -141,13 +145,13 @@ def parse_config(hub: dict) -> MoEConfig:
     check_supported(hub, family)
 
     sizes = {}
-    for ours, (key, default) in FAMILIES[family].items():
+    for field, (key, default) in FAMILIES[family].items():
         value = agreed(hub, *PLACES.get(key, (key,))) if key else None
-        sizes[ours] = default if value is None else value
+        sizes[field] = default if value is None else value
     if sizes["n_kv_heads"] is None:
         sizes["n_kv_heads"] = sizes["n_heads"]
-    # A token sees only as many tokens as the window is long, itself counted. In rows up to that
-    # length these are all there are. So the window is the context.
+    # With a sliding window a token sees that many tokens, itself included. In rows up to that
+    # length it sees all. So the window is taken as the context.
     window = sizes.pop("window", None) or sizes["max_len"]
     cfg = MoEConfig(family=family, **sizes)
     check_sizes(cfg)
@@ -160,8 +164,9 @@ def parse_config(hub: dict) -> MoEConfig:
 
 
 def check_supported(hub: dict, family: str) -> None:
-    """Raise ValueError for what would change the computation, and is not followed here."""
-    rope = [hub.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # transformers 4; 5
+    """Raise ValueError for a setting that changes the computation, and is not implemented."""
+    # In transformers 4, and in 5.
+    rope = [hub.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     for part in rope:
         if not isinstance(part, dict):
             raise ValueError(f"config.json: rope settings are {part!r}, want an object or null")
@@ -174,7 +179,7 @@ def check_supported(hub: dict, family: str) -> None:
         raise ValueError(f"config.json: quantization_config is {short(how)}, but {QUANTISED}")
     followed = {key for key, _ in FAMILIES[family].values()} | IGNORED.get(family, set())
     for key, harmless in UNSUPPORTED.items():
-        for value in (place.get(key) for place in (hub, *rope)):
+        for value in (part.get(key) for part in (hub, *rope)):
             if value and value not in harmless and key not in followed:
                 raise ValueError(
                     f"config.json: {key} is {value!r}, which moe_model.py does not implement"
@@ -182,26 +187,27 @@ def check_supported(hub: dict, family: str) -> None:
 
 
 def agreed(hub: dict, *places: str) -> object:
-    """What config.json says in these places, "rope_parameters.rope_theta" for one in an object.
+    """The value that config.json has in these places. None if it has none.
 
-    None if it says it nowhere. Raises ValueError if two places differ.
+    A place is a key, or "rope_parameters.rope_theta" for a key of an object. Raises ValueError if
+    two places differ.
     """
-    said = {}
+    value_at = {}
     for place in places:
         value = hub
         for key in place.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
-            said[place] = value
-    values = [*said.values()]
+            value_at[place] = value
+    values = [*value_at.values()]
     if any(value != values[0] for value in values[1:]):
-        both = ", but ".join(f"{place} is {short(value)}" for place, value in said.items())
+        both = ", but ".join(f"{place} is {short(value)}" for place, value in value_at.items())
         raise ValueError(f"config.json: {both}: want one value, take out the wrong one")
     return values[0] if values else None
 
 
 def check_sizes(cfg: MoEConfig) -> None:
-    """Raise ValueError unless each value has its type and a sensible size, and all fit."""
+    """Raise ValueError unless each value has its type and a sensible size, and all fit together."""
     for field in fields(cfg):
         value, kind = getattr(cfg, field.name), field.type
         if not is_sensible(value, kind, field.name):
@@ -210,7 +216,7 @@ def check_sizes(cfg: MoEConfig) -> None:
             )
     heads = (cfg.own_head_dim, 2) if cfg.own_head_dim else (cfg.dim, 2 * cfg.n_heads)
     for whole, part in (heads, (cfg.n_heads, cfg.n_kv_heads)):
-        if whole % part:  # rotary embedding turns pairs of channels, hence the 2
+        if whole % part:  # the 2 above: rotary embedding turns pairs of channels
             raise ValueError(f"config.json: {whole} is no multiple of {part}, the heads need that")
     if cfg.family == "deepseek" and cfg.norm_topk and cfg.top_k == 1:
         raise ValueError(
@@ -223,7 +229,7 @@ def check_sizes(cfg: MoEConfig) -> None:
 
 
 def is_sensible(value: object, kind: type, name: str) -> bool:
-    """Whether the value of the field `name` has its type and, as a number, a sensible size."""
+    """Whether the value of the field `name` has its type and, if a number, a sensible size."""
     if kind not in (int, float):
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
@@ -233,14 +239,14 @@ def is_sensible(value: object, kind: type, name: str) -> bool:
 
 
 class Backbone(NamedTuple):
-    """A model with a short name: where its weights are, and what its config.json sets."""
+    """A model with a short name."""
 
-    repo: str
-    hub: dict
+    repo: str  # its id on the Hub
+    hub: dict  # what its config.json sets
 
     @property
     def cfg(self) -> MoEConfig:
-        """Its sizes, without any download."""
+        """Its sizes, without a download."""
         return parse_config(self.hub)
 
 
@@ -261,7 +267,7 @@ BACKBONES = {
             "max_position_embeddings": 4096,
         },
     ),
-    "qwen3-30b-a3b": Backbone(  # not of the paper, but the MoE that many fine-tune
+    "qwen3-30b-a3b": Backbone(  # not in the paper, but many fine-tune it
         "Qwen/Qwen3-30B-A3B",
         {
             "model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128,
@@ -270,14 +276,16 @@ BACKBONES = {
     ),
 }  # fmt: skip
 
+# ---- where a model is ----------------------------------------------------------------------------
+
 
 def locate(model: str | Path, weights: bool = True) -> Path:
     """The folder of a model: "tiny", a BACKBONES name, a folder, or a Hub id.
 
     A model of the Hub is downloaded once and then cached. Its id may end in @ and a revision, such
-    as a commit: that one is taken then, and not the newest. weights: False leaves them on the Hub,
-    and takes the small files alone. Raises FileNotFoundError that says what to do if there is no
-    such model, OSError if the Hub does not give it.
+    as a commit, which is then taken in place of the newest. weights: False downloads only the small
+    files. Raises FileNotFoundError that says what to do if there is no such model, OSError if the
+    Hub does not give it.
     """
     if model == "tiny":
         return Path(__file__).parent.parent / "tiny"
@@ -292,14 +300,14 @@ def locate(model: str | Path, weights: bool = True) -> Path:
             f"there is no model {repo!r}: want tiny, {', '.join(BACKBONES)}, a folder, "
             f"or a Hub id such as {example}"
         )
-    from plumbing import hub  # here, as a checkpoint in a folder is read without it
+    from plumbing import hub  # here, because a checkpoint in a folder is read without it
 
     last = "*.safetensors" if weights else "tokenizer.*"
     return hub.snapshot(repo, revision or None, "config.json", FILES_BESIDE_WEIGHTS, last)
 
 
 def full_name(model: str | Path) -> str:
-    """The Hub id of a BACKBONES name; any other model's name as it is."""
+    """The Hub id of a BACKBONES name. The name of any other model stays."""
     return BACKBONES[model].repo if model in BACKBONES else str(model)
 
 
@@ -311,7 +319,7 @@ def read_config(folder: str | Path) -> MoEConfig:
 def read_object(path: Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError or ValueError that name the path.
 
-    It is not files.read_json, so that a model can be loaded with this file and ranks.py alone.
+    It is not files.read_json, so that this file and ranks.py are enough to load a model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, or no file: want {CHECKPOINT}")
@@ -329,7 +337,7 @@ def read_object(path: Path) -> dict:
 # ---- names of tensors ----------------------------------------------------------------------------
 
 
-# Our parameter name -> the checkpoint's. The first match wins; {e} stands for each expert in turn.
+# Our parameter name -> the checkpoint's. The first match wins. {e} stands for each expert in turn.
 NAMES = [
     (r"embed\.weight", r"model.embed_tokens.weight"),
     (r"norm\.weight", r"model.norm.weight"),
@@ -384,11 +392,11 @@ def hub_names(name: str, cfg: MoEConfig) -> list[str]:
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-MOST_DIMENSIONS = 8  # of a stored tensor; weights have 2, or 3 where experts are stacked
+MOST_DIMENSIONS = 8  # of a stored tensor. Weights have 2, or 3 where experts are stacked
 
-# transformers 5 stacks a layer's experts, and may also write them so (save_original_format=False):
-# gate_up_proj [E, 2 F, D] and down_proj [E, D, F]. One matrix of the Hub's -> its stack there, into
-# how many pieces an expert's rows are cut, and which piece it is.
+# transformers 5 stacks a layer's experts, and can also write them so (save_original_format=False):
+# gate_up_proj [E, 2 F, D] and down_proj [E, D, F]. The name of one matrix -> the name of its stack,
+# the number of pieces into which an expert's rows are cut, and which piece the matrix is.
 STACKS = [
     (r"(.*)\.experts\.(\d+)\.(?:gate_proj|w1)\.weight", r"\1.experts.gate_up_proj", 2, 0),
     (r"(.*)\.experts\.(\d+)\.(?:up_proj|w3)\.weight", r"\1.experts.gate_up_proj", 2, 1),
@@ -397,19 +405,20 @@ STACKS = [
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint, not yet read: a whole one of a file, or one matrix of a stack."""
+    """A tensor of a checkpoint, not yet read: a whole tensor, or one matrix of a stack."""
 
     path: Path  # of its shard
     name: str  # in that file
     dtype: str  # as the file names it: "BF16"
     shape: tuple[int, ...]
-    part: tuple[int | slice, ...] = ()  # of a stack [E, ...]: the expert, and which of its rows
+    part: tuple[int | slice, ...] = ()  # the expert and its rows, for one matrix of a stack [E, ..]
 
 
 class Checkpoint:
     """All tensors of a folder of safetensors, single or sharded. Each is read when asked for.
 
-    It is asked by the names of the family's own layout (hub_names), however it was saved.
+    Tensors are asked for by the names of the family's own layout (hub_names), however they were
+    saved.
     """
 
     def __init__(self, folder: Path):
@@ -417,15 +426,15 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}  # as they are in the files
         for path in shard_paths(folder):
-            found = stored_in(path)
-            if both := self.tensors.keys() & found.keys():
-                other = self.tensors[min(both)].path.name
-                raise ValueError(f"{path}: tensor {min(both)} is in {other} as well: want it once")
-            self.tensors |= found
+            tensors = stored_in(path)
+            if twice := self.tensors.keys() & tensors.keys():
+                other = self.tensors[min(twice)].path.name
+                raise ValueError(f"{path}: tensor {min(twice)} is in {other} as well: want it once")
+            self.tensors |= tensors
 
     def find(self, name: str) -> Stored | None:
-        """Where the tensor `name` is: in a file by itself, or in a stack of experts."""
-        # transformers 5 also has one name for the part of a layer that Mixtral calls otherwise.
+        """Where the tensor `name` is: by itself, or in a stack of experts. None if nowhere."""
+        # transformers 5 also writes Mixtral's block_sparse_moe with the name of the other families.
         for wanted in (name, name.replace(".block_sparse_moe.", ".mlp.")):
             if wanted in self.tensors:
                 return self.tensors[wanted]
@@ -441,17 +450,17 @@ class Checkpoint:
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the tensors `wanted`, in these shapes.
 
-        What is no weight is passed over: integers, truth values, and the rotary angles of old
+        Tensors that are no weights are ignored: integers, booleans, and the rotary angles of old
         checkpoints, which are computed here.
         """
-        unused = Counter()  # {stored tensor: how many of its numbers nobody wanted}
+        unused = Counter()  # {stored tensor: how many of its numbers are not wanted}
         for name, stored in self.tensors.items():
             if stored.dtype in DTYPES and not name.endswith("rotary_emb.inv_freq"):
                 unused[name] = math.prod(stored.shape)
-        found = {name: self.find(name) for name in wanted}
-        self.refuse("lacks", [name for name, stored in found.items() if stored is None])
+        stored_as = {name: self.find(name) for name in wanted}
+        self.refuse("lacks", [name for name, stored in stored_as.items() if stored is None])
         for name, shape in wanted.items():
-            stored = found[name]
+            stored = stored_as[name]
             if stored.dtype not in DTYPES:
                 raise ValueError(
                     f"{stored.path}: tensor {name} is {stored.dtype}, want {', '.join(DTYPES)}"
@@ -465,7 +474,7 @@ class Checkpoint:
         self.refuse("has unexpected", [name for name, numbers in unused.items() if numbers > 0])
 
     def refuse(self, what: str, names: list[str]) -> None:
-        """Raise ValueError about these tensors, if there are any."""
+        """Raise ValueError about the tensors `names`, if there are any. what: "lacks", ..."""
         if not names:
             return
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -487,11 +496,10 @@ class Checkpoint:
     def read_all(self, names: Iterable[str]) -> Iterator[Tensor]:
         """These tensors, one after the other. Neighbours in one shard share one opening of it.
 
-        What was read of a file stays in memory until it is closed, so it is not kept open for all.
-        An opening parses the header again, so it is not opened for each.
+        A shard is not opened for each tensor, because an opening parses the header again. It is not
+        kept open for all, because what was read of a file stays in memory until it is closed.
         """
-        found = map(self.find, names)
-        for path, group in groupby(found, key=lambda stored: stored.path):
+        for path, group in groupby(map(self.find, names), key=lambda stored: stored.path):
             with opened(path) as file:
                 for stored in group:
                     if stored.part:
@@ -500,7 +508,7 @@ class Checkpoint:
                         yield file.get_tensor(stored.name)
 
     def read_rows(self, name: str, first: int, n: int) -> Tensor:
-        """Rows of the tensor `name`, from `first` on, likewise [n, ...]. No other row is read."""
+        """n rows of the tensor `name`, from row `first` on [n, ...]. No other row is read."""
         stored = self.find(name)
         with opened(stored.path) as file:
             return file.get_slice(stored.name)[first : first + n]
@@ -511,7 +519,7 @@ def opened(path: Path) -> Iterator[safe_open]:
     """A safetensors file to read from. Raises FileNotFoundError or ValueError that name it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: want the weights as safetensors, all shards")
-    path.open("rb").close()  # the library says of a file that may not be read that there is none
+    path.open("rb").close()  # raises PermissionError. The library would say that there is no file
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -523,18 +531,18 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 def stored_in(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file by name. Raises ValueError if they are quantised."""
-    found = {}
+    tensors = {}
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_slice(name)
             shape = tuple(tensor.get_shape())
             if len(shape) > MOST_DIMENSIONS:
                 raise ValueError(f"tensor {name!r:.80} has {len(shape)} dimensions")
-            found[name] = Stored(path, name, tensor.get_dtype(), shape)
-    for name, stored in found.items():
+            tensors[name] = Stored(path, name, tensor.get_dtype(), shape)
+    for name, stored in tensors.items():
         if stored.dtype.startswith(("F8", "F6_", "F4")):
             raise ValueError(f"{path}: tensor {name!r:.80} is {stored.dtype}, but {QUANTISED}")
-    return found
+    return tensors
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -543,12 +551,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def shard_paths(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or else those of its index.
 
-    Raises ValueError if both are there in full: see the rule at the top of this file.
+    Raises ValueError if both are complete: see the rule at the top of this file.
     """
     single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
         return [single]
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")  # {tensor: file name}
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in weight_map.values()
     ):
@@ -577,7 +585,7 @@ def empty_model(cfg: MoEConfig, dtype: torch.dtype, matmul: str = "grouped") -> 
 
 
 def base_parameters(cfg: MoEConfig) -> dict[str, tuple[torch.Size, list[str]]]:
-    """{our parameter: its shape, the checkpoint's tensors behind it}; knows nothing of adapters."""
+    """{our parameter: its shape, the checkpoint's tensors behind it}, without adapters."""
     bare = empty_model(cfg, torch.float32)
     return {name: (p.shape, hub_names(name, cfg)) for name, p in bare.named_parameters()}
 
@@ -588,9 +596,9 @@ def count_base(cfg: MoEConfig) -> int:
 
 
 def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
-    """Raise ValueError unless `source` holds just the tensors of such a model.
+    """Raise ValueError unless `source` has exactly the tensors of such a model.
 
-    No values are read, but for an output layer beside tied embeddings.
+    Values are read only of an output layer beside tied embeddings.
     """
     base = base_parameters(cfg).values()
     wanted = {tensor: tuple(shape[-2:]) for shape, tensors in base for tensor in tensors}
@@ -608,8 +616,8 @@ def check_weights(cfg: MoEConfig, source: Checkpoint) -> None:
 def load_weights(model: MoEModel, source: Checkpoint, device: str | torch.device) -> None:
     """Materialise `model` on `device` and fill its base parameters from `source`.
 
-    Each parameter asks for its own tensors, so the memory on top of the model is one parameter's at
-    most. A rank reads the rows that it holds. Adapters, if attached, are left without values.
+    Each parameter asks for its own tensors, so that at most one parameter is in memory beside the
+    model. A rank reads the rows that it holds. Adapters, if attached, are left without values.
     """
     base = base_parameters(model.cfg)
     check_weights(model.cfg, source)
@@ -619,7 +627,7 @@ def load_weights(model: MoEModel, source: Checkpoint, device: str | torch.device
         rows, first = ranks.mine(param), ranks.first_row(param)
         if len(shape) < 3:  # one matrix or vector
             rows.copy_(source.read_rows(tensors[0], first, len(rows)))
-        else:  # a stack: a row of it is one expert's matrix
+        else:  # a stack [E, ...], in which a row is the matrix of one expert
             mine = tensors[first : first + len(rows)]
-            for weight, stored in zip(rows, source.read_all(mine), strict=True):
-                weight.copy_(stored)
+            for matrix, stored in zip(rows, source.read_all(mine), strict=True):
+                matrix.copy_(stored)

@@ -1,12 +1,12 @@
 """One process or several: which part of the work is mine, and how parts come together.
 
-torchrun starts the same command N times; each process is a rank. Without torchrun there is one, and
-all of this does nothing. Two ways to share the work (--shard):
+torchrun starts the same command N times. Each process is a rank. Without torchrun there is one
+rank, and all of this does nothing. Two ways to share the work (--shard):
 
-    full    Every parameter is cut along its first dimension, a part for each rank. A layer is put
-            together when it is needed, and let go again (FSDP2). For models that one device cannot
-            hold.
-    none    Every rank holds the whole model, and only the adapters' gradients travel.
+    full    Every parameter is cut along its first dimension, and each rank holds a part. A layer is
+            put together when it is needed, and cut again after that (FSDP2). This is for models
+            that one device cannot hold.
+    none    Every rank holds the whole model. Only the adapters' gradients are sent.
 """
 
 import functools
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # how long a rank waits for others: one may be loading, or saving
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for another, which may load or save
 
 
 def rank() -> int:
@@ -38,16 +38,19 @@ def world() -> int:
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other ranks, and be quiet unless rank 0; the device that is mine."""
+    """Join the other ranks, and silence all but rank 0. Returns the device of this rank.
+
+    Raises ValueError for more processes than GPUs.
+    """
     if world() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if mine >= there:
+        local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise ValueError(
-                f"more processes than the {there} GPUs here: want --nproc-per-node {there}"
+                f"more processes than the {n_gpus} GPUs here: want --nproc-per-node {n_gpus}"
             )
-        device = torch.device("cuda", mine)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
@@ -55,7 +58,7 @@ def start(device: torch.device) -> torch.device:
     )
     if rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-        # every bar, wherever it is made: rank 0's are enough
+        # All progress bars, wherever they are made. Those of rank 0 are enough.
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     return device
 
@@ -80,37 +83,37 @@ def largest(n: int, device: torch.device) -> int:
     """The largest of all ranks' n."""
     if world() == 1:
         return n
-    found = torch.tensor(n, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    value = torch.tensor(n, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks are here."""
     if world() > 1:
         dist.barrier()
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether other ranks do not answer. With NCCL, torchrun often ends this one before that."""
+    """Whether other ranks do not answer. With NCCL, torchrun often ends this rank before that."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def gathered(x: T) -> list[T]:
     """Every rank's x, in order of rank."""
-    found = [x] * world()
+    xs = [x] * world()
     if world() > 1:
-        dist.all_gather_object(found, x)
-    return found
+        dist.all_gather_object(xs, x)
+    return xs
 
 
 def once(do: Callable[[], T]) -> T:
-    """What rank 0 gets from doing it, for all; the others wait for that."""
+    """The result of do() on rank 0, for all ranks. The others wait for it."""
     return gathered(None if rank() else do())[0]
 
 
 def sum_gradients(params: Iterable[nn.Parameter]) -> None:
-    """--shard none: add up all ranks' gradients, in one message."""
+    """--shard none: add up the gradients of all ranks, in one message."""
     grads = [p.grad for p in params]
     flat = total(torch.cat([g.flatten() for g in grads]))
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -118,24 +121,24 @@ def sum_gradients(params: Iterable[nn.Parameter]) -> None:
 
 
 def backward(loss: Tensor, model: nn.Module) -> None:
-    """`loss.backward()` for a loss that is a sum over all ranks, of which each has its part.
+    """`loss.backward()`, where the whole loss is the sum of the losses of all ranks.
 
-    A cut model averages gradients over the ranks (FSDP2), so there the loss is multiplied to give
-    sums.
+    A cut model averages gradients over the ranks (FSDP2). There the loss is multiplied, so that the
+    averages are sums.
     """
     (loss * world() if is_cut(model) else loss).backward()
 
 
 def finish_gradients(params: list[nn.Parameter], model: nn.Module) -> None:
-    """After the last `backward` of a step, give every rank the gradients of the whole loss.
+    """Give every rank the gradients of the whole loss, after the last `backward` of a step.
 
-    A cut model has already done so in its backward passes.
+    A cut model has done so in its backward passes.
     """
     if world() > 1 and not is_cut(model):
         sum_gradients(params)
 
 
-# ---- parameters of which each rank has some rows -------------------------------------------------
+# ---- a cut model: each rank has some rows of each parameter --------------------------------------
 
 
 def shard(
@@ -143,9 +146,9 @@ def shard(
 ) -> None:
     """--shard full: cut up `model` in place, layer by layer and then the rest.
 
-    dtype: what trained weights are sent and computed in (full fine-tuning); None: as they are
-    stored, which is right for a frozen bf16 base with fp32 adapters. Gradients are added up in
-    float32.
+    dtype: the dtype in which trained weights are sent and computed (full fine-tuning). None: the
+    dtype in which they are stored, which is right for a frozen bf16 base with fp32 adapters.
+    Gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -161,56 +164,57 @@ def shard(
 def traffic(model: nn.Module, n: int, cut: bool) -> int:
     """Bytes that each of n ranks gets from the others, in a micro-batch if `cut`, else in a step.
 
-    Cut up, a layer is put together in the forward and again in the backward pass, the rest
-    (embedding, head) once, and each rank gets its part of the gradients' sum. Else the gradients go
-    round in a ring, twice.
+    In a cut model, a layer is put together in the forward pass and again in the backward pass. The
+    rest (embedding, head) is put together once. Each rank gets its part of the sum of gradients.
+    Without a cut, the gradients go round in a ring, twice.
     """
     params = list(model.named_parameters())
-    # In full fine-tuning, weights are sent as they are computed.
+    # In full fine-tuning, weights are sent in the dtype of the computation.
     full = all(p.requires_grad for _, p in params)
     size = 0
     for name, p in params:
-        numel = (
-            -(-p.shape[0] // n) * n * math.prod(p.shape[1:]) if cut else p.numel()
-        )  # parts of equal size
         if cut:
+            numel = -(-p.shape[0] // n) * n * math.prod(p.shape[1:])  # all parts have one size
             times = 2 if name.startswith("layers.") else 1
             size += times * numel * (model.dtype if full else p.dtype).itemsize
-        size += numel * 4 * p.requires_grad * (1 if cut else 2)
+            size += numel * 4 * p.requires_grad
+        else:
+            size += 2 * p.numel() * 4 * p.requires_grad
     return size * (n - 1) // n
 
 
 def mine(t: Tensor) -> Tensor:
-    """The rows of t that this rank holds: all, unless t is cut up."""
+    """The rows of t that this rank holds. All, unless t is cut up."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def first_row(t: Tensor) -> int:
-    """Which row of t the first of `mine(t)` is. FSDP2 cuts as torch.chunk does."""
+    """The index in t of the first row of `mine(t)`. FSDP2 cuts as torch.chunk does."""
     return min(rank() * -(-t.shape[0] // world()), t.shape[0]) if hasattr(t, "to_local") else 0
 
 
 def whole(t: Tensor) -> Tensor:
-    """All rows of t. Every rank must ask at the same time."""
+    """All rows of t. Every rank must call it at the same time."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def on_rank_0(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in one piece each, on the CPU; nothing for the others. Every rank must take part.
+    """The whole tensors, on the CPU of rank 0. {} on the other ranks. Every rank must take part.
 
-    One after another: beside its own rows a rank holds one of them at most, but for rank 0.
+    They are put together one after the other, so that a rank other than 0 holds at most one beside
+    its own rows.
     """
-    found = {}
+    result = {}
     for name, t in tensors.items():
-        in_one = whole(t)
+        all_rows = whole(t)
         if not rank():
-            found[name] = in_one.cpu().contiguous()
-        del in_one  # before the next is put together
-    return found
+            result[name] = all_rows.cpu().contiguous()
+        del all_rows  # before the next is put together
+    return result
 
 
 def put(t: Tensor, value: Tensor) -> None:
-    """Give t a new value, of which each rank knows all rows."""
+    """Set t, which may be cut up, to `value`, of which each rank has all rows."""
     rows = mine(t)
     if rows is t:
         t.copy_(value)
@@ -219,10 +223,10 @@ def put(t: Tensor, value: Tensor) -> None:
 
 
 def put_together(model: nn.Module, free: int) -> bool:
-    """Have every rank keep a cut model in one piece from now on, if `free` bytes of each allow it.
+    """Let every rank keep the whole of a cut model from now on, if it fits in `free` bytes of each.
 
-    So its layers are sent once, and not in each pass. It is for passes without gradients. A fifth
-    of what is free is left for those. Returns whether it was done.
+    Then its layers are sent once, and not in each pass. This is for passes without gradients. A
+    fifth of the free bytes is left for them. Returns whether it was done.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if not all(gathered(size <= 0.8 * free)):

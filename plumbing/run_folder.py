@@ -1,4 +1,7 @@
-"""A run's folder: who may use it, what it says about the run, and what differs from a new one."""
+"""A run's folder: what its files say, how a run differs from a new one, and who may use it.
+
+Read it from top to bottom: run.json, which folder a run gets, the lock, the logs and results.
+"""
 
 import json
 import os
@@ -30,7 +33,7 @@ from plumbing.files import (
 
 # ---- run.json ------------------------------------------------------------------------------------
 
-# Settings that are younger than some runs -> what a run that lacks them was trained with.
+# Settings that older runs do not have -> their value in such a run.
 YOUNGER = {"count": "all", "clip": "all", "bos": None, "drop_long": None}
 # Fields of MoEConfig in older runs -> their names now.
 RENAMED = {"head_norm": "qk_head_norm"}
@@ -38,21 +41,21 @@ RENAMED = {"head_norm": "qk_head_norm"}
 
 @dataclass
 class Hashes:
-    """The checksums of what a run started from, and of what it ended with."""
+    """The checksums of what a run started from, and of its result."""
 
     model: str
     data: str
-    adapter: str | None  # of adapter.safetensors, once the run is finished
+    adapter: str | None  # adapter.safetensors, when the run is finished
     tokenizer: str | None
     code: str | None
 
 
 @dataclass
 class RunRecord:
-    """run.json, as far as it is read again. train.py writes more beside these."""
+    """run.json, as far as it is read again. train.py writes more fields."""
 
-    model: str  # as --model had it
-    commit: str | None  # of a model of the Hub: the one that was loaded
+    model: str  # as given by --model
+    commit: str | None  # the commit that was loaded, for a model of the Hub
     task: str
     method: str
     dtype: Literal["fp32", "bf16"]
@@ -64,20 +67,20 @@ class RunRecord:
     template: str | None
     bos: int | None  # the token before each prompt
     eval_data: str | None  # a path
-    eval_limit: Positive | None  # problems
+    eval_limit: Positive | None  # number of problems
     hashes: Hashes | None
     config: dict | None  # the model's MoEConfig
     adapted: dict[str, list[int]] | None  # {layer: ids of its adapted experts}
-    overrides: list[list[str]] | None  # each time that it went on otherwise: what differed
-    conditions: list[list[str]] | None  # the same of what may only move the last bits
+    overrides: list[list[str]] | None  # for each --override: what differed
+    conditions: list[list[str]] | None  # for each resumption: what may move the last bits
     compute: dict | None
     versions: dict | None
 
 
 def read_run(folder: Path, *parts: str) -> dict:
-    """The run.json of a run's folder, with these `parts` that only a run has that got as far.
+    """The run.json of a run's folder, with what an older run does not have (YOUNGER, RENAMED).
 
-    Settings that an old run lacks are there as it was trained (YOUNGER).
+    parts: fields that must be there. A run that was stopped early does not have all.
     Raises FileNotFoundError or ValueError that say what to do.
     """
     run = read_json(folder / "run.json", "the folder of a run of train.py", RunRecord)
@@ -98,30 +101,30 @@ def read_run(folder: Path, *parts: str) -> dict:
 
 
 def saved_commit(folder: Path) -> str | None:
-    """The commit that the run in `folder` keeps; None if no run is there, or none of the Hub."""
+    """The model's commit in the run in `folder`. None without a run, or without a Hub model."""
     return read_run(folder).get("commit") if (folder / "run.json").exists() else None
 
 
-# ---- what else it says ---------------------------------------------------------------------------
-
-
 def by_layer(cfg: MoEConfig, lists: dict[str, list[int]], path: Path) -> dict[int, list[int]]:
-    """{layer: ids, ascending} of the lists in `path`. Raises ValueError for another model's."""
-    found = {}
+    """{layer: expert ids, ascending} from the lists in the file `path`, whose keys are text.
+
+    Raises ValueError for the lists of another model.
+    """
+    ids_of = {}
     for layer in cfg.moe_layers:
         if str(layer) in lists:
-            found[layer] = sorted(set(lists[str(layer)]))
-    highest = max((ids[-1] for ids in found.values() if ids), default=0)
-    if len(found) < len(lists) or highest >= cfg.n_experts:
+            ids_of[layer] = sorted(set(lists[str(layer)]))
+    highest = max((ids[-1] for ids in ids_of.values() if ids), default=0)
+    if len(ids_of) < len(lists) or highest >= cfg.n_experts:
         raise ValueError(
             f"{path} lists experts up to {highest} in layers {short([*lists])}, but the model has "
             f"{cfg.n_experts} in each of {len(cfg.moe_layers)}: want a list made for this model"
         )
-    return found
+    return ids_of
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a result may depend on besides the settings."""
+    """The versions that a result may depend on, and the device."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     python = platform.python_version()
     return {"python": python, "torch": torch.__version__, "device": f"{device} ({chip})"}
@@ -129,25 +132,25 @@ def versions(device: torch.device) -> dict[str, str]:
 
 # ---- which folder a run gets ---------------------------------------------------------------------
 
-# A run may go on with other values of these, by --override.
+# With --override, a run may go on with other values of these settings.
 OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "clip", "balance", "dev_data", "dev_every"}
 
 
 def differences(saved: dict, settings: dict) -> list[str]:
-    """What a saved run has otherwise than `settings`: one "name: saved -> asked" each."""
-    same = ("commit", "model") if is_same_model(saved, settings) else ("commit",)
+    """What differs between a saved run and `settings`: one "name: saved -> asked" each."""
+    ignored = ("commit", "model") if is_same_model(saved, settings) else ("commit",)
     return [
         f"{name}: {saved.get(name)} -> {value}"
         for name, value in settings.items()
-        if name not in same and saved.get(name) != value
+        if name not in ignored and saved.get(name) != value
     ]
 
 
 def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool) -> Path:
-    """The folder to run in: `out`, or else the first default one that is free or half done.
+    """The folder to run in: `out`, or else the first default folder that is free or half done.
 
-    Half done: it holds an unfinished run with these settings. Raises ValueError if `out` holds a
-    finished or another run, or if --resume finds nothing to resume.
+    A half done folder holds an unfinished run with these settings. Raises ValueError if `out` holds
+    a finished or another run, or if --resume finds nothing to resume.
     """
     if out is not None:
         return check_folder(settings, out, resume, override)
@@ -169,7 +172,7 @@ def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool
 
 
 def check_folder(settings: dict, out: Path, resume: bool, override: bool) -> Path:
-    """`out` itself. Raises ValueError if it holds anything but this run, unfinished."""
+    """`out` itself. Raises ValueError if it holds anything else than this run, unfinished."""
     if not (out / "run.json").exists():
         if resume:
             raise ValueError(f"{out} holds no run to resume: omit --resume")
@@ -179,27 +182,31 @@ def check_folder(settings: dict, out: Path, resume: bool, override: bool) -> Pat
     saved = read_run(out)
     differ = differences(saved, settings)
     if saved["finished"]:
-        raise ValueError(f"{out} holds a finished run{_list(differ)}: choose another --out")
+        raise ValueError(f"{out} holds a finished run{listed(differ)}: choose another --out")
     fixed = [d for d in differ if d.partition(":")[0] not in OVERRIDABLE]
     if fixed or (differ and not override):
         way_out = "choose another --out" + ("" if fixed else ", or --override")
         raise ValueError(
-            f"{out} holds a run with other settings{_list(fixed or differ)}: {way_out}"
+            f"{out} holds a run with other settings{listed(fixed or differ)}: {way_out}"
         )
     return out
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether it is a folder without files, but for hidden ones such as a lock."""
+    """Whether it is a folder without files. Hidden files, such as a lock, do not count."""
     return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
 
 
-def _list(differ: list[str]) -> str:
+def listed(differ: list[str]) -> str:
+    """The differences in parentheses, if there are any."""
     return f" ({'; '.join(differ)})" if differ else ""
 
 
+# ---- who may use it ------------------------------------------------------------------------------
+
+
 def check_shared(folder: Path, record: dict) -> None:
-    """Raise OSError on a rank that does not see rank 0's run.json: a node with its own disk."""
+    """Raise OSError on a rank that does not see rank 0's run.json, on a node with its own disk."""
     ranks.wait()  # until rank 0 has written it
     path = folder / "run.json"
     if not path.exists() or read_json(path, "this run's") != json.loads(json.dumps(record)):
@@ -210,11 +217,11 @@ def check_shared(folder: Path, record: dict) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep it for this process. Rank 0 does so for all ranks.
+    """Make `folder` and lock it for this process. Rank 0 does so for all ranks.
 
-    The operating system lets the lock go when the process ends, however that happens. What a killed
-    process has left half written is deleted. Raises ValueError if another process has the folder,
-    OSError if it cannot be written.
+    The operating system releases the lock when the process ends, in whatever way. Drafts, which a
+    killed process leaves half written, are deleted. Raises ValueError if another process has the
+    folder, OSError if it cannot be written.
     """
     if ranks.rank():
         yield
@@ -236,9 +243,7 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---- metrics.jsonl, results.json, answers-TASK.jsonl ---------------------------------------------
-
-PATIENCE = 60  # seconds for another evaluation to write what it found
+# ---- metrics.jsonl -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -249,14 +254,14 @@ class MetricsLine:
 
 
 class Metrics:
-    """metrics.jsonl: one line per training step, in full precision. `name`: another such file."""
+    """metrics.jsonl: one line per training step, in full precision. name: that of another log."""
 
     def __init__(
         self, folder: Path, step: int, name: str = "metrics.jsonl", log: str | None = None
     ):
-        """Go on after `step` steps. Later lines are dropped: a stop has lost what they tell of.
+        """Go on after `step` steps. Later lines are dropped, because a stop has lost those steps.
 
-        log: "tensorboard" has the same numbers in FOLDER/tensorboard.
+        log: "tensorboard" writes the same numbers to FOLDER/tensorboard.
         """
         path, self.board = folder / name, None
         if log and not ranks.rank():
@@ -321,26 +326,31 @@ class StepLog:
 
 
 def lines_up_to(path: Path, step: int, schema: object = MetricsLine) -> list[bytes]:
-    """The sound lines of a metrics.jsonl up to a step. The last may be torn, others damaged."""
+    """The valid lines of a metrics.jsonl up to a step. Torn and damaged lines are left out."""
     kept = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
-            check(found := json.loads(line), schema)
-            if found["step"] <= step:
+            check(values := json.loads(line), schema)
+            if values["step"] <= step:
                 kept.append(line)
     return kept
 
 
+# ---- results.json, answers-TASK.jsonl ------------------------------------------------------------
+
+PATIENCE = 60  # seconds to wait for another evaluation that writes its results
+
+
 @dataclass
 class Scores:
-    """A task's entry of results.json, as far as it is read again. Shares from 0 to 1."""
+    """A task's entry in results.json, as far as it is read again. Shares from 0 to 1."""
 
     accuracy: float | None
     base_accuracy: float | None
 
 
 def update_results(folder: Path, task: str, values: dict) -> None:
-    """Set the keys `values` of results.json's entry for `task`, leaving all others.
+    """Set the keys `values` in results.json's entry for `task`. All other keys stay.
 
     Evaluations that end together wait for each other. Raises PermissionError where nothing can be
     written.
@@ -348,7 +358,7 @@ def update_results(folder: Path, task: str, values: dict) -> None:
     if ranks.rank():
         return
     path = folder / "results.json"
-    with writing(path):  # a lock of its own: training holds the folder's while it scores
+    with writing(path):  # another lock, because training holds the folder's while it scores
         lock = FileLock(folder / ".results.lock", timeout=PATIENCE).acquire()
     with lock:
         results = read_results(folder)
@@ -357,13 +367,13 @@ def update_results(folder: Path, task: str, values: dict) -> None:
 
 
 def results_folder(run: Path | None, out: Path | None) -> Path | None:
-    """Where an evaluation keeps its results: in a run's own folder; of --model, in --out if given.
+    """Where an evaluation keeps its results: in the run's own folder, or for --model in --out.
 
-    Raises ValueError for an --out beside a run.
+    None if there is neither. Raises ValueError for an --out beside a run.
     """
     if run and out:
         raise ValueError(
-            "--out is for --model: the results of a run are kept in its own folder; omit it"
+            "--out is for --model, as the results of a run are kept in its own folder: omit it"
         )
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -371,20 +381,20 @@ def results_folder(run: Path | None, out: Path | None) -> Path | None:
 
 
 def is_other_dtype(asked: str | None, run: dict) -> bool:
-    """Whether --dtype asks for another one than the run was trained in."""
+    """Whether --dtype asks for another dtype than the run was trained in."""
     return None not in (asked, run.get("dtype")) and asked != run["dtype"]
 
 
 def write_answers(folder: Path, task: str, records: list[dict]) -> None:
-    """answers-TASK.jsonl: what was generated for each problem, or how likely its answer was.
+    """Write answers-TASK.jsonl: what was generated for each problem, or how likely its answer was.
 
-    ids: the tokens that were generated, which no text tells for certain.
+    A record has the generated token ids too, because a text does not determine them.
     """
     write_json_lines(folder / f"answers-{task}.jsonl", records)
 
 
 def keep_results(folder: Path, task: str, result: dict, records: list[dict]) -> None:
-    """results.json's entry and answers-TASK.jsonl. Prints a line where nothing can be written."""
+    """Write results.json's entry and answers-TASK.jsonl. Print a line if that is not permitted."""
     try:
         update_results(folder, task, result)
         write_answers(folder, task, records)
@@ -393,7 +403,7 @@ def keep_results(folder: Path, task: str, result: dict, records: list[dict]) -> 
 
 
 def read_results(folder: Path) -> dict:
-    """results.json, {task: {"accuracy": ..., ...}}; empty if nothing has been scored."""
+    """results.json, {task: {"accuracy": ..., ...}}. Empty if nothing has been scored."""
     path = folder / "results.json"
     if not path.exists():
         return {}
