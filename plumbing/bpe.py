@@ -106,11 +106,10 @@ def byte_level(vocab: Vocab, merges: Merges, regex: str) -> Bpe:
 def check_merges(vocab: Vocab, merges: Merges) -> None:
     """Raise ValueError unless the ids follow the merges, and each token's characters make it.
 
-    These are the two conditions at the top of this file. The second is checked for each merge, back
-    in time. The last merge joins left and right across their border. So nothing was joined across
-    that border before. Of left and right, the one that was made later is undone. The pair that now
-    meets at the border must not be one that BPE would have joined earlier. This goes on until both
-    are characters.
+    These are the two conditions at the top of this file. The second is checked backwards in time.
+    A token's last merge joins left and right, so no merge may cross their border before it. Undo
+    the later made of the two. Now two other tokens meet at the border. BPE must not join them
+    before the merge that was undone. Repeat this until both are characters.
     """
     characters = [i for token, i in vocab.items() if len(token) == 1]
     triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]

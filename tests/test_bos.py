@@ -1,4 +1,4 @@
-"""A model whose own files put a token first gets it wherever it reads a prompt; old runs do not."""
+"""A model whose own files put a token first gets it wherever it reads a prompt. Old runs do not."""
 
 import json
 
@@ -53,7 +53,7 @@ def asked(monkeypatch):
 
 
 def first_ids(prompts):
-    """Their first ids, once each; the list is emptied."""
+    """Their first ids, once each. The list is emptied."""
     found = {prompt[0] for prompt in prompts}
     prompts.clear()
     return found

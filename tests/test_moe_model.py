@@ -268,7 +268,7 @@ def test_logits_equal_transformers(family, change, as_on_the_hub, tmp_path):
     ],
 )
 def test_deepseek_logits_equal_an_oracle_that_shares_no_code(change, tmp_path):
-    """transformers has no DeepSeekMoE-16B; tests/oracle.py is dense, in loops, in float64."""
+    """transformers has no DeepSeekMoE-16B. tests/oracle.py is dense, in loops, in float64."""
     folder = write_checkpoint(tmp_path, HUB["deepseek"] | change)
     batch = tokens(3, 11)
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_stacked_experts_are_the_checkpoint_s_in_order(olmoe):
 
 
 def corrupt(folder, how):
-    """Break a good checkpoint; what the error must name."""
+    """Break a good checkpoint. Returns what the error must name."""
     path = folder / "model.safetensors"
     raw = load_file(path)
     name = "model.layers.0.mlp.gate.weight"
@@ -617,7 +617,7 @@ def test_a_window_only_bounds_the_length_of_rows(family, says, context, tmp_path
 
 
 def test_our_reader_gives_what_the_safetensors_package_gives(tmp_path):
-    """Every dtype that weights come in, an empty and a scalar tensor; any cut file is refused."""
+    """Every dtype of weights, an empty and a scalar tensor. Any cut file is refused."""
     draw = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     tensors = {

@@ -98,8 +98,8 @@ def test_two_ranks_give_the_numbers_of_one(ranks, tmp_path):
             # AdamW enlarges rounding
             torch.testing.assert_close(mine[name], t, rtol=0, atol=2e-4, msg=name)
 
-    # Cut up, the model is sent for each token; with memory for it in one piece, once. A rank gets
-    # the half that it lacks. 5 %: besides, numbers of each step.
+    # A cut model is sent for each token. With memory for the whole, it is sent once. Then a rank
+    # gets the half that it does not have. 5 %: numbers of each step are sent too.
     sent = json.loads((tmp_path / "full" / "scored.json").read_text())
     assert sent["after"] == pytest.approx(sent["model"] / 2, rel=0.05)
     assert sent["base"] > 10 * sent["after"]
@@ -141,7 +141,7 @@ def balanced(folder, shard):
 )
 @pytest.mark.slow
 def test_the_balancing_loss_does_not_depend_on_the_ranks(ranks, tmp_path, n, shard):
-    """Of losses and gradient norms; fp32 sums in another order, through up to 6 updates: 1e-5."""
+    """Of losses and gradient norms. fp32 sums in another order, through up to 6 updates: 1e-5."""
     one, many = (
         ranks(of, {f"{of}-{name}": words for name, words in balanced(tmp_path, shard).items()})
         for of in (1, n)
@@ -155,7 +155,7 @@ def test_the_balancing_loss_does_not_depend_on_the_ranks(ranks, tmp_path, n, sha
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_ranks_give_the_numbers_of_one_on_stacked_experts_of_qwen3(ranks, tmp_path, tied):
-    """A rank reads its own experts out of the stack; tied embeddings are cut up once."""
+    """A rank reads its own experts out of the stack. Tied embeddings are cut up once."""
     size = {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023}
     hub = HUB["qwen3_moe"] | size | {"tie_word_embeddings": tied}
     model = write_checkpoint(tmp_path / "qwen", hub)
@@ -167,7 +167,7 @@ def test_two_ranks_give_the_numbers_of_one_on_stacked_experts_of_qwen3(ranks, tm
     two = ranks(2, {f"{m}-{shard}": [*always, m, "--shard", shard] for m, shard in ways})
     for m, shard in ways:
         got, want = two[f"{m}-{shard}"][0], one[m][0]
-        # two steps; after them AdamW enlarges the rounding of gradients near 0
+        # Two steps, as later AdamW enlarges the rounding of gradients near 0.
         assert got[:4] == pytest.approx(want[:4], abs=1e-5, rel=1e-5)
         assert got == pytest.approx(want, abs=1e-4, rel=1e-4)
 
@@ -175,7 +175,7 @@ def test_two_ranks_give_the_numbers_of_one_on_stacked_experts_of_qwen3(ranks, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_clipping_each_matrix_by_itself_gives_the_numbers_of_one(ranks, tmp_path, n):
-    """Each matrix's norm is over all ranks; 1 expert adapted is less than there are ranks."""
+    """Each matrix's norm is over all ranks. 1 adapted expert is less than there are ranks."""
     always = ["--clip", "each", "--no-eval"]
     cases = {
         f"{method}-k{k}-{shard}": [*always, "--method", method, "--k", k, "--shard", shard]
@@ -228,8 +228,7 @@ def test_bytes_read_and_sent_are_those_that_were_said(ranks, toy, tmp_path):
     """5 %: besides parameters and gradients a few numbers are sent, and the catcher's counts.
 
     On two ranks three experts are cut into two and one: parts of equal size are sent all the same.
-    To load the model each rank reads its own half of it alone; the 2 % are what reading the count
-    itself takes.
+    To load the model, each rank reads only its own half. The 2 % are for reading the count itself.
     """
     weights = (toy / "model.safetensors").stat().st_size
     few = ["--batch-size", 4, "--micro-batch", 1, "--epochs", 1, "--k", 3, "--no-eval"]
@@ -241,7 +240,7 @@ def test_bytes_read_and_sent_are_those_that_were_said(ranks, toy, tmp_path):
     ranks(2, cases | {"fft-bf16": ["--method", "fft", "--shard", "full", "--dtype", "bf16", *few]})
     for out in (*cases, "fft-bf16"):
         got = json.loads((tmp_path / out / "counted.json").read_text())
-        # steps; micro-batches, as the last step has but one row
+        # 4 steps, or 7 micro-batches, as the last step has only one row
         times = 4 if out.endswith("none") else 7
         assert got["sent"] == pytest.approx(times * got["said"], rel=0.05), out
         assert max(got["read"]) <= (0.52 if "full" in out else 1.02) * weights, out

@@ -249,7 +249,7 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
 
 
 def test_evaluations_that_end_together_lose_nothing(tmp_path):
-    """Two processes behind a barrier, 20 rounds; without a lock each of them lost one."""
+    """Two processes behind a barrier, 20 rounds. Without a lock each of them lost one."""
     process = multiprocessing.get_context("fork")
     barrier = process.Barrier(2)
 
@@ -269,7 +269,7 @@ def test_evaluations_that_end_together_lose_nothing(tmp_path):
 
 
 def test_where_nothing_can_be_written_a_result_is_shown_all_the_same(tmp_path, capsys, monkeypatch):
-    """The kernel's own answer on a read-only disk; root may write wherever it is only forbidden."""
+    """The kernel's own answer on a read-only disk. Permissions alone do not stop root."""
 
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -1,6 +1,6 @@
 """The ids are those of HF tokenizers and sentencepiece, or the file is refused.
 
-Golden ids prove the first everywhere; where the two libraries are installed they are asked
+Golden ids prove the first everywhere. Where the two libraries are installed, they are asked
 themselves. Longer comparisons, also on the real files, are run by hand:
 `python -m tests.peers.compare_tokenizers`.
 """
@@ -113,7 +113,7 @@ def message(fields):
 
 
 def model_bytes(settings, pieces):
-    """A tokenizer.model of these settings and pieces; a score may be a float."""
+    """A tokenizer.model of these settings and pieces. A score may be a float."""
     rows = [
         (1, message((n, as_score(v) if n == 2 else v) for n, v in piece.items()))
         for piece in pieces
@@ -128,7 +128,7 @@ def as_score(value):
 
 
 def put(folder, content, config=None):
-    """A dict as tokenizer.json, bytes as tokenizer.model, config.json; the folder."""
+    """Write a dict as tokenizer.json, bytes as tokenizer.model, config.json. Returns `folder`."""
     folder.mkdir(exist_ok=True)
     if isinstance(content, bytes):
         (folder / "tokenizer.model").write_bytes(content)
@@ -276,7 +276,7 @@ def test_mixtral_has_the_same_ids_from_either_file(tmp_path):
 
 
 def test_runs_of_spaces_may_be_listed_in_either_order(tmp_path):
-    # as transformers before 4.38 does; since then it sorts equal scores by length
+    # as transformers before 4.38 does. Since then it sorts equal scores by length
     file = sentencepiece_json()
     runs = [pair for pair in file["model"]["merges"] if not "".join(pair).strip("▁")]
     words = [pair for pair in file["model"]["merges"] if pair not in runs]
@@ -443,7 +443,7 @@ def add_token_without_merge(file):
 
 
 def add_token_that_merging_never_makes(file):
-    # "e" + "s" joins first, so "re" + "s" is never seen; tiktoken would take "res" all the same.
+    # "e" + "s" joins first, so "re" + "s" is never seen. tiktoken would take "res" all the same.
     merges = [merge.replace(" ", "") for merge in file["model"]["merges"]]
     assert merges.index("es") < merges.index("re")
     assert "res" not in merges

@@ -36,7 +36,7 @@ def chat_json(**changes):
 
 
 def beside(folder, files):
-    """Write {name: object} as JSON files; the folder."""
+    """Write {name: object} as JSON files. Returns the folder."""
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
@@ -248,7 +248,7 @@ def test_files_that_end_a_text_otherwise_are_refused_and_named(files, named, tmp
 
 
 def template(name, i):
-    """The post_processor that puts a token first; without a name, one that puts none."""
+    """The post_processor that puts a token first. Without a name, one that puts none."""
     first = [{"SpecialToken": {"id": name, "type_id": 0}}] if name else []
     text, pair = ({"Sequence": {"id": part, "type_id": n}} for n, part in enumerate("AB"))
     ids = {name: {"id": name, "ids": [i], "tokens": [name]}} if name else {}
@@ -313,7 +313,7 @@ def test_the_first_id_with_and_without_a_bos_is_that_of_transformers(
     ],
 )
 def test_without_a_template_the_flag_says_whether_there_is_a_bos(content, own, first, tmp_path):
-    # as transformers 4; transformers 5 looks at the flag only where there is no tokenizer.json
+    # as transformers 4. transformers 5 looks at the flag only where there is no tokenizer.json
     folder = put(tmp_path, content)
     assert load_tokenizer(folder if own is None else beside(folder, {OWN: own})).bos == first
 
@@ -448,7 +448,7 @@ def all_of_gsm8k(template):
     """Its 8,792 rows, if they are on this machine."""
     sources = (TASKS["gsm8k"].train.cached(), TASKS["gsm8k"].test.cached())
     if not all(path.exists() for path in sources):
-        pytest.skip("GSM8K is not in the cache; python train.py --task gsm8k puts it there")
+        pytest.skip("GSM8K is not in the cache: python train.py --task gsm8k puts it there")
     examples = [e for path in sources for e in load_examples("gsm8k", path, template)]
     assert len(examples) == 8792
     return examples
