@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_model import IGNORE, MoEConfig, MoEModel, Routing
 from plumbing import ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, progress
 from plumbing.data import (
     TASKS,
     Encoded,
@@ -99,7 +98,7 @@ def count_visits(
 ) -> Catcher:
     """Run `model` over `data` once and count. label: the progress bar's."""
     catcher = Catcher(model.cfg.n_experts, which_tokens)
-    for group in tqdm(micro_batches(data, batch_size), label, unit="batch", leave=False):
+    for group in progress(micro_batches(data, batch_size), label=label, unit="batch"):
         batch = collate(group, model.device)
         # Only the routing is needed. Without any target, no logits are made.
         _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
 from moe_model import MoEConfig, MoEModel
@@ -39,7 +38,7 @@ from plumbing.checkpoint import (
     read_config,
     shard_paths,
 )
-from plumbing.cli import Parser, command, compute, device_name, to_type
+from plumbing.cli import Parser, command, compute, device_name, progress, to_type
 from plumbing.data import TASKS
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
@@ -98,7 +97,7 @@ def write_hub(folders: list[Path], out: Path) -> None:
     base, worst = Checkpoint(source), 0.0
     names = [n for _, tensors in base_parameters(read_config(source)).values() for n in tensors]
     shard_of = {name: base.find(name).path for name in names}
-    for path in tqdm(shard_paths(source), "write", unit="shard", leave=False):
+    for path in progress(shard_paths(source), label="write", unit="shard"):
         shard = {}
         for name in (name for name in names if shard_of[name] == path):
             shard[name] = stored = base.read(name)

@@ -39,7 +39,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hellora import load_run, parse_method
 from moe_model import KVCache, MoEModel
@@ -56,6 +55,7 @@ from plumbing.cli import (
     compute,
     number,
     plain,
+    progress,
     say,
 )
 from plumbing.data import TASKS, encode_prompt, question
@@ -130,7 +130,7 @@ def generate(
     They end before the first of `stops`, after `max_new` tokens, at the model's context, or where
     `ended` is true of the last TAIL tokens, which are kept. Without `sampling`, each token is the
     likeliest. Prompts of like length share a batch, and several ranks share the prompts. Without a
-    batch_size it is BATCH, or on a GPU as many as fit. With a `label` a progress bar shows. Raises
+    batch_size it is BATCH, or on a GPU as many as fit. With a `label` the progress is shown. Raises
     ValueError for a prompt beyond the context, or without any token.
     """
     check_prompts(prompts, model.cfg.max_len)
@@ -139,8 +139,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, most = order[ranks.rank() :: ranks.world()], -(-len(order) // ranks.world())
     done: dict[int, list[int]] = {}
-    quiet = not label or ranks.rank() > 0
-    with tqdm(total=len(mine), desc=label, unit="problem", disable=quiet, leave=False) as bar:
+    with progress(label=label, unit="problem", total=len(mine), hidden=not label) as bar:
         for start in range(0, most, batch_size):
             chosen = mine[start : start + batch_size]
             own = sampling and sampling._replace(seeds=[sampling.seeds[i] for i in chosen])

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import hellora
 import report
@@ -36,7 +35,7 @@ from hellora import LoRAGroupedLinear, Method, adapter_state
 from moe_model import GroupedLinear, MoEModel, load_balancing_loss
 from plumbing import ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
-from plumbing.cli import DTYPES, advice, command, deferred_stop, say, to_type
+from plumbing.cli import DTYPES, advice, command, deferred_stop, progress, say, to_type
 from plumbing.data import (
     TASKS,
     Encoded,
@@ -230,7 +229,7 @@ def warm_up(job: Job, data: list[Encoded]) -> Catcher:
     catcher = Catcher(job.cfg.n_experts, settings["count"])
     balance, clip = settings["balance"], settings["clip"]
     n_steps = steps_per_epoch(len(data), settings["batch_size"])
-    for step in tqdm(range(n_steps), "catcher warm-up", unit="step", leave=False):
+    for step in progress(range(n_steps), label="catcher warm-up", unit="step"):
         examples = examples_of_step(data, step, settings["batch_size"], settings["seed"])
         loss, norm = train_step(model, optimizer, examples, job.micro_batch, balance, catcher, clip)
         if not is_finite(loss, norm):

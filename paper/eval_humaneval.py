@@ -33,14 +33,12 @@ from statistics import mean
 from typing import NamedTuple
 from zlib import crc32
 
-from tqdm import tqdm
-
 from eval_gsm8k import load_model
 from generate import Sampling, generate
 from moe_model import MoEModel
 from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
 from plumbing import ranks
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, number
+from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, number, progress
 from plumbing.data import HUMANEVAL, TASKS, default_task, encode_prompt, load_examples
 from plumbing.files import sha256, write_json_lines
 from plumbing.rows import SURROGATE, numbered_rows, read_rows
@@ -190,7 +188,7 @@ def score(
     # surrogate has failed: it cannot be written to a file, and Python does not compile it either.
     different = [of for of in dict.fromkeys(programs) if not SURROGATE.search(of[0])]
     running = run_programs(different, sandbox, seconds, workers)
-    outcomes = tqdm(running, "test", len(different), leave=False)
+    outcomes = progress(running, label="test", unit="program", total=len(different))
     outcome_of = dict(zip(different, outcomes, strict=True))
     passed, records = defaultdict(list), []
     for sample, program in zip(samples, programs, strict=True):

@@ -10,9 +10,9 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from moe_model import IGNORE, MoEModel
+from plumbing.cli import progress
 from plumbing.data import Encoded, collate
 
 
@@ -27,7 +27,7 @@ def answer_losses(
     """
     records: list[dict] = [{}] * len(data)
     ordered = sorted(range(len(data)), key=lambda i: len(data[i].ids))  # so there is little padding
-    for at in tqdm(range(0, len(ordered), batch_size), label, unit="batch", leave=False):
+    for at in progress(range(0, len(ordered), batch_size), label=label, unit="batch"):
         some = ordered[at : at + batch_size]
         batch = collate([data[i] for i in some], model.device)
         x, _ = model.trunk(batch.tokens)  # [B, T, D]

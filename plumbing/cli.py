@@ -1,4 +1,4 @@
-"""What all commands share: the flags of the computation, checked numbers, and how a command ends.
+"""What all commands share: how a command ends, how far it is, the flags of the computation.
 
 Exit code 0: done. 2: a mistake that the user can mend, one line on stderr. 130: interrupted by the
 user. 141: what read its output is gone. 1 and a traceback: a fault of ours.
@@ -11,14 +11,16 @@ import re
 import shlex
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 from plumbing import device as devices
 from plumbing import ranks
@@ -30,6 +32,7 @@ LOST = (
 PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
 HERE = Path(__file__).parent.parent  # the folder of the project
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
+LINE_EVERY = 30.0  # seconds between two lines of progress in a log file
 
 
 # ---- how a command ends --------------------------------------------------------------------------
@@ -41,8 +44,10 @@ def command(main: Callable[[], None]) -> NoReturn:
     One of several ranks ends at once: what Python does at its exit may wait for the others, or have
     gloo's threads abort it.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file may know few characters
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or a file may know few characters. In a log file, each line of output stands
+        # between the lines of progress before and after it.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     if ranks.world() == 1:
         sys.exit(outcome(main))
     try:
@@ -158,6 +163,75 @@ def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
             f"out of memory with --micro-batch {micro_batch}: "
             f"the same command goes on from the last save; {way_out}"
         ) from error
+
+
+# ---- how far it is -------------------------------------------------------------------------------
+
+
+def progress(
+    items: Iterable | None = None,
+    *,
+    label: str,
+    unit: str,
+    total: int | None = None,
+    start: int = 0,
+    keep: bool = False,
+    hidden: bool = False,
+) -> "tqdm | Lines":
+    """`items` as they are, with progress on stderr; without items, `update` counts up to `total`.
+
+    In a terminal it is a bar, which is taken away at the end unless `keep`. In a file or a pipe it
+    is a line now and then. Rank 0 alone shows it. start: how many were done before.
+    """
+    hidden = hidden or ranks.rank() > 0
+    if hidden or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
+        return tqdm(items, label, total, unit=unit, initial=start, leave=keep, disable=hidden)
+    return Lines(items, label, unit, len(items) if total is None else total, start)
+
+
+class Lines:
+    """What the project uses of a tqdm bar, as plain lines: one every LINE_EVERY seconds.
+
+    A last line tells the whole time. A loop that is shorter than LINE_EVERY has no line.
+    """
+
+    def __init__(self, items: Iterable | None, label: str, unit: str, total: int, start: int):
+        self.items, self.label, self.unit = items, label, unit
+        self.n, self.start, self.total = start, start, total
+        self.note, self.n_told = "", 0
+        self.began = self.told = time.monotonic()
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for item in self.items:
+                yield item
+                self.update()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.n_told and self.n == self.total:
+            self.tell(f"{tqdm.format_interval(time.monotonic() - self.began)} in all")
+
+    def set_postfix_str(self, note: str) -> None:
+        """What the next line says beside the number."""
+        self.note = f", {note}"
+
+    def update(self, n: int = 1) -> None:
+        """Count n more."""
+        self.n += n
+        now = time.monotonic()
+        if now - self.told >= LINE_EVERY and self.start < self.n < self.total:
+            each = (now - self.began) / (self.n - self.start)
+            self.tell(f"{tqdm.format_interval(each * (self.total - self.n))} left")
+            self.told = now
+
+    def tell(self, time_spent: str) -> None:
+        """Print a line."""
+        self.n_told += 1
+        shown = f"{self.unit} {self.n:,} of {self.total:,}{self.note}"
+        print(f"{self.label}: {shown}, {time_spent}", file=sys.stderr, flush=True)
 
 
 # ---- flags ---------------------------------------------------------------------------------------

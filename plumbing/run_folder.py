@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from moe_model import MoEConfig
 from plumbing import ranks
 from plumbing.base_model import is_same_model
+from plumbing.cli import progress
 from plumbing.data import Encoded
 from plumbing.files import (
     Positive,
@@ -288,7 +288,7 @@ class StepLog:
     def __init__(self, folder: Path, step: int, n_steps: int, log: str | None):
         """Go on after `step` steps of `n_steps`. log: see Metrics."""
         self.metrics = Metrics(folder, step, log=log)
-        self.bar = tqdm(total=n_steps, initial=step, desc="train", unit="step")
+        self.bar = progress(label="train", unit="step", total=n_steps, start=step, keep=True)
         self.n_skipped = 0
 
     def add(

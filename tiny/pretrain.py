@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from moe_model import MoEModel, load_balancing_loss
 from plumbing.checkpoint import hub_names, parse_config
-from plumbing.cli import COUNT, Parser, command
+from plumbing.cli import COUNT, Parser, command, progress
 from tiny import bpe
 from tiny.corpus import MIX, Document, fact
 from tiny.tasks import code_problem, math_problem, safety_problem, split_of
@@ -250,7 +250,7 @@ def train(
     optimizer = optimizer_for(model)
     stream = batches(Random(f"corpus {seed}"), encoder)
     everything = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)  # no padding
-    bar = tqdm(range(1, steps + 1), "pretrain", unit="step")
+    bar = progress(range(1, steps + 1), label="pretrain", unit="step", keep=True)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
@@ -263,9 +263,9 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", balance=f"{balance.item():.2f}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, balance {balance.item():.2f}")
         if step % every == 0 or step == steps:
-            bar.write(
+            tqdm.write(
                 json.dumps({"step": step, "loss": round(loss.item(), 3)} | probes(model, encoder))
             )
     save(model, out)

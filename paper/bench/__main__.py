@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from catcher import Catcher, default_k
 from generate import generate
@@ -54,7 +53,17 @@ from paper.bench.worlds import (
     world_of,
     write_checkpoint,
 )
-from plumbing.cli import COUNT, DTYPES, SHARE, Parser, add_compute_flags, command, compute, number
+from plumbing.cli import (
+    COUNT,
+    DTYPES,
+    SHARE,
+    Parser,
+    add_compute_flags,
+    command,
+    compute,
+    number,
+    progress,
+)
 from plumbing.data import collate
 from plumbing.files import write_json
 from plumbing.run_folder import versions
@@ -254,7 +263,7 @@ class Bench:
 
         It comes first, as it forks.
         """
-        for name in tqdm(self.rows, "memory", leave=False):
+        for name in progress(self.rows, label="memory", unit="configuration"):
             if self.time_for("memory"):
                 row, work = {}, partial(measure.in_own_process, own_peak)
                 row["peak_bytes"] = attempt(row, "memory", work, name, self.make)
@@ -276,7 +285,7 @@ class Bench:
     def steps(self, names: list[str], world: World, part: str = "step") -> None:
         """Rounds over some configurations, all of them in memory at a time."""
         sessions = {}
-        for name in tqdm(names, "prepare", leave=False):
+        for name in progress(names, label="prepare", unit="configuration"):
             row = self.rows[name]
             session = (
                 attempt(row, "build", Session, world, self.table[name])
@@ -287,7 +296,7 @@ class Bench:
             if session and "failed" not in row:
                 sessions[name] = session
         session = None  # a failed one would keep its memory
-        for _ in tqdm(range(self.rounds), "rounds", leave=False):
+        for _ in progress(range(self.rounds), label="rounds", unit="round"):
             peak = attempt({}, "peak", measure.matmul_peak, self.device, self.dtype) or 0.0
             self.record["matmul_flops_per_s"] = max(
                 peak, self.record.get("matmul_flops_per_s", 0.0)

@@ -17,14 +17,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from tqdm import tqdm
 
 from catcher import HotList, visited_share
 from paper.runs.parallel import ROOT, each, python
 from paper.studies.tables import PROBLEMS
 from plumbing.base_model import fingerprint
 from plumbing.checkpoint import locate, read_config
-from plumbing.cli import compute
+from plumbing.cli import compute, progress
 from plumbing.data import FIELDS, TASKS, encode, load_examples
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.rows import read_rows
@@ -472,13 +471,14 @@ def run_cells(wanted: Wanted, jobs: int) -> None:
     for cell in (*needs, *todo):
         cell.prepare()
     first = {cell for cell in needs if not cell.finished}
-    with tqdm(total=len(first) + len(todo), unit="run", disable=not todo) as bar:
+    total = len(first) + len(todo)
+    with progress(label="runs", unit="run", total=total, keep=True, hidden=not todo) as bar:
         for _, level in groupby(
             sorted(needs, key=depth), depth
         ):  # what is needed may itself need others
             for cell in each(make, level, jobs):
-                bar.set_description(cell.name)
+                bar.set_postfix_str(cell.name)
                 bar.update(cell in first)
         for cell in each(lambda cell: run_cell(cell, sorted(todo[cell])), todo, jobs):
-            bar.set_description(cell.name)
+            bar.set_postfix_str(cell.name)
             bar.update()
