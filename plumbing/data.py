@@ -3,6 +3,7 @@
 Letters: B sequences    T tokens per sequence
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from plumbing import ranks
 from plumbing.cli import say
 from plumbing.downloads import Source
 from plumbing.rows import (
+    CHATS,
+    FIELD,
     OPTIONAL,
     ChatTemplate,
     ChatText,
     check_unicode,
+    fields_of,
     fill,
     names,
     read_rows,
@@ -196,8 +200,8 @@ def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[st
     if (kind, template) not in TEMPLATES:
         known = ", ".join(name for of, name in TEMPLATES if of == kind)
         raise ValueError(
-            f"{template!r} is no named template of task {task}: want one of {known}; "
-            "train.py and eval_gsm8k.py also take a file"
+            f"{template!r} is no template of task {task} and no file: want one of {known}, or the "
+            "path of a file"
         )
     return TEMPLATES[kind, template]
 
@@ -227,24 +231,6 @@ def load_examples(
             f"{others}; or --template FILE, a text with {{fields}} of yours"
         )
     return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
-
-
-def question(text: str, task: str, template: str | None = None) -> Example:
-    """A text as a question of `task`, in the form that its rows have in training.
-
-    Its answer is what the form puts before an answer: a blank, or nothing. If the text has the form
-    already, or its beginning or end, it does not get it twice. Raises ValueError for an unknown
-    template.
-    """
-    field, *others = FIELDS[TASKS[task].kind]
-    show, text = form_of(task, template), text.strip()
-    before, _, after = show({f: "" for f in others} | {field: "\0"})[0].partition("\0")
-    if before.strip():
-        text = text.removeprefix(before.strip()).lstrip()
-    if after.strip():
-        text = text.removesuffix(after.strip()).rstrip()
-    row = {f: "" for f in others} | {field: text}
-    return Example(*show(row), row)
 
 
 # ---- rows that have not the task's form ----------------------------------------------------------
@@ -318,6 +304,74 @@ def shown_by(
         raise ValueError("want rows with messages or conversations, and a model to show them")
     chat = ChatTemplate(model, given, check_ends)
     return lambda row, place: chat.pairs(row, form[0], place), "with a chat in each"
+
+
+# ---- a question of a user ------------------------------------------------------------------------
+
+Show = Callable[[dict], tuple[str, str]]
+
+
+def question(
+    text: str,
+    task: str,
+    template: str | None = None,
+    own: tuple[str, ...] = (),
+    model: Path | None = None,
+) -> Example:
+    """A text as a question, in the form that rows have in training: see `question_form`.
+
+    Its answer is what the form puts before an answer: a blank, or nothing. If the text has the form
+    already, or its beginning or end, it does not get it twice. Of a form with several fields, the
+    text is a JSON object with them. Raises ValueError for an unknown template, or if a field is
+    missing.
+    """
+    fields, show = question_form(task, template, own, model)
+    text = text.strip()
+    if len(fields) > 1:
+        try:
+            row = json.loads(text)
+        except ValueError:
+            row = None
+        if not has_fields(row, fields):
+            wanted = json.dumps(dict.fromkeys(fields, "..."), ensure_ascii=False)
+            raise ValueError(
+                f"the prompt has not the fields of {template}: want {wanted}, or --raw"
+            )
+        return Example(*show(row), row)
+    (field,) = fields
+    before, _, after = show({field: "\0"})[0].partition("\0")
+    if before.strip():
+        text = text.removeprefix(before.strip()).lstrip()
+    if after.strip():
+        text = text.removesuffix(after.strip()).rstrip()
+    return Example(*show({field: text}), {field: text})
+
+
+def question_form(
+    task: str, template: str | None, own: tuple[str, ...], model: Path | None
+) -> tuple[tuple[str, ...], Show]:
+    """The fields of a question, and what makes of them a prompt and what stands before an answer.
+
+    own: the fields of a run's rows, where they have another form than the task's. model: the folder
+    of the model, which may have a chat template.
+    """
+    given = Path(template) if is_file_template(task, template) else None
+    of_task = None if given else form_of(task, template)  # raises for a file that is gone
+    if given and given.suffix != ".jinja":
+        for_prompt, for_answer = read_template(given)
+        if not (fields := fields_of(for_prompt)):
+            raise ValueError(f"{given} has no {{field}} above its line: want one, or --raw")
+        first = next(found.start() for found in FIELD.finditer(for_answer) if found[2])
+        lead = fill(for_answer[:first], {}, "the answer", empty=False)
+        return fields, lambda row: (fill(for_prompt, row, "the prompt", empty=True), lead)
+    if given or (own and own[0] in CHATS):
+        chat = ChatTemplate(model, given, check_ends)
+        return ("content",), lambda row: (chat.ask(row["content"], "the prompt"), "")
+    if own == ("text",):
+        return own, lambda row: (row["text"], "")
+    show = FORMS[own] if own else of_task
+    field, *others = own or FIELDS[TASKS[task].kind]
+    return (field,), lambda row: show(dict.fromkeys(others, "") | row)
 
 
 # ---- token ids -----------------------------------------------------------------------------------

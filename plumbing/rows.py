@@ -185,9 +185,14 @@ def read_template(path: Path) -> tuple[str, str]:
         )
     at = lines.index(BORDER)
     prompt, answer = "\n".join(lines[:at]), "\n".join(lines[at + 1 :])
-    if not any(field for _, field in FIELD.findall(answer)):
+    if not fields_of(answer):
         raise ValueError(f"{path} has no {{field}} below its line {BORDER!r}: want the answer's")
     return prompt, answer
+
+
+def fields_of(template: str) -> tuple[str, ...]:
+    """The fields that a text names, each once, in their order."""
+    return tuple(dict.fromkeys(field for _, field in FIELD.findall(template) if field))
 
 
 def fill(template: str, row: object, place: str, empty: bool) -> str:
@@ -255,6 +260,11 @@ class ChatTemplate:
                 f"{place} does not fit the chat template ({error}): want turns in the order and "
                 "with the roles that it takes"
             ) from error
+
+    def ask(self, text: str, place: str) -> "ChatText":
+        """What stands before the answer to a user's first turn."""
+        self.check(self.tokenizer.encode(text), self.tokenizer.turn_ends, self.tokenizer, place)
+        return ChatText(self.write([{"role": "user", "content": text}], True, place))
 
     def pairs(self, row: dict, field: str, place: str) -> list[tuple[ChatText, str]]:
         """Each answer of the assistant, behind all that stands before it: a pair for each."""

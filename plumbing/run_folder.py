@@ -6,6 +6,7 @@ Read it from top to bottom: run.json, which folder a run gets, the lock, the log
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class RunRecord:
     seed: int | None
     template: str | None
     bos: int | None  # the token before each prompt
+    fields: list[str] | None  # of the rows, if these have another form than the task's
     eval_data: str | None  # a path
     eval_limit: Positive | None  # number of problems
     hashes: Hashes | None
@@ -399,7 +401,7 @@ def keep_results(folder: Path, task: str, result: dict, records: list[dict]) -> 
         update_results(folder, task, result)
         write_answers(folder, task, records)
     except PermissionError as error:
-        print(f"shown and not kept: {error}")
+        print(f"warning: the result was not kept: {error}", file=sys.stderr)
 
 
 def read_results(folder: Path) -> dict:
