@@ -10,9 +10,11 @@ experts is the catcher. The letters are those of moe_model.py.
 """
 
 if __name__ == "__main__":
-    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
 
-import argparse
+    cli.read_early(flags.catcher, __doc__)  # before torch is imported, which takes seconds
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor
 
 from moe_model import IGNORE, MoEConfig, MoEModel, Routing
-from plumbing import ranks
+from plumbing import flags, ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, compute, progress
+from plumbing.cli import command, progress
 from plumbing.data import (
     TASKS,
     Encoded,
@@ -33,7 +35,7 @@ from plumbing.data import (
     load_examples,
     micro_batches,
 )
-from plumbing.device import warn_of_slow_cpu
+from plumbing.device import compute, warn_of_slow_cpu
 from plumbing.files import read_json, write_json
 from plumbing.run_folder import YOUNGER, by_layer, read_run
 from plumbing.tokenizer import load_tokenizer
@@ -308,43 +310,9 @@ def hot_list(
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
-    rare = p.add_argument_group("rarely needed").add_argument
-    # fmt: off
-    add("--model", default="tiny",
-        help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
-    add("--task", choices=TASKS,
-        help="whose training split is run (default tiny-math for tiny, else gsm8k)")
-    add("--data", type=Path, help="rows in place of the task's training split")
-    rare("--drop-long", action="store_true", help="leave out rows longer than the model's context")
-    add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
-    rare("--coverage", type=SHARE, help="not k, but the fewest experts with this share of visits")
-    rare("--rule", choices=RULES, default="hot", help="which to choose (default hot)")
-    rare("--score", choices=["count", "gate"], default="count",
-         help="rank experts by visits, or by mean routing weight (default count)")
-    rare("--count", choices=COUNTS, default="all",
-         help="count the visits of all tokens, or of those that predict an answer (default all)")
-    rare("--share", type=SHARE, default=0.1, help="share of the split to look at (default 0.1)")
-    rare("--seed", type=SEED, default=0, help="picks that share (default 0)")
-    rare("--batch-size", type=COUNT, default=16, help="examples in one pass (default 16)")
-    either("--out", type=Path, help="write hot_experts.json here")
-    either("--run", type=Path, metavar="DIR", help="show the list of this run in place of counting")
-    # fmt: on
-    add_compute_flags(rare)
-    args = p.parse_args()
-    others = [flag for flag, value in vars(args).items() if value != p.get_default(flag)]
-    if args.run and others != ["run"]:
-        others.remove("run")
-        raise ValueError(f"--{others[0].replace('_', '-')} is for counting, not for --run: omit it")
-    return args
-
-
 def main() -> None:
     """Count and choose, or show what a run chose."""
-    args = parse_args()
+    args = flags.catcher(__doc__)
     if args.run:
         cfg = read_config(base_folder(read_run(args.run), weights=False))
         print(HotList.read(args.run / "hot_experts.json", cfg).show())

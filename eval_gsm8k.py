@@ -15,12 +15,15 @@ none, and the task's number, 512 for gsm8k. A prompt too long for the context lo
 there, and is refused here.
 
 --loss decodes nothing. It measures the cross-entropy of the given answers, of any task that has
-some, and keeps it as TASK-loss. A difference of models shows in it with far fewer problems, as each
-token tells how likely it was, and not only whether it was right.
+some, and keeps it as TASK-loss. It shows a difference between models with far fewer problems than
+accuracy does, because each token of an answer contributes how likely it was.
 """
 
 if __name__ == "__main__":
-    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
+
+    cli.read_early(flags.eval_gsm8k, __doc__)  # before torch is imported, which takes seconds
 
 import argparse
 import random
@@ -33,10 +36,11 @@ from typing import NamedTuple
 from generate import BATCH, generate
 from hellora import load_run
 from moe_model import MoEConfig, MoEModel
+from plumbing import flags
 from plumbing.answer_loss import measure_loss
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import COUNT, Parser, add_compute_flags, command, compute, number
+from plumbing.cli import command
 from plumbing.data import (
     HUMANEVAL,
     TASKS,
@@ -46,7 +50,7 @@ from plumbing.data import (
     encode_prompt,
     load_examples,
 )
-from plumbing.device import warn_of_slow_cpu
+from plumbing.device import compute, warn_of_slow_cpu
 from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
@@ -170,35 +174,6 @@ def few_shot(examples: list[Example], solved: list[str], shots: int) -> list[Exa
     return shown
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    either, add = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
-    rare = p.add_argument_group("rarely needed").add_argument
-    # fmt: off
-    either("--run", type=Path, nargs="+", action="extend", metavar="DIR",
-           help="run folders of train.py")
-    either("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
-    add("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
-    add("--data", type=Path, help="problems to score, in place of the task's test split")
-    add("--limit", type=COUNT,
-        help="score the first N problems (default: as many as the run scored; else all)")
-    add("--shots", type=number(int, low=0), default=0,
-        help="put N solved training problems before each, as the harness does (default 0)")
-    rare("--template", help="prompt and answer form (default: the run's, or the task's)")
-    rare("--batch-size", type=COUNT,
-         help="problems decoded together (default 100, on a GPU as many of them as fit)")
-    rare("--max-new", type=COUNT,
-         help="tokens generated at most (default: the task's; 512 for gsm8k)")
-    add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
-    add("--loss", action="store_true",
-        help="measure the cross-entropy of the given answers, of any task; decode nothing")
-    rare("--factored", action="store_true", help="keep the adapters apart in place of merging them")
-    # fmt: on
-    add_compute_flags(rare)
-    return p.parse_args()
-
-
 def problems(
     task: str,
     template: str,
@@ -310,12 +285,8 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
 
 def main() -> None:
     """Score each run, or the model."""
-    args = parse_args()
-    if args.loss and args.max_new:
-        raise ValueError("--loss decodes nothing, so --max-new says nothing: omit it")
+    args = flags.eval_gsm8k(__doc__)
     if args.model is not None:
-        if args.factored:
-            raise ValueError("--factored is for --run: a model has no adapters to keep; omit it")
         base = {"model": args.model, "task": default_task(args.model), "dtype": None}
         score(args, base, folder=None, kept=results_folder(None, args.out))
     for folder in args.run or []:

@@ -4,13 +4,15 @@
     python export.py --run runs/DIR --format peft   an adapter that peft and vLLM put on the base
     python export.py --run runs/a --run runs/b --format hub --out both      two runs in one model
 
-What was written is read back and run beside the live adapters. Only then it gets its final name.
+The export is read back and run beside the live adapters. It gets its final name only after that.
 """
 
 if __name__ == "__main__":
-    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
 
-import argparse
+    cli.read_early(flags.export, __doc__)  # before torch is imported, which takes seconds
+
 import os
 import shlex
 import shutil
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from hellora import LoRAGroupedLinear, LowRank, adapters, attach_run, merge, parse_method
 from moe_model import MoEConfig, MoEModel
+from plumbing import flags
 from plumbing.base_model import base_folder, hub_repo, unchanged_base_folder
 from plumbing.checkpoint import (
     CHECKPOINT,
@@ -38,8 +41,9 @@ from plumbing.checkpoint import (
     read_config,
     shard_paths,
 )
-from plumbing.cli import Parser, command, compute, device_name, progress, to_type
+from plumbing.cli import command, progress, to_type
 from plumbing.data import TASKS
+from plumbing.device import compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
 from plumbing.run_folder import read_run
@@ -248,7 +252,7 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     bar = EXACT if form == "peft" or alike else ROUNDED
     if not off <= bar * change + FLOOR * live.norm():
         raise ValueError(
-            f"what was written is off by {off / change:.0%} of what the adapters do: {OURS}"
+            f"the export differs from the run by {off / change:.0%} of the adapters' effect: {OURS}"
         )
     lost = (got - live).norm() / change if change > 0 else 1.0
     print(
@@ -257,9 +261,7 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
         "(root mean square)"
     )
     if lost > ROUNDED:
-        print(
-            f"warning: {dtype} is too coarse for so small a change: --format peft keeps it in fp32"
-        )
+        print(f"warning: the change is too small for {dtype}: --format peft keeps it in fp32")
 
 
 def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
@@ -267,18 +269,18 @@ def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> N
     runs = [read_run(folder, "hashes", "adapted") for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         if not run["finished"]:
-            raise ValueError(f"{folder}: not finished, want runs that are done")
+            raise ValueError(f"{folder} is not finished: want finished runs")
         read_adapter(folder)
     methods = [parse_method(run["method"]) for run in runs]
     if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} is there already: want another --out, or remove it")
+        raise ValueError(f"{out} already exists: want another --out, or remove it")
     if partial and form != "peft":
         raise ValueError("--partial is for --format peft: omit it")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError("a run is there twice: its update would be added twice")
+        raise ValueError("--run names a run twice: its update would be added twice")
     if len(folders) > 1 and (form == "peft" or any(m.dora or m.train_base for m in methods)):
         raise ValueError(
-            "several --run want --format hub and low-rank methods: others do not add up"
+            "several runs can only be exported with --format hub, and only low-rank updates add up"
         )
     if len({run["hashes"]["model"] for run in runs}) > 1:
         raise ValueError("the runs have different base models: want runs on one")
@@ -324,24 +326,7 @@ def show_scoring(folders: list[Path], out: Path) -> None:
 
 def main() -> None:
     """Check, write, read back; the folder gets its name only then."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
-        help="run folder of train.py; several with --format hub: their updates are added",
-    )  # fmt: skip
-    p.add_argument("--format", choices=["hub", "peft"], required=True, help="see above")
-    p.add_argument(
-        "--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)"
-    )
-    rare = p.add_argument_group("rarely needed").add_argument
-    rare("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
-    rare(
-        "--device",
-        type=device_name,
-        metavar="{cpu,cuda}",
-        help="to read it back on; default: cuda if there is one",
-    )
-    args = p.parse_args()
+    args = flags.export(__doc__)
     device, _ = compute(args.device, None)
     out = args.out or args.run[0] / args.format
     check_request(args.run, args.format, args.partial, out)

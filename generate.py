@@ -9,10 +9,12 @@ Without a prompt, the lines of standard input are asked; in a terminal you are a
 Ctrl-D. Each prompt is asked by itself: the model is told nothing of those before it.
 
 What is sent. A run knows the form of its training: a run on math gets your text as "Question: TEXT"
-and a line "Answer:". Text that has this form already does not get it twice. A model gets the text
-as it is; --task tiny-math gives it that task's form, as a Hub export of such a run wants it. --raw
-sends the text as it is in any case. The command says on standard error what it sends. A token that
-the model puts before each text (bos) stands first, as in training.
+and a line "Answer:". A run on chats gets it as the user's turn. A run with --template FILE gets it
+in that file's prompt; if the prompt has several fields, the text is a JSON object with them. Text
+that has the form already does not get it twice. A model gets the text as it is; --task tiny-math
+gives it that task's form, as a Hub export of such a run wants it. --raw sends the text as it is in
+any case. The command says on standard error what it sends. A token that the model puts before each
+text (bos) stands first, as in training.
 
 One prompt is answered token by token. Several are decoded --batch-size at a time, and each answer
 stands below its prompt. The likeliest token is taken, unless --temperature has tokens drawn.
@@ -25,7 +27,10 @@ the command. Letters: B sequences    T tokens per sequence    V vocabulary
 """
 
 if __name__ == "__main__":
-    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
+
+    cli.read_early(flags.generate, __doc__)  # before torch is imported, which takes seconds
 
 import argparse
 import codecs
@@ -33,6 +38,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -42,24 +48,12 @@ from torch import Tensor
 
 from hellora import load_run, parse_method
 from moe_model import KVCache, MoEModel
-from plumbing import ranks
+from plumbing import flags, ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import (
-    COUNT,
-    SEED,
-    SHARE,
-    Parser,
-    add_compute_flags,
-    command,
-    compute,
-    number,
-    plain,
-    progress,
-    say,
-)
-from plumbing.data import TASKS, encode_prompt, question
-from plumbing.device import free_bytes, warn_of_slow_cpu
+from plumbing.cli import command, plain, progress, say
+from plumbing.data import TASKS, Example, encode_prompt, question, question_form
+from plumbing.device import compute, free_bytes, warn_of_slow_cpu
 from plumbing.memory import problem
 from plumbing.run_folder import read_run
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -324,6 +318,9 @@ def has_colors() -> bool:
 # ---- the command ---------------------------------------------------------------------------------
 
 
+Form = Callable[[str], Example]  # what puts a text into the form of a task or of a run's rows
+
+
 class Question(NamedTuple):
     """One prompt, ready to be asked."""
 
@@ -331,55 +328,6 @@ class Question(NamedTuple):
     text: str  # as it was given
     ids: list[int]
     lead: str  # what its form puts before an answer
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask = p.add_argument_group("ask")
-    of = ask.add_mutually_exclusive_group(required=True).add_argument
-    what = ask.add_mutually_exclusive_group().add_argument
-    draw = p.add_argument_group("draw").add_argument
-    show = p.add_argument_group("show").add_argument
-    rare = p.add_argument_group("rarely needed").add_argument
-    # fmt: off
-    of("--run", type=Path, metavar="DIR", help="the tuned model of a finished run of train.py")
-    of("--model", help="tiny, a backbone's name, a Hub id[@REVISION], a folder such as an export")
-    what("prompt", nargs="?", help="the text (default: the lines of standard input)")
-    what("--file", type=Path, metavar="FILE", help="a text file with a prompt on each line")
-    draw("--max-new", type=COUNT, metavar="N",
-         help=f"tokens of an answer at most (default: the task's, or {MAX_NEW})")
-    draw("--temperature", type=number(float, low=0), default=0.0, metavar="X",
-         help="0, the default, takes the likeliest token; 1 draws as the model says")
-    draw("--top-p", type=SHARE, metavar="P",
-         help="draw from the likeliest tokens that have this share together (default 1)")
-    draw("--seed", type=SEED, metavar="N", help="of the draws; prompt n has N + n - 1 (default 0)")
-    show("--compare", action="store_true",
-         help="with --run: the base's answer first, then the tuned one; takes memory for both")
-    show("--show-experts", action="store_true", help="list each token with its experts")
-    rare("--raw", action="store_true", help="send the text as it is, in no task's form")
-    rare("--task", choices=TASKS, metavar="T",
-         help=f"send it in this task's form (default: the run's): {', '.join(TASKS)}")
-    rare("--template", metavar="NAME", help="another form of the task (default: the run's)")
-    rare("--batch-size", type=COUNT, metavar="N",
-         help=f"prompts decoded together (default {BATCH}, on a GPU as many of them as fit)")
-    # fmt: on
-    add_compute_flags(rare)
-    args = p.parse_args()
-    check_flags(args)
-    return args
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError for a flag that would do nothing."""
-    if args.compare and not args.run:
-        raise ValueError("--compare shows the base of a run: want --run with it")
-    if args.raw and (args.task or args.template):
-        raise ValueError("--raw sends the text in no form: omit --task and --template")
-    if args.template and not (args.run or args.task):
-        raise ValueError(f"--template {args.template} is a form of a task: want --task with it")
-    if not args.temperature and (args.top_p or args.seed is not None):
-        raise ValueError("--top-p and --seed are about draws: want --temperature above 0 with them")
 
 
 def given_prompts(args: argparse.Namespace) -> list[tuple[str, str]] | None:
@@ -423,38 +371,45 @@ def typed_prompts() -> Iterator[str]:
 
 
 def prepare(
-    n: int, place: str, text: str, args: argparse.Namespace, tokenizer: Tokenizer, max_len: int
+    n: int, place: str, text: str, form: Form | None, tokenizer: Tokenizer, max_len: int
 ) -> Question:
     """Prompt n, in its form, as ids. Raises ValueError if it has no text, or too much."""
     if not text.strip():
         raise ValueError(f"{place} has no text: want some")
-    asked = question(text, args.task, args.template) if args.task else None
+    asked = form(text) if form else None
     ids = encode_prompt(asked.prompt if asked else text, tokenizer, place)
     if len(ids) >= max_len:
         raise ValueError(
-            f"{place} has {len(ids)} tokens as it is sent, and the model's context of {max_len} is "
-            "for prompt and answer: want a shorter one"
+            f"{place} has {len(ids)} tokens as it is sent, and prompt and answer share the "
+            f"model's context of {max_len}: want a shorter one"
         )
     return Question(n, text, ids, asked.answer if asked else "")
 
 
-def resolve(args: argparse.Namespace, run: dict) -> None:
-    """Fill in task, template (None: the text is sent as it is) and max_new, and say what is sent.
+def resolve(args: argparse.Namespace, run: dict, source: Path) -> Form | None:
+    """Fill in task, template and max_new, and say what is sent. The form; None: the text as it is.
 
-    run: run.json, or {} of a model. Raises ValueError for a task or a template that is not known.
+    run: run.json, or {} of a model. source: the model's folder. Raises ValueError for a task or a
+    template that is not known.
     """
-    own = run.get("task")
-    if not args.raw and own is not None and args.task in (None, own):
-        args.task, args.template = own, args.template or run.get("template")
+    trained_on, own = run.get("task"), ()
+    if not args.raw and trained_on is not None and args.task in (None, trained_on):
+        args.task = trained_on
+        if args.template is None:
+            args.template, own = run.get("template"), tuple(run.get("fields") or ())
     if args.task not in (None, *TASKS):
         raise ValueError(f"{args.run} was trained on {args.task}, which has no form: want --raw")
-    args.max_new = args.max_new or (TASKS[args.task].max_new if args.task else MAX_NEW)
-    if args.task:
-        form = question("TEXT", args.task, args.template).prompt
-        sent = f"{form!r} (--raw: the text as it is)"
-    else:
-        sent = "the text as it is (--task NAME: in the form of a task)"
-    print(f"what is sent: {sent}", file=sys.stderr)
+    limit = TASKS[args.task].max_new if args.task and not own else MAX_NEW
+    args.max_new = args.max_new or limit
+    if not args.task:
+        print("the text is sent unchanged (--task NAME puts it into a form)", file=sys.stderr)
+        return None
+    fields, show = question_form(args.task, args.template, own, source)
+    several = len(fields) > 1
+    shown = show({field: f"{{{field}}}" if several else "TEXT" for field in fields})[0]
+    of = f", from a JSON object with {', '.join(fields)}" * several
+    print(f"the text is sent as {shown!r}{of} (--raw: unchanged)", file=sys.stderr)
+    return partial(question, task=args.task, template=args.template, own=own, model=source)
 
 
 def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:
@@ -523,16 +478,16 @@ def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> list
 
 def main() -> None:
     """Check the prompts, load the models, answer."""
-    args = parse_args()
+    args = flags.generate(__doc__)
     prompts = given_prompts(args)
     run = read_run(args.run, "adapted") if args.run else {}
     source = base_folder(run) if run else locate(args.model)
     tokenizer = load_tokenizer(source, {"template": args.template} | run)
     max_len = read_config(source).max_len
-    resolve(args, run)
+    form = resolve(args, run, source)
     questions = []  # read before the model, which may take minutes
     for n, (place, text) in enumerate(prompts or [], 1):
-        questions.append(prepare(n, place, text, args, tokenizer, max_len))
+        questions.append(prepare(n, place, text, form, tokenizer, max_len))
 
     models = load_models(args, run, source)
     marked = Marked.of(run)
@@ -543,7 +498,7 @@ def main() -> None:
     if prompts is None:
         for n, text in enumerate(typed_prompts(), 1):
             try:
-                asked = prepare(n, "your text", text, args, tokenizer, max_len)
+                asked = prepare(n, "your text", text, form, tokenizer, max_len)
             except ValueError as error:  # the next one may be right
                 print(f"error: {error}", file=sys.stderr)
             else:

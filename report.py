@@ -13,7 +13,12 @@ Read it from top to bottom: what train.py keeps for the page, what the page gets
 page. report_template.html draws it. Prompts and answers of safety tasks are neither kept nor shown.
 """
 
-import argparse
+if __name__ == "__main__":
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
+
+    cli.read_early(flags.report, __doc__)  # before torch is imported, which takes seconds
+
 import json
 import math
 import re
@@ -25,10 +30,10 @@ import torch
 from catcher import RULES, Catcher, HotList, choose
 from hellora import LoRAGroupedLinear, Method, adapters, attach, parse_method
 from moe_model import IGNORE, MoEConfig, MoEModel
-from plumbing import ranks
+from plumbing import flags, ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import empty_model, read_config
-from plumbing.cli import Parser, command
+from plumbing.cli import command
 from plumbing.data import TASKS, Encoded, encode_prompt
 from plumbing.files import check, read_json, write_atomically, write_json
 from plumbing.run_folder import lines_up_to, read_results, read_run
@@ -573,20 +578,9 @@ def after_training(folder: Path) -> str:
     return f"report: {folder / 'report.html'}, a page for the browser"
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
-                   help="run folders of train.py, finished or not")  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="FILE",
-                   help="the page (default: report.html in the run's folder; of several runs, "
-                        "in the working directory)")  # fmt: skip
-    return p.parse_args()
-
-
 def main() -> None:
     """Write the page, and say where it is."""
-    args = parse_args()
+    args = flags.report(__doc__)
     out = args.out or (args.run[0] if len(args.run) == 1 else Path()) / "report.html"
     if not ranks.rank():
         size = write_page(args.run, out)

@@ -1,4 +1,4 @@
-"""The command line of train.py: flags, the recipes behind them, every check before a run starts.
+"""What the flags of train.py mean: the recipes behind them, every check before a run starts.
 
 `prepare` returns a Job: one run in which all that a user can get wrong has been checked. Nothing
 has been written by then.
@@ -8,22 +8,19 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from catcher import COUNTS, HotList, check_k, default_k
+from catcher import HotList, check_k, default_k
 from eval_gsm8k import check_scorable
-from hellora import METHODS, SUFFIXES, Method, adapters, attach, lori_masks, parse_method
-from moe_model import MATMULS, MoEConfig
+from hellora import Method, adapters, attach, lori_masks, parse_method
+from moe_model import MoEConfig
 from plumbing import ranks, saves
 from plumbing.base_model import base_hashes, is_same_model, name_at_commit
 from plumbing.checkpoint import (
-    BACKBONES,
     Checkpoint,
     check_weights,
     count_base,
@@ -31,7 +28,6 @@ from plumbing.checkpoint import (
     locate,
     read_config,
 )
-from plumbing.cli import COUNT, DTYPES, SEED, SHARE, Parser, add_compute_flags, compute, number
 from plumbing.data import (
     FIELDS,
     TASKS,
@@ -42,10 +38,12 @@ from plumbing.data import (
     has_fields,
     is_file_template,
     load_examples,
+    own_fields,
     steps_per_epoch,
 )
-from plumbing.device import free_bytes, most_bytes, warn_of_slow_cpu
+from plumbing.device import DTYPES, compute, free_bytes, most_bytes, warn_of_slow_cpu
 from plumbing.files import sha256
+from plumbing.flags import CHOICE
 from plumbing.hub import snapshot_commit
 from plumbing.memory import STAY, shapes, training, visits_of
 from plumbing.run_folder import (
@@ -109,109 +107,6 @@ SETTINGS = (
     "dtype",
 )  # fmt: skip
 MICRO_BATCH = 16  # examples in one forward pass
-# How experts are chosen, by default.
-CHOICE = {"coverage": None, "catcher": "warmup", "score": "count", "count": "all"}
-
-
-def parse_args(description: str) -> argparse.Namespace:
-    """The command line. Every flag is listed once, here. description: the text above the flags."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what, method = (p.add_argument_group(name).add_argument for name in ("what", "method"))
-    training = p.add_argument_group("training")
-    train, either = training.add_argument, training.add_mutually_exclusive_group().add_argument
-    run, rare = (p.add_argument_group(name).add_argument for name in ("run", "rarely needed"))
-    suffixes = ", ".join(f"_{s}" for s in SUFFIXES)
-    # fmt: off
-    what("--model", default="tiny",
-         help=f"tiny, {', '.join(BACKBONES)}, a folder, or a Hub id[@REVISION]")
-    what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
-    what("--data", type=Path, metavar="FILE",
-         help="rows to train on, in place of the task's training split: JSON lines, a JSON list or "
-         "CSV, of the task's form or another (docs/rows.md)")
-    rare("--drop-long", action="store_true", default=None,
-         help="leave out rows that are longer than the model's context")
-    what("--eval-data", type=Path, metavar="FILE",
-         help="rows to score, in place of the task's test split")
-    what("--eval-limit", type=COUNT, default=500, metavar="N", help="rows to score (default 500)")
-    what("--eval-batch", type=COUNT, metavar="N",
-         help="problems decoded together (default 100, on a GPU as many of them as fit)")
-    what("--no-eval", action="store_true", help="score nothing")
-    what("--template", metavar="NAME",
-         help="form of prompts: plain or lori for math; alpaca, lori or bare for others; or a file "
-         "with {fields} of the rows, or with a chat template (docs/rows.md)")
-    method("--method", default="hellora", help=f"{', '.join(METHODS)}, with suffixes {suffixes}")
-    method("--k", type=int,
-           help="adapted experts per layer (default: as many as a token visits)")
-    method("--rank", type=COUNT, help="rank of the updates (default: the recipe's)")
-    method("--alpha", type=number(float, above=0),
-           help="updates are scaled by alpha / rank (default: the recipe's)")
-    rare("--coverage", type=SHARE,
-         help="in place of --k: the fewest experts with this share of visits")
-    rare("--catcher", choices=["warmup", "forward"], default=CHOICE["catcher"],
-         help="count in a LoRA warm-up, or on the base model (default warmup)")
-    rare("--score", choices=["count", "gate"], default=CHOICE["score"],
-         help="hot by visits, or by mean routing weight (default count)")
-    rare("--count", choices=COUNTS, default=CHOICE["count"],
-         help="count the visits of all tokens, or of those that predict an answer (default all)")
-    rare("--hot-experts", type=Path, metavar="FILE",
-         help="a hot_experts.json to use, also ESFT's; nothing is counted")
-    method("--mask-from", type=Path, metavar="RUN",
-           help="the D run that gives lori-s or hellori-s its mask")
-    rare("--mask-scope", choices=["model", "layer", "matrix"],
-         help="within what the mask's entries compete (default model)")
-    rare("--redraw-a", action="store_true",
-         help="lori-s, hellori-s: draw a new A, as LoRI's code does")
-    either("--epochs", type=COUNT, help="passes over the data (default: the recipe's)")
-    either("--steps", type=COUNT, help="optimizer steps, in place of --epochs")
-    train("--batch-size", type=COUNT,
-          help="examples in an optimizer step (default: the recipe's)")
-    rare("--micro-batch", type=COUNT,
-         help="examples in one forward pass (default 16, or fewer so that all ranks have some)")
-    train("--lr", type=number(float, above=0),
-          help="learning rate (default: the recipe's, which the warm-up always has)")
-    rare("--clip", choices=["all", "each"], default="all",
-         help="clip the gradients all together, or each matrix by itself as LoRI (default all)")
-    rare("--balance", type=number(float, low=0), default=0.0, metavar="C",
-         help="factor of the balancing loss, Eq. 1 (default 0)")
-    train("--seed", type=SEED, default=0, help="of data order, A and catcher (default 0)")
-    run("--out", type=Path, metavar="DIR",
-        help="run folder (default runs/MODEL-TASK-METHOD-kK-sSEED)")
-    run("--resume", action="store_true",
-        help="go on with an unfinished run, or fail if there is none")
-    rare("--override", action="store_true",
-         help="go on with the unfinished run in --out under other settings")
-    rare("--save-every", type=COUNT, default=50, metavar="N",
-         help="steps between saves (default 50)")
-    rare("--experts", choices=MATMULS, default="grouped",
-         help="multiply experts in one call, or in a loop (default grouped)")
-    rare("--shard", choices=["full", "none"], default="full",
-         help="with torchrun: cut up the model (full, the default), or not")
-    rare("--recompute", action="store_true",
-         help="run layers again in the backward pass: less memory, slower")
-    # fmt: on
-    add_watch_flags(run)
-    add_compute_flags(rare)
-    return p.parse_args()
-
-
-def add_watch_flags(add: Callable) -> None:
-    """The flags of what is kept and measured in training. add: an add_argument."""
-    # fmt: off
-    add("--dev-data", type=Path, metavar="FILE",
-        help="rows whose loss is taken in training; the best adapter is kept in DIR/best")
-    add("--dev-every", type=COUNT, metavar="N", help="steps between these losses (default 50)")
-    add("--log", choices=["tensorboard"], help="write the metrics also for TensorBoard")
-    # fmt: on
-
-
-def check_watch_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError for a flag of these that says nothing, or that cannot be followed here."""
-    if args.dev_every and not args.dev_data:
-        raise ValueError("--dev-every is for --dev-data FILE: omit it")
-    if args.log and find_spec(args.log) is None:
-        raise ValueError(
-            f"--log {args.log} needs a package that is not here: pip install {args.log}, or omit it"
-        )
 
 
 def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
@@ -251,14 +146,16 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     return settings
 
 
-def has_own_rows(settings: dict, data: list[Example]) -> bool:
-    """Whether the rows of --data are shown in another form than the task's."""
+def fields_of_own_rows(settings: dict, data: list[Example]) -> tuple[str, ...]:
+    """The fields of --data's rows, if these are shown in another form than the task's, or none."""
     task, template = TASKS[settings["task"]], settings["template"]
-    own = is_file_template(settings["task"], template)
-    return bool(settings["data"]) and (own or not has_fields(data[0].row, FIELDS[task.kind]))
+    row, own = data[0].row, is_file_template(settings["task"], template)
+    if not settings["data"] or (has_fields(row, FIELDS[task.kind]) and not own):
+        return ()
+    return own_fields(row) or tuple(row)
 
 
-def scored_examples(settings: dict, own_rows: bool, source: Path) -> list[Example]:
+def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> list[Example]:
     """What is scored before and after training: --eval-data, or else the task's test split.
 
     Nothing, and a line that says so, if that would have to be downloaded although --data was given,
@@ -269,13 +166,14 @@ def scored_examples(settings: dict, own_rows: bool, source: Path) -> list[Exampl
     if task.kind != "math":
         if given and not Path(given).is_file():
             raise FileNotFoundError(f"--eval-data {given}: there is no such file")
-        print(f"nothing is scored in training; afterwards: {SCORED_BY[task.kind].format('DIR')}")
+        command = SCORED_BY[task.kind].format("DIR")
+        print(f"train.py does not score this task; afterwards: {command}")
         return []
     if settings["data"] and not given:
         if own_rows or not task.test.cached().exists():
             print(
-                "nothing is scored: --eval-data FILE has rows scored before and after, by the "
-                "'#### N' of their answers; --dev-data FILE has rows whose loss is taken"
+                "nothing is scored: --eval-data FILE scores rows before and after training, by the "
+                "'#### N' of their answers; --dev-data FILE measures the loss of rows"
             )
             return []
         print(f"scored on {name}'s own test split: --eval-data FILE scores other rows")
@@ -290,9 +188,9 @@ def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None
     unmarked = "####" if tests and scored == "math" else ""
     odd = {
         "have an empty answer": sum(not answer.strip() for _, answer in asked),
-        "are there once more, word for word": len(asked) - len(set(asked)),
+        "are duplicates of another row": len(asked) - len(set(asked)),
         "are also among the rows to score": sum(prompt in prompts for prompt, _ in asked),
-        "have no '#### N' in the answer, which is scored": sum(
+        "have an answer without '#### N', which scoring needs": sum(
             unmarked not in str(example.row.get("answer")) for example in data
         ),
     }
@@ -313,7 +211,7 @@ class Job:
     device: torch.device
     tokenizer: Tokenizer
     data: list[Encoded]
-    own_rows: bool  # --data has rows of another form than the task's
+    own_rows: tuple[str, ...]  # the fields of --data's rows, if these have another form
     n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
     eval_batch: int | None  # of these, decoded together; None: as many as fit
@@ -345,7 +243,6 @@ class Job:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that a user can get wrong, before anything is written, and read the data."""
-    check_watch_flags(args)
     device, dtype = compute(args.device, args.dtype)
     method = parse_method(args.method)
     # Of a model of the Hub, all but the weights at first: the settings choose the run's folder, and
@@ -377,7 +274,7 @@ def prepare(args: argparse.Namespace) -> Job:
     task, template = settings["task"], settings["template"]
     examples = load_examples(task, args.data or TASKS[task].train.fetch(), template, source)
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
-    own_rows = has_own_rows(settings, examples)
+    own_rows = fields_of_own_rows(settings, examples)
     tests = [] if args.no_eval else scored_examples(settings, own_rows, source)
     check_scorable(tests, tokenizer, cfg.max_len)
     if args.data:
@@ -460,7 +357,7 @@ def check_memory(job: Job) -> None:
     total = sum(parts.values())
     if free and total > free and ranks.rank() == 0:
         print(
-            f"warning: {phase} is reckoned to take {total / 1e9:.1f} GB, and {free / 1e9:.1f} are "
+            f"warning: {phase} needs about {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
             f"free on the {kind}: {way_out(job, free)}",
             file=sys.stderr,
         )
@@ -642,6 +539,8 @@ def new_record(job: Job) -> dict:
     }
     if job.settings["drop_long"]:
         record["rows_dropped"] = job.n_dropped
+    if job.own_rows:
+        record["fields"] = list(job.own_rows)  # generate.py asks in their form
     if job.log:
         record["log"] = job.log
     return record
@@ -674,7 +573,7 @@ def continued(saved: dict, new: dict, settings: dict) -> dict:
         record["overrides"] = [*(saved.get("overrides") or []), differ]
     if differ := other_conditions(saved, new):
         names = ", ".join(one.partition(":")[0] for one in differ)
-        print(f"the run goes on with other {names} than it began with: the last bits may differ")
+        print(f"the run continues with other {names} than at its start: the last bits may differ")
         record["conditions"] = [*(saved.get("conditions") or []), differ]
     return record
 
@@ -693,4 +592,4 @@ def other_conditions(saved: dict, new: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("no command by itself: train.py has these flags, see python train.py --help")
+    print("no command by itself: train.py has these settings, see python train.py --help")

@@ -12,12 +12,15 @@
    ranks is scored unmerged, because no rank has a whole weight to merge into.)
 
 `run_job` near the end has these steps. Before it stand, in this order: one optimizer step, the
-warm-up, the training loop. settings.py has the flags, hellora.py the adapters, catcher.py the
-counting.
+warm-up, the training loop. plumbing/flags.py has the flags, settings.py what they mean, hellora.py
+the adapters, catcher.py the counting.
 """
 
 if __name__ == "__main__":
-    import plumbing.quiet  # noqa: F401  Ctrl-C ends it without a traceback, from here on
+    import plumbing.quiet  # noqa: F401  a signal ends it in one line, from here on
+    from plumbing import cli, flags
+
+    cli.read_early(flags.train, __doc__)  # before torch is imported, which takes seconds
 
 import gc
 import math
@@ -33,9 +36,9 @@ from catcher import Catcher, HotList, count_visits, hot_list, sample, visited_sh
 from eval_gsm8k import evaluate
 from hellora import LoRAGroupedLinear, Method, adapter_state
 from moe_model import GroupedLinear, MoEModel, load_balancing_loss
-from plumbing import ranks, run_folder, saves
+from plumbing import flags, ranks, run_folder, saves
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights
-from plumbing.cli import DTYPES, advice, command, deferred_stop, progress, say, to_type
+from plumbing.cli import advice, command, deferred_stop, progress, say, to_type
 from plumbing.data import (
     TASKS,
     Encoded,
@@ -45,9 +48,9 @@ from plumbing.data import (
     micro_batches,
     steps_per_epoch,
 )
-from plumbing.device import free_bytes
+from plumbing.device import DTYPES, free_bytes
 from plumbing.files import sha256, write_json
-from settings import SCORED_BY, Job, open_record, parse_args, prepare, recipe
+from settings import SCORED_BY, Job, open_record, prepare, recipe
 
 CATCHER_SHARE = 0.1  # of the training data (Table 1)
 MAX_NORM = 1.0  # gradients are clipped to this norm, as in LoRI's scripts (but see --clip)
@@ -433,14 +436,14 @@ def run_job(job: Job, folder: Path) -> None:
 
 def main() -> None:
     """Check the command line, claim the folder, run."""
-    args = parse_args(__doc__)
+    args = flags.train(__doc__)
     job = prepare(args)
     with run_folder.lock(job.folder):
         try:
             run_job(job, job.folder)
         except KeyboardInterrupt as interrupt:  # one after a save has a text of its own
             again = "the same command goes on from what is kept"
-            raise KeyboardInterrupt(str(interrupt) or again) from None
+            raise type(interrupt)(str(interrupt) or again) from None
     print(ranks.once(lambda: report.after_training(job.folder)))
     scored_by = to_type(SCORED_BY[TASKS[job.settings["task"]].kind], job.folder)
     if job.own_rows:

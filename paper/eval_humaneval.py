@@ -18,6 +18,13 @@ if not __package__:  # started as a file: Python would find no other file of the
     print("error: want python -m paper.eval_humaneval, in the project's folder", file=sys.stderr)
     raise SystemExit(2)
 
+if __name__ == "__main__":
+    import sys
+
+    if sys.platform == "win32":  # Python has no module `resource` there
+        print("error: paper.eval_humaneval needs Linux, for the sandbox", file=sys.stderr)
+        raise SystemExit(2)
+
 import argparse
 import ast
 import builtins

@@ -169,7 +169,8 @@ class Steps:
             except BaseException:
                 child.kill()
                 raise
-            child.returncode, wanted = os.waitstatus_to_exitcode(status), 130 if stop_at else 0
+            child.returncode = os.waitstatus_to_exitcode(status)
+            wanted = 128 + signal.SIGTERM if stop_at else 0
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
         if child.returncode != wanted:

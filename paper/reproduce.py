@@ -32,7 +32,7 @@ import argparse
 import json
 import os
 import shlex
-import signal
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -285,15 +285,16 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     }
 
 
-def show_plan(wanted: Wanted, jobs: int, where: str | None) -> None:
-    """What would be run, and about how long that takes. where: on what; None: not known."""
-    asked, seconds = commands(wanted)
-    for words in asked:
-        print("python", shlex.join(words))
-    end = f"{len(missing(wanted))} of {len(wanted)} runs are missing"
-    if where is not None:
-        end += f": about {seconds / jobs / 3600:.1f} hours{where}, {jobs} at a time"
-    print(end)
+def plan(wanted: Wanted, jobs: int, where: str | None) -> str:
+    """How many runs are missing, and about how long they take. where: on what; None: not known."""
+    n, seconds = len(missing(wanted)), commands(wanted)[1] / jobs
+    told = f"{n} of {len(wanted)} runs are missing"
+    if not n:
+        return f"{told}: nothing is left to run"
+    if where is None:
+        return f"{told}: how long they take has not been measured"
+    long = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
+    return f"{told}: about {long}{where}, {jobs} at a time"
 
 
 def parse_args(words: list[str] | None) -> argparse.Namespace:
@@ -336,6 +337,23 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--dry-run only lists commands: omit --finished and --json")
 
 
+def run_missing(wanted: Wanted, args: argparse.Namespace, asked: str, jobs: int) -> None:
+    """Say how long it takes, and run it; with --dry-run, print its commands in place of that."""
+    on_gpu = " of an H100, an estimate" if asked == "placement" else None
+    told = plan(wanted, jobs, "" if args.scale == "tiny" else on_gpu)
+    if args.dry_run:
+        for words in commands(wanted)[0]:
+            print("python", shlex.join(words))
+        print(told)
+        return
+    if missing(wanted):
+        print(told, file=sys.stderr)
+    try:
+        run_cells(wanted, jobs)
+    except KeyboardInterrupt as stop:
+        raise type(stop)("finished runs are kept, and the same command goes on") from None
+
+
 def main(words: list[str] | None = None) -> None:
     """Run what is missing, all of it at once; then show each part."""
     args = parse_args(words)
@@ -348,14 +366,12 @@ def main(words: list[str] | None = None) -> None:
     for part in chosen.values():
         for cell, tasks in part.wanted().items():
             wanted[cell] = wanted.get(cell, set()) | tasks
-    if args.dry_run:
-        on_gpu = " of an H100, an estimate" if asked == "placement" else None
-        show_plan(wanted, jobs, "" if args.scale == "tiny" else on_gpu)
-        return
     if not args.finished:
-        run_cells(wanted, jobs)
-        if "stability" in chosen and not args.quick:
-            stability.measure()
+        run_missing(wanted, args, asked, jobs)
+    if args.dry_run:
+        return
+    if "stability" in chosen and not (args.finished or args.quick):
+        stability.measure()
     values = {name: part.results() for name, part in chosen.items()}
     if args.json:
         print(json.dumps(values if len(values) > 1 else values[asked], indent=1))
@@ -369,5 +385,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too stops the runs under way
     command(main)

@@ -1,7 +1,10 @@
 """What all commands share: how a command ends, how far it is, the flags of the computation.
 
-Exit code 0: done. 2: a mistake that the user can mend, one line on stderr. 130: interrupted by the
-user. 141: what read its output is gone. 1 and a traceback: a fault of ours.
+Exit code 0: done. 2: a mistake that the user can mend, one line on stderr. 130 and 143: stopped by
+Ctrl-C or SIGTERM, one line that says what the same command does next. 141: what read its output is
+gone. 1 and a traceback: a fault of ours.
+
+torch is imported in one function only, so --help and a wrong flag do not wait for it (flags.py).
 """
 
 import argparse
@@ -19,16 +22,13 @@ from math import inf
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from tqdm import tqdm
-
-from plumbing import device as devices
-from plumbing import ranks
 
 LOST = (
     "another rank has ended or does not answer: its own lines say why; start all ranks again with "
     "the same command, which goes on from the last save"
 )
+ANEW = "the same command starts from the beginning"
 PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
 HERE = Path(__file__).parent.parent  # the folder of the project
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
@@ -48,8 +48,14 @@ def command(main: Callable[[], None]) -> NoReturn:
         # A terminal or a file may know few characters. In a log file, each line of output stands
         # between the lines of progress before and after it.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if ranks.world() == 1:
-        sys.exit(outcome(main))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    before = raise_signals(alone)
+    if alone:
+        try:
+            sys.exit(outcome(main))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     try:
         code = outcome(main)
     except SystemExit as end:  # --help
@@ -62,8 +68,39 @@ def command(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it stops a command as Ctrl-C does, with an exit code of its own."""
+
+
+def raise_signals(alone: bool) -> dict[int, object]:
+    """Have SIGINT and SIGTERM raise KeyboardInterrupt from now on; the handlers before.
+
+    Of several ranks SIGTERM ends each at once: one that waits for the others runs no Python.
+    """
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop if alone else signal.SIG_DFL}
+    before = {}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:  # see quiet.py
+            before[number] = signal.signal(number, handler)
+    return before
+
+
+def read_early(read: Callable[[str], object], description: str) -> None:
+    """Read the flags before torch is imported: --help, or a wrong flag, ends the process here."""
+    try:
+        read(description)
+    except ValueError as error:
+        sys.exit(_fail(error))
+
+
 def outcome(main: Callable[[], None]) -> int:
     """Run `main`. The exit code; a fault of ours is raised."""
+    from plumbing import ranks  # here, as it imports torch
+
     try:
         main()
         sys.stdout.flush()
@@ -81,8 +118,9 @@ def outcome(main: Callable[[], None]) -> int:
             raise
         return _fail(OSError(LOST))
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+        line_end = "\n" * sys.stderr.isatty()  # a terminal shows ^C, and perhaps a bar
+        print(f"{line_end}stopped: {str(interrupt) or ANEW}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
 
 
@@ -92,7 +130,8 @@ def _fail(error: Exception) -> int:
         "HELLORA_TRACEBACK"
     ):  # for whoever suspects a fault of ours behind the message
         raise error
-    who = f"rank {ranks.rank()}: " if ranks.rank() else ""
+    rank = os.environ.get("RANK", "0")
+    who = f"rank {rank}: " if rank != "0" else ""
     print(f"error: {who}{plain(' '.join(str(error).split()))[:LONGEST_LINE]}", file=sys.stderr)
     return 2
 
@@ -121,7 +160,8 @@ def to_type(command: str, path: Path) -> str:
 def deferred_stop() -> Iterator[list[int]]:
     """SIGINT and SIGTERM only note themselves in the list that is yielded, so no step is ever torn.
 
-    A second signal ends the process at once, as usual.
+    A second signal ends the process at once, as usual. A KeyboardInterrupt that is raised after a
+    SIGTERM becomes a Terminated.
     """
     asked: list[int] = []
 
@@ -132,6 +172,10 @@ def deferred_stop() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+    except KeyboardInterrupt as interrupt:
+        raise (Terminated if signal.SIGTERM in asked else KeyboardInterrupt)(
+            *interrupt.args
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -183,7 +227,7 @@ def progress(
     In a terminal it is a bar, which is taken away at the end unless `keep`. In a file or a pipe it
     is a line now and then. Rank 0 alone shows it. start: how many were done before.
     """
-    hidden = hidden or ranks.rank() > 0
+    hidden = hidden or os.environ.get("RANK", "0") != "0"
     if hidden or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
         return tqdm(items, label, total, unit=unit, initial=start, leave=keep, disable=hidden)
     return Lines(items, label, unit, len(items) if total is None else total, start)
@@ -236,7 +280,6 @@ class Lines:
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
 DECIMAL = re.compile("-?[0-9]+")  # int() would take 1_000 and digits of other scripts as well
 
 
@@ -287,7 +330,7 @@ def device_name(text: str) -> str:
     """An argparse type: what --device takes."""
     if text == "mps":
         raise argparse.ArgumentTypeError(
-            "'mps', but nothing here has been tried on an Apple GPU: want cpu"
+            "'mps', but this project has not been tested on Apple GPUs: want cpu"
         )
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r}, want cpu or cuda")
@@ -295,24 +338,10 @@ def device_name(text: str) -> str:
 
 
 def add_compute_flags(add: Callable) -> None:
-    """The flags that `compute` takes. add: an add_argument."""
-    add("--device", type=device_name, metavar="{cpu,cuda}", help="default: cuda if there is one")
-    add("--dtype", choices=DTYPES, help="of the computation; default: bf16 on cuda, fp32 on cpu")
-
-
-def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where and in what numbers to compute: as asked, or cuda if there is one, with bf16 there.
-
-    The default on cpu is fp32. Of several ranks each joins the others here, and gets a device of
-    its own. Raises ValueError for cuda on a machine without it.
-    """
-    devices.prepare_cuda()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but torch finds no GPU here: want --device cpu, or a torch with CUDA"
-        )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    if device is None and default == "cpu":
-        devices.warn_of_unseen_gpu()
-    mine = ranks.start(torch.device(device or default))
-    return mine, DTYPES[dtype or ("bf16" if mine.type == "cuda" else "fp32")]
+    """The flags that `device.compute` takes. add: an add_argument."""
+    # fmt: off
+    add("--device", type=device_name, metavar="{cpu,cuda}",
+        help="where to compute (default: cuda if there is one)")
+    add("--dtype", choices=["fp32", "bf16"],
+        help="number format of the computation (default: bf16 on cuda, fp32 on cpu)")
+    # fmt: on

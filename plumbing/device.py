@@ -1,4 +1,4 @@
-"""The device: what CUDA is told before it starts, what is free on it, and when to warn of it.
+"""The device: which one computes, what CUDA is told before it starts, what is free on it.
 
 Nothing here has run on CUDA yet. PyTorch's source was read for it.
 """
@@ -10,9 +10,30 @@ from pathlib import Path
 
 import torch
 
+from plumbing import ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
 LARGE = 1_000_000_000  # parameters; a model of that many is too slow for most on a CPU
 # Where a user may have told PyTorch how to keep a GPU's memory.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in what numbers to compute: as asked, or cuda if there is one, with bf16 there.
+
+    The default on cpu is fp32. Of several ranks each joins the others here, and gets a device of
+    its own. Raises ValueError for cuda on a machine without it.
+    """
+    prepare_cuda()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no GPU here: want --device cpu, or a torch with CUDA"
+        )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None and default == "cpu":
+        warn_of_unseen_gpu()
+    mine = ranks.start(torch.device(device or default))
+    return mine, DTYPES[dtype or ("bf16" if mine.type == "cuda" else "fp32")]
 
 
 def prepare_cuda() -> None:
@@ -35,12 +56,12 @@ def warn_of_unseen_gpu() -> None:
     CUDA_VISIBLE_DEVICES is set, as this hides GPUs on purpose.
     """
     if torch.backends.mps.is_available():
-        _warn("the CPU computes: nothing here has been tried on an Apple GPU (mps)")
+        _warn("the CPU is used: this project has not been tested on Apple GPUs (mps)")
     if shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         _warn(
             f"nvidia-smi is installed, but torch {torch.__version__} (built {built}) finds no GPU, "
-            "so the CPU computes: want a torch that fits the driver, or --device cpu"
+            "so the CPU is used: want a torch that fits the driver, or --device cpu"
         )
 
 
@@ -48,7 +69,7 @@ def warn_of_slow_cpu(n_params: int, device: torch.device, asked: str | None) -> 
     """A line on stderr if a model of billions starts on a CPU that nobody asked for."""
     if device.type == "cpu" and asked is None and n_params >= LARGE:
         _warn(
-            f"the model has {n_params / 1e9:.1f} billion parameters, and the CPU computes: "
+            f"the model has {n_params / 1e9:.1f} billion parameters, and the CPU is used: "
             "want a GPU, or --device cpu"
         )
 

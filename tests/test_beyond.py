@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import small_run, write_rows
 
-import eval_gsm8k
 import export
 from hellora import attach, init_adapters, parse_method
 from moe_model import IGNORE, MoEModel
@@ -15,6 +14,7 @@ from paper import eval_humaneval, eval_safety
 from paper.runs import grid, rates
 from paper.runs.stats import signed, spread
 from paper.studies import forgetting, merging, stability
+from plumbing import flags
 from plumbing.cli import Parser
 from plumbing.data import TASKS, collate, encode, examples_of_step, load_examples, steps_per_epoch
 from plumbing.tokenizer import load_tokenizer
@@ -119,7 +119,11 @@ def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_bo
     wanted = merging.wanted()
     merged = {cell: tasks for cell, tasks in wanted.items() if isinstance(cell, grid.Merged)}
     assert len({cell.result for cell in wanted}) == len(wanted) == 18 + 18
-    scripts = {"tiny-math": eval_gsm8k, "tiny-code": eval_humaneval, "tiny-safety": eval_safety}
+    readers = {
+        "tiny-math": lambda: flags.eval_gsm8k(""),
+        "tiny-code": eval_humaneval.parse_args,
+        "tiny-safety": eval_safety.parse_args,
+    }
     for cell, tasks in merged.items():
         assert tasks == {run.task for run in cell.runs}
         assert set(cell.needs()) == set(cell.runs) <= wanted.keys()
@@ -128,7 +132,7 @@ def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_bo
         assert grid.ROOT / args.out == cell.folder / "hub"
         for task in tasks:
             words = [word for word in cell.evaluation(task) if word != "-m"]
-            args = parsed(monkeypatch, words, scripts[task].parse_args)
+            args = parsed(monkeypatch, words, readers[task])
             folders = (grid.ROOT / args.model, grid.ROOT / args.out)
             assert (*folders, args.task) == (cell.folder / "hub", cell.folder, task)
 

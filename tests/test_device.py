@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import generate
 from moe_model import KVCache, MoEModel
-from plumbing import cli, device
+from plumbing import device
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_every_command_tells_cuda_how_before_it_looks_for_one(settings_of_torch,
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", looked)
-    cli.compute(None, None)
+    device.compute(None, None)
     assert set(seen) == {"expandable_segments:True"}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
@@ -69,7 +69,7 @@ def test_a_gpu_that_torch_does_not_see_is_named(
     if not hidden:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cli.compute(asked, None)
+    device.compute(asked, None)
     err = capsys.readouterr().err
     assert ("nvidia-smi" in err and "--device cpu" in err) == warned
     assert err.count("\n") == warned
@@ -178,7 +178,7 @@ cli.command(main)
     [
         ("raise ValueError('a wrong flag')", 2, "error: rank 1: a wrong flag"),
         ("raise ZeroDivisionError('ours')", 1, "ZeroDivisionError: ours"),
-        ("raise KeyboardInterrupt('saved')", 130, "interrupted saved"),
+        ("raise KeyboardInterrupt('saved')", 130, "stopped: saved"),
         ("sys.exit(0)", 0, ""),  # --help
         ("pass", 0, ""),
     ],

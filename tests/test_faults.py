@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_a_run_that_is_stopped_ends_its_step_and_saves(trial, whole, tmp_path):
     for where, at in moments(whole[1], {"step": 2}):
         folder = tmp_path / f"{where}-{at}"
         stopped = trial(folder, "stop", where, at)
-        assert stopped["code"] == 130
+        assert stopped["code"] == 128 + signal.SIGTERM
         assert "saved after step" in stopped["err"]
         assert "going on after step" in trial(folder)["out"]
         assert numbers(folder) == numbers(whole[0])

@@ -5,11 +5,12 @@ import runpy
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from conftest import ROOT, small_run, toy_in, write_rows
 
+from paper import eval_humaneval, eval_safety
+from plumbing import flags
 from plumbing.checkpoint import locate
 from plumbing.cli import to_type
 from plumbing.run_folder import read_run
@@ -68,14 +69,19 @@ def test_a_command_to_type_works_where_one_stands(tmp_path, monkeypatch):
     assert words == ["cd", str(ROOT), "&&", "python", "eval_gsm8k.py", "--run", str(run), "--loss"]
 
 
-@pytest.mark.parametrize(
-    "name", ["eval_gsm8k", "report", "paper.eval_humaneval", "paper.eval_safety"]
-)
-def test_several_runs_may_follow_one_flag_or_each_its_own(name, monkeypatch):
-    read = import_module(name).parse_args
+SEVERAL = {
+    "eval_gsm8k.py": lambda: flags.eval_gsm8k(""),
+    "report.py": lambda: flags.report(""),
+    "paper.eval_humaneval": eval_humaneval.parse_args,
+    "paper.eval_safety": eval_safety.parse_args,
+}
+
+
+@pytest.mark.parametrize(("command", "read"), SEVERAL.items(), ids=SEVERAL)
+def test_several_runs_may_follow_one_flag_or_each_its_own(command, read, monkeypatch):
     found = []
     for words in (["--run", "a", "b"], ["--run", "a", "--run", "b"]):
-        monkeypatch.setattr(sys, "argv", [name, *words])
+        monkeypatch.setattr(sys, "argv", [command, *words])
         found.append(read().run)
     assert found[0] == found[1]
     assert [path.name for path in found[0]] == ["a", "b"]
@@ -83,8 +89,8 @@ def test_several_runs_may_follow_one_flag_or_each_its_own(name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "says"), [("mps", "Apple"), ("gpu", "want cpu or cuda")])
 def test_a_device_that_is_not_supported_is_refused_with_the_reason(cli, name, says):
-    for script, *flags in (["train.py"], ["export.py", "--run", "r", "--format", "hub"]):
-        code, _, err = cli(script, *flags, "--device", name)
+    for script, *words in (["train.py"], ["export.py", "--run", "r", "--format", "hub"]):
+        code, _, err = cli(script, *words, "--device", name)
         assert code == 2
         assert err.count("\n") == 1
         assert says in err

@@ -19,7 +19,7 @@ from generate import Marked, Sampling, generate, has_colors, pieces, show_expert
 from hellora import load_run
 from moe_model import MoEModel
 from plumbing.cli import plain
-from plumbing.data import FIELDS, TASKS, TEMPLATES, load_examples, question
+from plumbing.data import FIELDS, TASKS, TEMPLATES, load_examples, own_fields, question
 from plumbing.tokenizer import load_tokenizer
 
 
@@ -133,6 +133,56 @@ def test_half_of_a_form_is_made_whole():
         assert question(text, "tiny-math").prompt == want
 
 
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]
+PAIR = {"q": "3+4?", "a": "7"}
+SUM = {"left one": "3", "right": "4", "sum": "7"}
+# name -> (a row of one's own, a template file for it, what is typed, what stands before an answer)
+OWN = {
+    "one field": (PAIR, ("t.txt", "Sum {{x}}: {q}\nIs\n---\n {a}!"), "3+4?", " "),
+    "a literal before the answer": (PAIR, ("t.txt", "{q}\n---\n{{a}} {a}"), "3+4?", "{a} "),
+    "two fields": (SUM, ("t.txt", "{left one}+{right}\n---\n{sum}"), json.dumps(SUM), ""),
+    "a chat": ({"messages": TURNS}, ("c.jinja", CHATML), "3+4?", ""),
+    "prompt and completion": ({"prompt": "3+4?", "completion": " 7"}, None, "3+4?", ""),
+    "Alpaca": ({"instruction": "3+4?", "output": "7"}, None, "3+4?", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "file", "typed", "lead"), OWN.values(), ids=OWN)
+def test_a_question_has_the_form_of_ones_own_rows(row, file, typed, lead, toy, tmp_path):
+    rows, template = write_rows(tmp_path / "rows.jsonl", [row]), None
+    if file:
+        (tmp_path / file[0]).write_text(file[1])
+        template = str(tmp_path / file[0])
+    (trained,) = load_examples("tiny-math", rows, template, toy)
+    own = own_fields(row) or tuple(row)
+    asked = question(typed, "tiny-math", template, own, toy)
+    assert asked.prompt == trained.prompt
+    assert type(asked.prompt) is type(trained.prompt)  # a chat's text gets no bos
+    assert asked.answer == lead
+    assert trained.answer.startswith(lead)
+    if len(row) < 3:  # what has the form already does not get it twice
+        assert question(trained.prompt, "tiny-math", template, own, toy)[:2] == asked[:2]
+
+
+def test_rows_of_text_are_gone_on_from(toy):
+    asked = question("Once there", "tiny-math", "plain", ("text",), toy)
+    assert (asked.prompt, asked.answer) == ("Once there", "")
+
+
+def test_what_is_typed_has_all_fields_of_the_form(toy, tmp_path):
+    (tmp_path / "t.txt").write_text("{left one}+{right}\n---\n{sum}")
+    for typed in ("3+4?", "[3, 4]", '{"left one": "3"}', '"left one"'):
+        with pytest.raises(ValueError, match=r"left one.*right.*--raw"):
+            question(typed, "tiny-math", str(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_text("Say a number:\n---\n{sum}")
+    with pytest.raises(ValueError, match=r"no {field}.*--raw"):
+        question("3", "tiny-math", str(tmp_path / "t.txt"))
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -201,6 +251,21 @@ def test_an_export_answers_as_its_run(ask):
     code, plain, _ = ask("--model", "hub", "2+3?", "--max-new", 64)
     _, raw, _ = ask("--run", "r", "--raw", "2+3?", "--max-new", 64)
     assert code == 0 and plain == raw != want
+
+
+def test_a_run_on_rows_of_ones_own_is_asked_in_their_form(ask, made, cli):
+    rows = write_rows(made / "chats.jsonl", [{"messages": TURNS}] * 4)
+    (made / "c.jinja").write_text(CHATML)
+    flags = ["--template", "c.jinja", "--steps", 1, "--method", "lora", "--out", "chats"]
+    assert cli("train.py", *small_run(made / "toy", rows, *flags))[0] == 0
+    code, out, err = ask("--run", "chats", "3+4?")
+    assert code == 0
+    assert "sent as '<|user|>TEXT<|endoftext|>" in err
+    (made / "c.jinja").rename(made / "moved.jinja")
+    code, _, err = ask("--run", "chats", "3+4?")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "c.jinja" in err and "path of a file" in err
+    assert ask("--run", "chats", "--template", "moved.jinja", "3+4?")[:2] == (0, out)
 
 
 @pytest.mark.parametrize("family", HUB)
@@ -333,7 +398,7 @@ def test_in_a_terminal_prompts_are_asked_for(ask):
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(flags, typed, named, ask):
     code, out, err = ask(*flags, typed=typed)
-    err = "".join(line for line in err.splitlines(True) if not line.startswith("what is sent"))
+    err = "".join(line for line in err.splitlines(True) if not line.startswith("the text is sent"))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert named in err
 
@@ -358,4 +423,4 @@ def test_a_stop_in_the_middle_of_an_answer_is_quiet(how, made):
     finally:
         asking.kill()
     assert "Traceback" not in err and "error" not in err
-    assert ("interrupted" in err) == (how == "Ctrl-C")
+    assert ("stopped" in err) == (how == "Ctrl-C")

@@ -16,7 +16,7 @@ import paper
 ORDER = [  # a file may import only files before it
     "plumbing.__init__",
     "plumbing.quiet", "plumbing.ranks", "plumbing.files", "plumbing.hub", "plumbing.device",
-    "plumbing.cli", "plumbing.bpe", "plumbing.tokenizer",
+    "plumbing.cli", "plumbing.flags", "plumbing.bpe", "plumbing.tokenizer",
     "moe_model",
     "plumbing.checkpoint", "plumbing.downloads", "plumbing.rows", "plumbing.data",
     "plumbing.answer_loss", "plumbing.base_model", "plumbing.run_folder", "plumbing.saves",

@@ -96,7 +96,7 @@ def job_of(monkeypatch, tmp_path, *flags, model="tiny"):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     words = ["train.py", "--no-eval", *small_run(model, rows, *flags)]
     monkeypatch.setattr("sys.argv", words)
-    return settings.prepare(settings.parse_args(""))
+    return settings.prepare(flags.train(""))
 
 
 def olmoe_on_gsm8k(monkeypatch, tmp_path, *flags):
@@ -148,7 +148,7 @@ def test_a_warm_up_that_cannot_fit_is_refused_unless_it_is_over(monkeypatch, tmp
         settings.check_memory(job)
     (tmp_path / "hot_experts.json").touch()
     settings.check_memory(job)
-    assert "training is reckoned" in capsys.readouterr().err
+    assert "training needs about" in capsys.readouterr().err
 
 
 def test_a_model_larger_than_the_machine_ends_in_one_line(toy, tmp_path, cli, monkeypatch):

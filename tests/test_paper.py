@@ -19,6 +19,7 @@ import settings
 from paper import reproduce
 from paper.runs import grid, parallel, rates, stats
 from paper.studies import claims, comparison, forgetting, mechanism, routing, stability
+from plumbing import flags
 from plumbing.run_folder import update_results
 
 # trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
@@ -131,7 +132,7 @@ def test_a_cells_command_is_one_that_train_py_takes(method, monkeypatch):
     mask = grid.Run(method.replace("-s", "-d"), 0.01, 0) if "-s" in method else None
     cell = grid.Run(method, 0.005, 2, mask=mask)
     monkeypatch.setattr(sys, "argv", cell.command())
-    args = settings.parse_args("")
+    args = flags.train("")
     assert (args.method, args.lr, args.seed, args.no_eval) == (method, 0.005, 2, True)
     assert args.out.name == cell.name == cell.result.stem
     assert (args.mask_from is not None) == ("-s" in method)
@@ -448,7 +449,9 @@ def test_a_dry_run_lists_what_the_scripts_take_and_how_long_it_is(cli, what, mon
     code, out, _ = cli("paper.reproduce", *what, "--dry-run")
     *commands, total = out.splitlines()
     assert code == 0
-    assert re.fullmatch(r"\d+ of \d+ runs are missing: about \d+\.\d hours, \d at a time", total)
+    assert re.match(r"\d+ of \d+ runs are missing: ", total)
+    assert ("nothing is left to run" in total) == (not commands)
+    assert bool(re.search(r"about [\d.]+ (hours|minutes), \d at a time$", total)) == bool(commands)
     for line in commands:
         script, *flags = [word for word in shlex.split(line)[1:] if word != "-m"]
         if script not in (

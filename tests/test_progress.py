@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import ROOT, small_run, write_rows
@@ -13,8 +14,8 @@ from plumbing import cli
 
 ROWS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(64)]
 # A command of the project, in which a line is due at each step.
-AT_ONCE = "import runpy, sys; from plumbing import cli; cli.LINE_EVERY = 0; sys.argv = sys.argv[1:]"
-AT_ONCE += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+AT_ONCE = "import plumbing.quiet, runpy, sys; from plumbing import cli; cli.LINE_EVERY = 0; "
+AT_ONCE += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def training(toy, tmp_path):
@@ -39,7 +40,8 @@ def test_a_log_file_has_lines_and_no_state_of_a_bar(toy, tmp_path):
 def in_a_terminal(command, **env):
     """What a command writes to a terminal of 100 columns."""
     ours, theirs = pty.openpty()
-    env = os.environ | {"COLUMNS": "100", "TERM": "xterm"} | env
+    termios.tcsetwinsize(theirs, (24, 100))
+    env = os.environ | {"TERM": "xterm"} | env
     child = subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     found = b""
@@ -92,3 +94,9 @@ def test_lines_of_a_loop_that_breaks_off_do_not_say_that_it_was_all(monkeypatch,
         raise ValueError("x")
     assert "in all" not in capsys.readouterr().err
     assert list(cli.progress(iter("abc"), label="a", unit="b", total=3)) == list("abc")
+
+
+def test_a_log_file_has_no_bar_of_a_library_either():
+    code = "import plumbing.quiet; from tqdm import tqdm; list(tqdm(range(3)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -17,7 +17,7 @@ from subprocess import PIPE
 from typing import Literal
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, small_run, write_rows
 
 from plumbing import cli, files, run_folder
 from plumbing.base_model import unchanged_base_folder
@@ -344,15 +344,62 @@ def test_a_fault_of_ours_keeps_its_traceback():
         cli.command(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("command", [["catcher.py"], ["-m", "paper.reproduce", "params"]])
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(command):
+BY_SIGNAL = {signal.SIGINT: ["catcher.py"], signal.SIGTERM: ["-m", "paper.reproduce", "params"]}
+
+
+@pytest.mark.parametrize(("number", "command"), BY_SIGNAL.items())
+def test_a_signal_during_the_imports_ends_a_command_in_one_line(number, command):
     words = [sys.executable, *command]
     with subprocess.Popen(words, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while "libtorch" not in maps.read_text():
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert "Traceback" not in err
+    assert process.returncode == 128 + number
+    assert err.startswith("stopped") and err.count("\n") == 1
+
+
+EXPORTING = """
+import os, signal, sys, time
+import export
+from plumbing import cli
+
+def stopped(*_):  # in the middle of a write
+    os.kill(os.getpid(), signal.{})
+    time.sleep(60)
+
+export.{} = stopped
+cli.command(export.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "where"), [("SIGINT", "write_tensors"), ("SIGTERM", "check")]
+)
+def test_a_signal_in_a_command_leaves_nothing_and_says_what_comes_next(
+    signal_name, where, toy, tmp_path, cli
+):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "1?", "answer": "#### 1"}])
+    flags = small_run(toy, rows, "--steps", 1, "--method", "lora", "--out", tmp_path / "run")
+    assert cli("train.py", *flags, "--no-eval")[0] == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    words = ["--run", str(tmp_path / "run"), "--format", "peft"]
+    code = EXPORTING.format(signal_name, where)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 128 + getattr(signal, signal_name)
+    assert done.stderr.count("\n") == 1
+    assert "the same command" in done.stderr
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_command_in_the_background_of_a_shell_still_ignores_ctrl_c():
+    code = "import os, signal; from plumbing.cli import command; "
+    code += "command(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code], cwd=ROOT
+    )
+    assert done.returncode == 0

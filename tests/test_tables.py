@@ -7,14 +7,14 @@ from math import floor
 
 import pytest
 
-import eval_gsm8k
-import settings
 from hellora import count_params, parse_method
 from paper import eval_humaneval, eval_safety, reproduce
 from paper.plan import shapes
 from paper.studies import tables
 from paper.studies.tables import NUMBERS, TEXT, printed
+from plumbing import flags
 from plumbing.checkpoint import BACKBONES
+from settings import RECIPES
 from tiny import pretrain
 
 WORDS = ("reproduced", "contradicted", "out of reach")
@@ -48,7 +48,7 @@ def test_table_1_is_what_train_py_does_when_nothing_is_said():
     cells = [c for c in NUMBERS if c.table == "1"]
     assert {c.task for c in cells} == {"gsm8k", "code", "safety"}
     for c in cells:
-        recipe = settings.RECIPES[c.task, parse_method(c.method).train_base]
+        recipe = RECIPES[c.task, parse_method(c.method).train_base]
         assert getattr(recipe, c.metric) == c.printed, c
 
 
@@ -113,8 +113,8 @@ def test_1_62_is_the_claimed_speed_up_with_the_catcher_paid_and_table_6_gives_1_
 # ---- commands ------------------------------------------------------------------------------------
 
 PARSERS = {
-    "train.py": lambda: settings.parse_args(""),
-    "eval_gsm8k.py": eval_gsm8k.parse_args,
+    "train.py": lambda: flags.train(""),
+    "eval_gsm8k.py": lambda: flags.eval_gsm8k(""),
     "paper.eval_humaneval": eval_humaneval.parse_args,
     "paper.eval_safety": eval_safety.parse_args,
     "tiny.pretrain": pretrain.parse_args,

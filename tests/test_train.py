@@ -334,7 +334,7 @@ def test_a_run_that_goes_on_otherwise_says_so_and_keeps_both(cli, quick, tmp_pat
         (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"finished": False}))
         code, out, err = cli("train.py", *words, *extra)
         assert code == 0, err
-        (said,) = [line for line in out.splitlines() if "goes on with other" in line]
+        (said,) = [line for line in out.splitlines() if "continues with other" in line]
         assert all(name in said for name in changed)
         record = json.loads((tmp_path / "r" / "run.json").read_text())
         assert record["hashes"]["code"] == "0" * 64

@@ -55,16 +55,15 @@ from paper.bench.worlds import (
 )
 from plumbing.cli import (
     COUNT,
-    DTYPES,
     SHARE,
     Parser,
     add_compute_flags,
     command,
-    compute,
     number,
     progress,
 )
 from plumbing.data import collate
+from plumbing.device import DTYPES, compute
 from plumbing.files import write_json
 from plumbing.run_folder import versions
 from train import make_optimizer, train_step

@@ -23,8 +23,9 @@ from paper.runs.parallel import ROOT, each, python
 from paper.studies.tables import PROBLEMS
 from plumbing.base_model import fingerprint
 from plumbing.checkpoint import locate, read_config
-from plumbing.cli import compute, progress
+from plumbing.cli import progress
 from plumbing.data import FIELDS, TASKS, encode, load_examples
+from plumbing.device import compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.rows import read_rows
 from plumbing.run_folder import read_results, read_run, versions
