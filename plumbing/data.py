@@ -334,9 +334,7 @@ def question(
             row = None
         if not has_fields(row, fields):
             wanted = json.dumps(dict.fromkeys(fields, "..."), ensure_ascii=False)
-            raise ValueError(
-                f"the prompt has not the fields of {template}: want {wanted}, or --raw"
-            )
+            raise ValueError(f"the prompt lacks fields of {template}: want {wanted}, or --raw")
         return Example(*show(row), row)
     (field,) = fields
     before, _, after = show({field: "\0"})[0].partition("\0")
