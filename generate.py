@@ -52,7 +52,14 @@ from plumbing import flags, ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
 from plumbing.cli import command, plain, progress, say
-from plumbing.data import TASKS, Example, encode_prompt, question, question_form
+from plumbing.data import (
+    TASKS,
+    Example,
+    encode_prompt,
+    is_file_template,
+    question,
+    question_form,
+)
 from plumbing.device import compute, free_bytes, warn_of_slow_cpu
 from plumbing.memory import problem
 from plumbing.run_folder import read_run
@@ -399,11 +406,12 @@ def resolve(args: argparse.Namespace, run: dict, source: Path) -> Form | None:
             args.template, own = run.get("template"), tuple(run.get("fields") or ())
     if args.task not in (None, *TASKS):
         raise ValueError(f"{args.run} was trained on {args.task}, which has no form: want --raw")
-    limit = TASKS[args.task].max_new if args.task and not own else MAX_NEW
-    args.max_new = args.max_new or limit
     if not args.task:
+        args.max_new = args.max_new or MAX_NEW
         print("the text is sent unchanged (--task NAME puts it into a form)", file=sys.stderr)
         return None
+    of_task = not own and not is_file_template(args.task, args.template)
+    args.max_new = args.max_new or (TASKS[args.task].max_new if of_task else MAX_NEW)
     fields, show = question_form(args.task, args.template, own, source)
     several = len(fields) > 1
     shown = show({field: f"{{{field}}}" if several else "TEXT" for field in fields})[0]
