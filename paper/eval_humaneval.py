@@ -155,10 +155,6 @@ def draw_samples(
     """
     wanted = [(problem, j) for problem in problems for j in range(args.n)]
     prompts = [encode_prompt(problem.prompt, tokenizer, problem.task_id) for problem, _ in wanted]
-    print(
-        f"{args.n} samples of each of {len(prompts) // args.n} problems ({len(prompts):,}), "
-        f"of up to {max_new} tokens: --limit and --n make them fewer"
-    )
     seeds = [crc32(f"{args.seed} {problem.task_id} {j}".encode()) for problem, j in wanted]
     sampling = Sampling(args.temperature, args.top_p, seeds) if args.temperature else None
 
@@ -241,8 +237,13 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     for problem in chosen:  # before the model is loaded, which may take minutes
         if not problem.prompt:
             raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
+    max_new = args.max_new or MAX_NEW[task]
+    print(
+        f"{args.n} samples of each of {len(chosen)} problems ({args.n * len(chosen):,}), of up to "
+        f"{max_new} tokens. The progress tells the time left. --limit and --n take fewer."
+    )
     model, tokenizer = load_model(folder, run, args)
-    samples = draw_samples(model, tokenizer, chosen, args.max_new or MAX_NEW[task], args)
+    samples = draw_samples(model, tokenizer, chosen, max_new, args)
     of = "" if place else f"-{Path(args.model).name}"
     part = "-part" if is_partial(args, run, task) else ""
     path = (place or Path()) / f"samples-{task}{of}{part}.jsonl"

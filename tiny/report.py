@@ -1,4 +1,4 @@
-"""What the embedded model's README states, measured: skills, routing, and the untrained score.
+"""What the embedded model's README states, measured: skills, routing, the base's score.
 
 python -m tiny.report                           about two minutes on one core
 python -m tiny.report --shots 2                 after two solved problems in place of four

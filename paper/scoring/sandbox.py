@@ -231,7 +231,7 @@ def run_programs(
 ) -> Iterator[str]:
     """run_program for each, in order, several at a time (default: as many as there are cores).
 
-    What an untrained model writes is no Python at all. So each group is compiled in one run first:
+    What a pretrained base writes is often no Python at all. So each group is compiled in one run first:
     if nothing in it compiles, all of it has failed, and none of it is run.
     """
 
