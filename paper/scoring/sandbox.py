@@ -231,8 +231,8 @@ def run_programs(
 ) -> Iterator[str]:
     """run_program for each, in order, several at a time (default: as many as there are cores).
 
-    What a pretrained base writes is often no Python at all. So each group is compiled in one run first:
-    if nothing in it compiles, all of it has failed, and none of it is run.
+    What a pretrained base writes is often no Python at all. So each group is compiled in one run
+    first: if nothing in it compiles, all of it has failed, and none of it is run.
     """
 
     def none_is_python(group: list[tuple[str, Check]]) -> bool:
