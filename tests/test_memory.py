@@ -15,7 +15,7 @@ from hellora import parse_method
 from paper.bench import measure
 from paper.bench.__main__ import Configuration, Session
 from paper.bench.worlds import ALPHA, RANK, SHAPES, Shape, ours, random_world
-from plumbing import memory
+from plumbing import flags, memory
 from plumbing.checkpoint import BACKBONES
 from plumbing.data import Encoded
 from train import train_step
@@ -91,11 +91,10 @@ def test_a_step_of_the_benchmark_s_shapes_peaks_where_it_is_reckoned(shape, meth
 # ---- train.py ------------------------------------------------------------------------------------
 
 
-def job_of(monkeypatch, tmp_path, *flags, model="tiny"):
+def job_of(monkeypatch, tmp_path, *words, model="tiny"):
     """The job of a command line, with a few rows of one's own."""
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    words = ["train.py", "--no-eval", *small_run(model, rows, *flags)]
-    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.argv", ["train.py", "--no-eval", *small_run(model, rows, *words)])
     return settings.prepare(flags.train(""))
 
 

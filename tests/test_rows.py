@@ -320,7 +320,7 @@ def test_dev_data_changes_no_number_of_the_training(tmp_path, cli):
 
 
 def test_tensorboard_that_is_not_there_is_said(tmp_path, cli, monkeypatch):
-    monkeypatch.setattr("settings.find_spec", lambda name: None)
+    monkeypatch.setattr("plumbing.flags.find_spec", lambda name: None)
     code, _, err = run_with_dev(tmp_path, cli, "run", "--log", "tensorboard")
     assert code == 2
     assert "pip install tensorboard" in err
