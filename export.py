@@ -251,9 +251,7 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     alike = stored == {torch.float32} or (stored == {torch.bfloat16} and len(folders) == 1)
     bar = EXACT if form == "peft" or alike else ROUNDED
     if not off <= bar * change + FLOOR * live.norm():
-        raise ValueError(
-            f"the export differs from the run by {off / change:.0%} of the adapters' effect: {OURS}"
-        )
+        raise ValueError(f"the export is off by {off / change:.0%} of the adapters' effect: {OURS}")
     lost = (got - live).norm() / change if change > 0 else 1.0
     print(
         f"read back: on {base[..., 0].numel()} random tokens the adapters move logits by up to "

@@ -268,13 +268,6 @@ def test_a_run_on_rows_of_ones_own_is_asked_in_their_form(ask, made, cli):
     assert ask("--run", "chats", "--template", "moved.jinja", "3+4?")[:2] == (0, out)
 
 
-def test_the_python_of_the_readme_prints_an_answer(made, capsys):
-    (code,) = re.findall(r"(?m)^```python\n((?:.*\n)*?)```", (ROOT / "README.md").read_text())
-    exec(re.sub(r'"runs/[^"]*"', repr(str(made / "r")), code), {})
-    out = capsys.readouterr().out
-    assert out.strip()
-
-
 @pytest.mark.parametrize("family", HUB)
 def test_a_checkpoint_of_each_family_answers(family, ask, tmp_path):
     hub = HUB[family] | {"vocab_size": 1024, "eos_token_id": 1023}
