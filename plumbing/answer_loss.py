@@ -1,7 +1,7 @@
-"""How likely the given answers of a task are to a model: eval_gsm8k.py --loss, and studies.
+"""The loss of a model on the given answers of a task, for eval_gsm8k.py --loss and studies.
 
-Nothing is decoded. A difference of models shows with far fewer problems than in accuracy, as each
-token tells how likely it was, and not only whether it was right.
+Nothing is generated. This needs far fewer problems than accuracy to show a difference between
+models, because each token counts with its probability, and not only as right or wrong.
 
 Letters: B sequences    T tokens per sequence    D width of the model    V vocabulary
 """
@@ -20,13 +20,13 @@ from plumbing.data import Encoded, collate
 def answer_losses(
     model: MoEModel, data: list[Encoded], batch_size: int, label: str = "loss"
 ) -> list[dict]:
-    """A record of each example: how likely its given answer, eos included, is to `model`.
+    """A record for each example: the loss of `model` on the given answer, eos included.
 
-    loss: the sum of the cross-entropies of the answer's tokens, in nats. tokens: how many there
-    are. exact: whether each is the model's first choice, so that greedy decoding gives this answer.
+    loss: the sum of the cross-entropies of the answer's tokens, in nats. tokens: their number.
+    exact: whether each token is the model's first choice, so greedy decoding gives this answer.
     """
     records: list[dict] = [{}] * len(data)
-    ordered = sorted(range(len(data)), key=lambda i: len(data[i].ids))  # so there is little padding
+    ordered = sorted(range(len(data)), key=lambda i: len(data[i].ids))  # little padding
     for at in progress(range(0, len(ordered), batch_size), label=label, unit="batch"):
         some = ordered[at : at + batch_size]
         batch = collate([data[i] for i in some], model.device)
@@ -47,7 +47,7 @@ def answer_losses(
 
 
 def measure_loss(model: MoEModel, data: list[Encoded], batch_size: int) -> tuple[dict, list[dict]]:
-    """results.json's entry TASK-loss for these examples, and a record of each.
+    """The entry TASK-loss of results.json for these examples, and a record for each example.
 
     loss: nats per answer token, over the tokens of all answers. exact: a share of the problems.
     """

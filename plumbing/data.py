@@ -1,4 +1,4 @@
-"""Tasks as (prompt, answer) pairs, and the batch of step n as a pure function of n.
+"""The tasks as (prompt, answer) pairs. The batch of step n is a function of n alone.
 
 Letters: B sequences    T tokens per sequence
 """
@@ -39,22 +39,22 @@ from plumbing.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
-    """One row of a task as the model sees it."""
+    """A row of a task as the model sees it."""
 
     prompt: str
     answer: str
-    row: dict  # the row as it was read: what scoring needs
+    row: dict  # the row as it was read, for scoring
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the form it is shown in, and how long an answer may be."""
+    """A data set, the template that shows it, and the length of an answer."""
 
-    kind: str  # what its rows hold (FIELDS) and how answers are scored: math, code or safety
+    kind: str  # math, code or safety: the fields of its rows (FIELDS), and how answers are scored
     train: Source
-    test: Source | None  # None: gated, so that the evaluation asks for it (paper/eval_safety.py)
-    template: str  # the TEMPLATES entry used unless --template names another
-    max_new: int = 512  # tokens generated when it is scored
+    test: Source | None  # None: access is restricted (gated); paper/eval_safety.py asks for a file
+    template: str  # the entry of TEMPLATES that is used without --template
+    max_new: int = 512  # the largest number of tokens that scoring generates
 
 
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
@@ -68,9 +68,9 @@ CODE_ALPACA = Source(  # 20,022 rows, at a fixed commit
     "code_alpaca_20k.json",
     repo="sahil2801/CodeAlpaca-20k",
     commit="469fd122c8e99d31d9fcd75b2fd01f6bd7eb6846",
-    licence="CC BY-NC 4.0, non-commercial, says its repository; CC BY 4.0, its page on the Hub",
+    licence="CC BY-NC 4.0, non-commercial (its repository), or CC BY 4.0 (its page on the Hub)",
 )
-# 20,000 rows of cleaned Alpaca and 2,000 of safety; LoRI's train.json has the same id.
+# 20,000 rows of cleaned Alpaca and 2,000 of safety. LoRI's train.json has the same id in git.
 SAFERPACA = Source(
     "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/refs/heads/main/data/training/"
     "saferpaca_Instructions_2000.json",
@@ -114,7 +114,7 @@ FIELDS = {
 
 
 def default_task(model: str) -> str:
-    """The task of a command that names none."""
+    """The task of a command without --task."""
     return "tiny-math" if model == "tiny" else "gsm8k"
 
 
@@ -122,13 +122,13 @@ def default_task(model: str) -> str:
 
 
 def plain_math(row: dict) -> tuple[str, str]:
-    """lm-evaluation-harness' GSM8K prompt. The answer loses its calculator notes <<...>>."""
+    """The GSM8K prompt of lm-evaluation-harness. The calculator notes <<...>> are removed."""
     answer = re.sub("<<[^<>]*>>", "", row["answer"])
     return f"Question: {row['question']}\nAnswer:", f" {answer}"
 
 
 def lori_math(row: dict) -> tuple[str, str]:
-    """What LoRI trains on, and most likely the paper. Source: LoRI's get_datasets.py, get_gsm8k."""
+    """LoRI's training prompt, most likely the paper's too. Source: get_datasets.py, get_gsm8k."""
     ask = "Answer the above question. First think step by step and then answer the final number."
     return f"{row['question']}\n{ask}\n", row["answer"].replace("####", "The final answer is: ")
 
@@ -136,7 +136,7 @@ def lori_math(row: dict) -> tuple[str, str]:
 def alpaca(row: dict, margin: str = "", tail: str = "") -> tuple[str, str]:
     """The Alpaca template, with or without an input. Source: CodeAlpaca's README.
 
-    margin: put before each further line; tail: put after "request." where there is no input.
+    margin: text before each further line. tail: text after "request." if there is no input.
     """
     parts = {"Instruction": row["instruction"]} | ({"Input": row["input"]} if row["input"] else {})
     context = ", paired with an input that provides further context" if row["input"] else ""
@@ -150,29 +150,29 @@ def alpaca(row: dict, margin: str = "", tail: str = "") -> tuple[str, str]:
 
 
 def lori_alpaca(row: dict) -> tuple[str, str]:
-    """`alpaca` byte for byte as LoRI trains on it, where it stands in an indented string.
+    """`alpaca` byte for byte as LoRI trains on it. There it stands in an indented string.
 
-    So 20 spaces come before each line that is not empty, and at the end; and the form without an
-    input has a space after "request.". Source: LoRI's get_datasets.py, get_codealpaca and
+    So each line that is not empty begins with 20 spaces, and 20 spaces stand at the end. Without an
+    input, a space follows "request.". Source: LoRI's get_datasets.py, get_codealpaca and
     get_saferpaca.
     """
     return alpaca(row, margin=" " * 20, tail=" ")
 
 
 def bare_instruction(row: dict) -> tuple[str, str]:
-    """The same in few words, for the tiny model."""
+    """An instruction in few words, for the tiny model."""
     given = f"Input: {row['input']}\n" if row["input"] else ""
     return f"Instruction: {row['instruction']}\n{given}Response:\n", row["output"]
 
 
 def lori_chat(row: dict) -> tuple[str, str]:
-    """What LoRI asks HEx-PHI with, not its training. Source: its get_datasets.py, get_hexphi."""
+    """LoRI's prompt for HEx-PHI. It does not train on it. Source: get_datasets.py, get_hexphi."""
     ask = "You are a helpful assistant.Always answer as helpfully as possible, while being safe."
     return f"{ask}\n\nHuman: {row['instruction']}\n\nAssistant:", ""
 
 
-# (kind, --template) -> the function that makes a row a prompt and an answer. "refusal": the prompts
-# of paper/eval_safety.py, by the template of the training.
+# (kind, --template) -> the function that makes a prompt and an answer of a row. "refusal" has the
+# prompts of paper/eval_safety.py, under the name of the template that the run was trained with.
 TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {
     ("math", "plain"): plain_math,
     ("math", "lori"): lori_math,
@@ -192,13 +192,13 @@ TEMPLATES: dict[tuple[str, str], Callable[[dict], tuple[str, str]]] = {
 
 
 def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[str, str]]:
-    """The function that makes prompt and answer of a row. None: the task's own template.
+    """The function that makes a prompt and an answer of a row. None: the task's own template.
 
     Raises ValueError for an unknown template.
     """
     kind, template = TASKS[task].kind, template or TASKS[task].template
     if (kind, template) not in TEMPLATES:
-        known = ", ".join(name for of, name in TEMPLATES if of == kind)
+        known = ", ".join(name for its_kind, name in TEMPLATES if its_kind == kind)
         raise ValueError(
             f"{template!r} is no template of task {task} and no file: want one of {known}, or the "
             "path of a file"
@@ -211,9 +211,9 @@ def load_examples(
 ) -> list[Example]:
     """The rows of a file as prompts and answers.
 
-    Rows with the task's fields are shown in its template. Where no other is asked for, rows with
-    the fields of one of FORMS are shown as that says. template: a name of TEMPLATES, or a file (see
-    rows.py). model: the folder of the model, which may have a chat template. Raises ValueError for
+    Rows with the task's fields are shown in its template. Rows with the fields of an entry of FORMS
+    are shown in that form, unless another template is given. template: a name of TEMPLATES, or a
+    file (see rows.py). model: the folder of the model, for its chat template. Raises ValueError for
     an unknown template, or for a row that does not fit.
     """
     kind, template = TASKS[task].kind, template or TASKS[task].template
@@ -227,33 +227,33 @@ def load_examples(
             return own_form(path, None, model)
         others = "; ".join(", ".join(fields) for fields in FORMS if fields != FIELDS[kind])
         raise ValueError(
-            f"{path}, row {n} has the fields {names(row)}: want {wanted}; or one of these: "
-            f"{others}; or --template FILE, a text with {{fields}} of yours"
+            f"{path}, row {n} has the fields {names(row)}: want {wanted}; one of these: {others}; "
+            "or --template FILE, a text with the {fields} of these rows"
         )
     return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
 
 
-# ---- rows that have not the task's form ----------------------------------------------------------
+# ---- rows without the fields of the task ---------------------------------------------------------
 
-# The fields of a row -> its prompt and answer. Of several that fit, the first counts.
+# The fields of a row -> its prompt and answer. The first entry that fits counts.
 FORMS: dict[tuple[str, ...], Callable[[dict], tuple[str, str]] | None] = {
     ("question", "answer"): plain_math,
     ("instruction", "input", "output"): alpaca,
     ("prompt", "completion"): lambda row: (row["prompt"], row["completion"]),
-    ("messages",): None,  # a chat: see rows.ChatTemplate
+    ("messages",): None,  # a chat: rows.ChatTemplate shows it
     ("conversations",): None,
-    ("text",): lambda row: ("", row["text"]),  # all of it is to be learned
+    ("text",): lambda row: ("", row["text"]),  # all of the text is learned
 }
 
 
 def is_file_template(task: str, template: str | None) -> bool:
-    """Whether `template` is a file, and no name of a template of the task."""
+    """Whether `template` is a file, and not the name of a template of the task."""
     named = template is None or (TASKS[task].kind, template) in TEMPLATES
     return not named and Path(template).is_file()
 
 
 def has_fields(row: object, fields: tuple[str, ...]) -> bool:
-    """Whether a row has these fields, but for those that may be absent."""
+    """Whether a row has all these fields. Those of OPTIONAL may be absent."""
     return isinstance(row, dict) and OPTIONAL.union(row).issuperset(fields)
 
 
@@ -263,21 +263,21 @@ def own_fields(row: object) -> tuple[str, ...] | None:
 
 
 def own_form(path: Path, given: Path | None, model: Path | None) -> list[Example]:
-    """The rows of a file in the form that its first row has. given: a template file.
+    """The rows of a file, all in the form of the first row. given: a template file.
 
-    A chat is an example for each answer in it, behind all that stands before this answer.
+    A chat gives an example for each answer in it. The prompt is all text before that answer.
     """
     rows = rows_of(path)
     first = next(rows)
     form = own_fields(first[1])
     show, how = shown_by(form, given, model)
-    texts = form if form and FORMS[form] and not given else ()  # fields that have to be text
+    texts = form if form and FORMS[form] and not given else ()  # the fields that must hold text
     examples, n_rows = [], 0
     for n, row in with_fields(path, chain([first], rows), texts):
         place, n_rows = f"{path}, row {n}", n_rows + 1
         for prompt, answer in show(row, place):
             check_unicode(prompt + answer, place, "the text")
-            has_answer = isinstance(row.get("answer"), str)  # scoring reads it
+            has_answer = isinstance(row.get("answer"), str)  # for scoring
             examples.append(
                 Example(prompt, answer, row if has_answer else row | {"answer": answer})
             )
@@ -288,7 +288,7 @@ def own_form(path: Path, given: Path | None, model: Path | None) -> list[Example
 def shown_by(
     form: tuple[str, ...] | None, given: Path | None, model: Path | None
 ) -> tuple[Callable[[dict, str], list[tuple[str, str]]], str]:
-    """What makes (prompt, answer) pairs of a row and its place, and how to call that."""
+    """The function from (row, place) to (prompt, answer) pairs, and words that describe it."""
     if given and given.suffix != ".jinja":
         for_prompt, for_answer = read_template(given)
         return lambda row, place: [
@@ -301,7 +301,7 @@ def shown_by(
             )
         return lambda row, _: [FORMS[form](row)], f"with {', '.join(form)}"
     if not form or not model:
-        raise ValueError("want rows with messages or conversations, and a model to show them")
+        raise ValueError("want rows with messages or conversations, and a model for its template")
     chat = ChatTemplate(model, given, check_ends)
     return lambda row, place: chat.pairs(row, form[0], place), "with a chat in each"
 
@@ -376,18 +376,18 @@ def question_form(
 
 
 class Encoded(NamedTuple):
-    """An example as token ids: prompt, with the model's bos if it has one, answer, eos."""
+    """An example as token ids: the prompt (after the model's bos, if it has one), answer, eos."""
 
     ids: list[int]
     n_prompt: int
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> list[int]:
-    """The ids of a prompt, after `tokenizer.bos`. Training and scoring both have them from here.
+    """The ids of a prompt, after `tokenizer.bos`. Training and scoring both use this function.
 
-    place: what an error calls it. Raises ValueError if the prompt spells out the end of a text. A
-    token that only ends a turn, such as <|im_end|>, may stand in a prompt: a chat has it there. A
-    prompt by a chat template is whole, with a first token and ends of its own.
+    place: the name of the prompt in an error. Raises ValueError if the prompt has a token that ends
+    a text. A token that only ends a turn, such as <|im_end|>, may stand in a prompt: a chat has
+    such tokens. A prompt by a chat template is kept as it is: it has its own first token and ends.
     """
     ids = tokenizer.encode(prompt)
     if isinstance(prompt, ChatText):
@@ -397,10 +397,10 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> list[int]:
 
 
 def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place: str) -> None:
-    """Raise ValueError if a text has a token that ends it: it would be learned or read as such."""
+    """Raise ValueError if a text has one of the tokens `ends`. They would end it too early."""
     if found := ends.intersection(ids):
         raise ValueError(
-            f"{place} spells out {tokenizer.decode(found)!r}, which ends a text of this model: "
+            f"{place} has {tokenizer.decode(found)!r} in it, which ends a text of this model: "
             "take it out, or write it in another way"
         )
 
@@ -410,8 +410,8 @@ def encode(
 ) -> list[Encoded]:
     """Token ids of all examples.
 
-    Raises ValueError for one whose text spells out an end, and if some are longer than the model's
-    context. These are left out instead if `drop_long`.
+    Raises ValueError for an example with an end token in its text. Raises it also if some examples
+    are longer than the model's context, unless `drop_long`: then they are left out.
     """
     encoded = []
     for n, example in enumerate(examples, 1):
@@ -419,15 +419,15 @@ def encode(
         answer = tokenizer.encode_answer(example.prompt, example.answer)
         check_ends(answer, tokenizer.turn_ends, tokenizer, f"row {n} of the data")
         ids = [*prompt, *answer, tokenizer.eos]
-        if len(ids) < 2:  # of a text without a prompt
+        if len(ids) < 2:  # no prompt, and an empty answer
             raise ValueError(f"row {n} of the data has no text at all: take it out")
-        # The model predicts no first token: of a text without a prompt, it is only an input.
+        # The model cannot predict the first token. Without a prompt, that token is only an input.
         encoded.append(Encoded(ids, max(1, len(prompt))))
     return without_long_rows(encoded, max_len, drop_long)
 
 
 def without_long_rows(encoded: list[Encoded], max_len: int, drop_long: bool) -> list[Encoded]:
-    """The rows that fit into the context of `max_len` tokens; see `encode`."""
+    """The rows that fit into a context of `max_len` tokens. See `encode`."""
     fit = [e for e in encoded if len(e.ids) <= max_len]
     if len(fit) < len(encoded):
         sizes = [len(e.ids) for e in encoded]
@@ -439,10 +439,10 @@ def without_long_rows(encoded: list[Encoded], max_len: int, drop_long: bool) -> 
         )
         if not (drop_long and fit):
             raise ValueError(
-                f"{found}; want shorter rows (train.py and catcher.py leave them out with "
-                "--drop-long)"
+                f"{found}. Want shorter rows, or --drop-long with train.py and catcher.py, which "
+                "leaves them out"
             )
-        print(f"{found}; --drop-long leaves them out")
+        print(f"{found}. --drop-long leaves them out")
     return fit
 
 
@@ -453,13 +453,13 @@ class Batch(NamedTuple):
     """Sequences padded on the right to one length T."""
 
     tokens: Tensor  # [B, T]
-    targets: Tensor  # [B, T] the next token where it belongs to the answer, else IGNORE
+    targets: Tensor  # [B, T] the next token if it belongs to the answer, else IGNORE
     real: Tensor  # [B, T] False on padding
 
     def counted(self, count: str) -> Tensor:
         """[B, T] the positions whose visits count: "all" tokens, or those that predict "answers".
 
-        The next token of such a position is a target, so its routing is what the loss trains.
+        The next token of such a position is a target. So the loss trains the routing there.
         """
         return self.real if count == "all" else self.targets != IGNORE
 
@@ -467,7 +467,7 @@ class Batch(NamedTuple):
 def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batch:
     """Pad a few examples to one length. The last token of each is only a target, never an input.
 
-    No example at all (a rank without work) gives one sequence of padding.
+    Without examples (a rank without work) the batch is one sequence of padding.
     """
     width = max((len(e.ids) for e in examples), default=2) - 1
     tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
@@ -482,14 +482,14 @@ def collate(examples: list[Encoded], device: torch.device | str = "cpu") -> Batc
 
 
 def steps_per_epoch(n_examples: int, batch_size: int) -> int:
-    """The last step of an epoch takes what is left, so that every example is seen once."""
+    """The number of steps. The last takes the rest, so every example is used once."""
     return -(-n_examples // batch_size)
 
 
 def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int) -> list[Encoded]:
-    """The examples of optimizer step `step` (from 0): a function of the step alone.
+    """The examples of optimizer step `step` (from 0). They depend on the arguments alone.
 
-    So the step number is all a resumed run must know. Each epoch has its own seeded order.
+    So a resumed run needs only the number of the step. Each epoch has its own seeded order.
     """
     epoch, at = divmod(step, steps_per_epoch(len(data), batch_size))
     draw = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -498,10 +498,10 @@ def examples_of_step(data: list[Encoded], step: int, batch_size: int, seed: int)
 
 
 def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
-    """Cut a step's examples into groups of `size` of like length, so that there is little padding.
+    """Cut a step's examples into groups of `size`. Similar lengths go together: little padding.
 
-    The groups are the same whatever the number of ranks. They are dealt to the ranks one by one,
-    and each gets as many as the others: some at the end may be empty.
+    The groups do not depend on the number of ranks. The ranks take turns, and each gets the same
+    number of groups. So some groups at the end may be empty.
     """
     ordered = sorted(examples, key=lambda e: len(e.ids))
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -510,12 +510,12 @@ def micro_batches(examples: list[Encoded], size: int) -> list[list[Encoded]]:
 
 
 def idle_ranks(n_examples: int, size: int) -> str:
-    """What to say if `micro_batches` of a smaller size would give more ranks work; else ""."""
+    """A warning if a smaller `size` in `micro_batches` would give more ranks work, else ""."""
     n_groups, even = -(-n_examples // size), -(-n_examples // ranks.world())
     if n_groups >= ranks.world() or size <= even:
         return ""
     return (
-        f"of a step's {n_examples} examples --micro-batch {size} makes a part for {n_groups} of "
-        f"{ranks.world()} ranks, so the others compute padding alone: --micro-batch {even} gives "
+        f"--micro-batch {size} cuts a step's {n_examples} examples into {n_groups} parts for "
+        f"{ranks.world()} ranks, so some ranks compute only padding: --micro-batch {even} gives "
         "more ranks a part"
     )

@@ -1,4 +1,4 @@
-"""The device: which one computes, what CUDA is told before it starts, what is free on it.
+"""The device: the choice of it, CUDA's settings, free memory, warnings about a slow device.
 
 Nothing here has run on CUDA yet. PyTorch's source was read for it.
 """
@@ -14,7 +14,7 @@ from plumbing import ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
 LARGE = 1_000_000_000  # parameters; a model of that many is too slow for most on a CPU
-# Where a user may have told PyTorch how to keep a GPU's memory.
+# The variables with which a user may have chosen how PyTorch keeps a GPU's memory.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -37,11 +37,12 @@ def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.
 
 
 def prepare_cuda() -> None:
-    """Tell PyTorch how to use CUDA. To be called before anything is on a GPU.
+    """Tell PyTorch how to use CUDA. Call this before anything is on a GPU.
 
-    Memory comes in segments that grow: each micro-batch has another length, and what is freed would
-    else be of the wrong size for the next. Attention does not go to cuDNN, which plans for about
-    half a second at each new length (transformers #48163). Products in bf16 add up in float32.
+    Memory comes in segments that can grow. Each micro-batch has another length, so freed memory
+    would otherwise have the wrong size for the next one. Attention does not use cuDNN, which plans
+    for about half a second at each new length (transformers #48163). Products in bf16 add up in
+    float32.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -50,10 +51,10 @@ def prepare_cuda() -> None:
 
 
 def warn_of_unseen_gpu() -> None:
-    """A line on stderr if this machine has NVIDIA's driver, and PyTorch finds no GPU.
+    """Warn on stderr if this machine has NVIDIA's driver, but PyTorch finds no GPU.
 
-    Another if it has an Apple GPU, on which nothing has been tried. None of the first if
-    CUDA_VISIBLE_DEVICES is set, as this hides GPUs on purpose.
+    An Apple GPU gives another warning, as nothing has been tried there. The first warning is left
+    out if CUDA_VISIBLE_DEVICES is set: that variable may hide GPUs on purpose.
     """
     if torch.backends.mps.is_available():
         _warn("the CPU is used: this project has not been tested on Apple GPUs (mps)")
@@ -66,7 +67,7 @@ def warn_of_unseen_gpu() -> None:
 
 
 def warn_of_slow_cpu(n_params: int, device: torch.device, asked: str | None) -> None:
-    """A line on stderr if a model of billions starts on a CPU that nobody asked for."""
+    """Warn on stderr if a large model starts on a CPU without --device cpu."""
     if device.type == "cpu" and asked is None and n_params >= LARGE:
         _warn(
             f"the model has {n_params / 1e9:.1f} billion parameters, and the CPU is used: "
@@ -80,36 +81,36 @@ def _warn(text: str) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that this process may still take, in bytes. 0 where nobody tells.
+    """The memory that this process may still take, in bytes. 0 if it is unknown.
 
-    Of a GPU: what no process holds, and what PyTorch keeps there for its next tensors. Of the CPU:
-    a part for each rank on this machine.
+    On a GPU: the free memory, and what PyTorch keeps there for its next tensors. On the CPU: the
+    available memory, divided among the ranks on this machine.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    told = Path("/proc/meminfo")
-    for line in told.read_text().splitlines() if told.exists() else []:
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
         if line.startswith("MemAvailable:"):  # in kB
             return 1024 * int(line.split()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0
 
 
 def most_bytes(device: torch.device) -> int:
-    """The memory beyond which this process is sure to fail, in bytes. 0 where nobody tells.
+    """The memory that this process can never exceed, in bytes. 0 if it is unknown.
 
-    Of a GPU: what is free. Of the CPU: all that the machine has, swap included, or less where a
-    control group says so.
+    On a GPU: the free memory. On the CPU: all memory of the machine with its swap, or the limit of
+    the control group if that is lower.
     """
     if device.type == "cuda":
         return free_bytes(device)
-    told = Path("/proc/meminfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    there = sum(
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    total = sum(
         1024 * int(line.split()[1])
         for line in lines
         if line.startswith(("MemTotal:", "SwapTotal:"))
     )
     limits = [Path("/sys/fs/cgroup") / f"memory{kind}.max" for kind in ("", ".swap")]
     texts = [path.read_text().strip() if path.exists() else "max" for path in limits]
-    return min(there, sum(map(int, texts))) if all(map(str.isdigit, texts)) else there
+    return min(total, sum(map(int, texts))) if all(map(str.isdigit, texts)) else total

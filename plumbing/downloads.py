@@ -1,6 +1,6 @@
-"""Where a data set comes from: this repository, a URL, or the Hub. All that is fetched is checked.
+"""The sources of data sets: this repository, a URL, or the Hub. Each download is checked.
 
-What is at a URL is fetched once, into HELLORA_CACHE (default: ~/.cache/hellora).
+A file at a URL is fetched once, into HELLORA_CACHE (default: ~/.cache/hellora).
 """
 
 import gzip
@@ -18,16 +18,16 @@ from plumbing.hub import snapshot
 ROOT = Path(__file__).parent.parent  # of this repository
 LARGEST_UNPACKED = 1 << 27  # bytes
 LARGEST_DOWNLOAD = 1 << 26  # bytes
-LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: of all of it, and until the next byte must be there
+LONGEST_DOWNLOAD, SILENCE = 600, 30  # seconds: for all bytes, and without any byte
 
 
 class Source(NamedTuple):
-    """Where the rows of a split are: in this repository, at a URL, or in a data set of the Hub."""
+    """The place of a split's rows: a file of this repository, a URL, or a data set of the Hub."""
 
-    place: str  # a path in this repository, a URL, or the name of a file of `repo`
-    checksum: str = ""  # of what is at a URL: its sha256, or git's id of the file
+    place: str  # a path in this repository, a URL, or the name of a file in `repo`
+    checksum: str = ""  # of the file at a URL: its sha256, or its id in git
     licence: str = ""
-    repo: str = ""  # of the Hub, ORG/NAME; the client checks what comes from there
+    repo: str = ""  # a data set of the Hub, ORG/NAME; the Hub's client checks its files
     commit: str = ""  # of `repo`
 
     @property
@@ -36,9 +36,9 @@ class Source(NamedTuple):
         return bool(self.repo) or "://" in self.place
 
     def cached(self) -> Path:
-        """The path of a file of this repository, or of what is at a URL, even if it is not there.
+        """The path of a file of this repository, or of a URL's file in the cache.
 
-        Raises ValueError for a HELLORA_CACHE that is no folder.
+        The file need not exist. Raises ValueError for a HELLORA_CACHE that is not a folder.
         """
         if "://" not in self.place:
             return ROOT / self.place
@@ -48,14 +48,14 @@ class Source(NamedTuple):
         return Path(cache) / f"{self.checksum[:16]}-{self.place.rpartition('/')[2]}"
 
     def fetch(self) -> Path:
-        """Its path, after a download if need be.
+        """The path of the file, after a download if it is not here.
 
-        Raises OSError without a network, ValueError if the file is not the one that is expected.
+        Raises OSError without a network, and ValueError if the download has another checksum.
         """
         if self.repo:
             page = f"https://huggingface.co/datasets/{self.repo}"
             print(f"{self.place} of {page} (licence: {self.licence})")
-            instead = "or give a copy that is here, with --data FILE"
+            instead = "or give a copy of the file with --data FILE"
             folder = snapshot(self.repo, self.commit, self.place, kind="dataset", instead=instead)
             return folder / self.place
         if "://" not in self.place:
@@ -71,18 +71,17 @@ class Source(NamedTuple):
         return path
 
     def write(self, body: bytes, path: Path) -> None:
-        """Write what was downloaded. Raises ValueError unless it has the checksum."""
+        """Write a downloaded file. Raises ValueError unless it has the checksum."""
         path.write_bytes(body)
         if not has_checksum(path, self.checksum):
             raise ValueError(
-                f"{self.place} gave another file than the one that is wanted, {len(body):,} bytes "
-                f"without the checksum {self.checksum}: see whether the network wants a log-in, or "
-                "use --data FILE"
+                f"{self.place} gave {len(body):,} bytes without the checksum {self.checksum}: "
+                "check whether the network wants a log-in, or use --data FILE"
             )
 
 
 def download(url: str) -> bytes:
-    """What is there. Raises OSError if it is not given, or too large, or too slow."""
+    """The bytes at a URL. Raises OSError if they cannot be fetched, or are too many or too slow."""
     body, until = bytearray(), time.monotonic() + LONGEST_DOWNLOAD
     try:
         with urllib.request.urlopen(url, timeout=SILENCE) as reply:
@@ -95,14 +94,14 @@ def download(url: str) -> bytes:
             raise OSError(f"it broke off after {len(body):,} of {size:,} bytes")
     except (OSError, HTTPException, ValueError) as error:
         raise OSError(
-            f"{url} cannot be had ({error}): run the command again, or get it where there is a "
-            "network, and give the file with --data FILE"
+            f"{url} could not be fetched ({error}): run the command again, or fetch the file on "
+            "another network and give it with --data FILE"
         ) from error
     return bytes(body)
 
 
 def unpacked(path: Path) -> bytes:
-    """What a .gz holds. Raises ValueError if that is too much: a small file may hold any amount."""
+    """The content of a .gz. Raises ValueError if it is too large: a small .gz can hold any size."""
     with gzip.open(path) as file:
         body = file.read(LARGEST_UNPACKED + 1)
     if len(body) > LARGEST_UNPACKED:

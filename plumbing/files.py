@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and JSON that is checked before it is used."""
+"""Files that are either whole or absent, and JSON that is checked before use."""
 
 import errno
 import hashlib
@@ -21,20 +21,21 @@ from plumbing import ranks
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool = False) -> None:
-    """Let `write` fill a temporary file, bring it to disk, and only then give it the name `path`.
+    """Let `write` fill a temporary file, bring it to disk, and then give it the name `path`.
 
-    Only rank 0 writes, unless `every_rank` wants the file for itself. Raises PermissionError where
-    nothing can be written, or OSError, whatever error of its own the writing library has for a full
-    disk. A link that has one of the two names is replaced: what it leads to is left alone.
+    Only rank 0 writes, unless `every_rank` (each rank wants the file for itself). Raises
+    PermissionError if nothing can be written there, or OSError for any other error, also for an
+    error that belongs to the writing library. A link with one of the two names is replaced. The
+    file behind the link does not change.
     """
     if ranks.rank() and not every_rank:
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with writing(path):
-            draft.unlink(missing_ok=True)  # a link of that name would be written through
+            draft.unlink(missing_ok=True)  # if it were a link, the file behind it would be written
             write(draft)
-            with draft.open("rb+") as file:  # Windows brings only what may be written to disk
+            with draft.open("rb+") as file:  # Windows syncs only files that are open for writing
                 os.fsync(file.fileno())
             draft.chmod(0o644)  # safetensors makes its files private
             draft.replace(path)
@@ -45,23 +46,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any], every_rank: bool 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have a write that fails end in one line that names the file."""
+    """Turn an error of a write into one line that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
+        number = getattr(error, "errno", None)  # safetensors' own error has none
         kind = PermissionError if number in (errno.EACCES, errno.EPERM, errno.EROFS) else OSError
-        room = ""
-        with suppress(OSError):  # safetensors has an error of its own, so a full disk has many
-            room = f"; its disk has {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB left"
-        raise kind(f"{path} could not be written ({error}){room}") from error
+        space = ""
+        with suppress(OSError):  # the number does not always tell a full disk, so say what is free
+            space = f", with {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB free on its disk"
+        raise kind(f"{path} could not be written ({error}){space}") from error
 
 
 def sync_names(folder: Path) -> None:
-    """Bring the names of the files in `folder` to disk: a power cut may otherwise undo a rename.
+    """Bring the names of the files in `folder` to disk. A power cut could otherwise undo a rename.
 
-    Windows cannot open a folder, and some network file systems cannot do this. Nothing happens
-    there.
+    Nothing happens where this is impossible: Windows cannot open a folder, and some network file
+    systems cannot sync one.
     """
     with suppress(OSError):
         names = os.open(folder, os.O_RDONLY)
@@ -72,15 +73,15 @@ def sync_names(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, completely or not at all."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_json_lines(path: Path, rows: Iterable[object]) -> None:
-    """Write each row as a line of JSON, all of them or none.
+    """Write each row as a line of JSON, all rows or none.
 
-    An unpaired surrogate, which no UTF-8 file can hold, becomes its escape in JSON.
+    An unpaired surrogate is written as its JSON escape: no UTF-8 file can hold it.
     """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     body = text.encode("utf-8", "backslashreplace")
@@ -88,7 +89,7 @@ def write_json_lines(path: Path, rows: Iterable[object]) -> None:
 
 
 def sha256(*paths: Path) -> str:
-    """One checksum over the contents of files, in the given order."""
+    """One checksum over the contents of all files, in the given order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -98,7 +99,7 @@ def sha256(*paths: Path) -> str:
 
 
 def has_checksum(path: Path, checksum: str) -> bool:
-    """Whether a file has this sha256, or this id in git, which has 40 digits."""
+    """Whether a file has this sha256, or this id in git (40 digits)."""
     if len(checksum) == 64:
         return sha256(path) == checksum
     body = path.read_bytes()
@@ -107,9 +108,9 @@ def has_checksum(path: Path, checksum: str) -> bool:
 
 # ---- reading -------------------------------------------------------------------------------------
 
-LARGEST_JSON = 1 << 24  # bytes: as Python objects they may take a hundred times as many
-COUNTS = range(2**53)  # what `int` means in a schema: every program reads these integers exactly
-Positive = Annotated[int, range(1, 2**31)]  # an int of a schema that may not be 0
+LARGEST_JSON = 1 << 24  # bytes; as Python objects they may take a hundred times as much
+COUNTS = range(2**53)  # the values of `int` in a schema: every program reads these exactly
+Positive = Annotated[int, range(1, 2**31)]  # an int of a schema that cannot be 0
 
 
 def read_json(path: Path, want: str, schema: object = dict) -> Any:  # noqa: ANN401
@@ -118,7 +119,7 @@ def read_json(path: Path, want: str, schema: object = dict) -> Any:  # noqa: ANN
     Raises FileNotFoundError or ValueError. Both name the path and say what is wanted.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or no file: want {want}")
+        raise FileNotFoundError(f"{path} is missing, or not a file: want {want}")
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"{size:,} bytes are too many")
@@ -133,12 +134,13 @@ def read_json(path: Path, want: str, schema: object = dict) -> Any:  # noqa: ANN
 
 
 def check(value: object, hint: Any, at: str = "") -> None:  # noqa: ANN401
-    """Raise ValueError unless a value from JSON is what the type `hint` says.
+    """Raise ValueError unless a value from JSON has the type `hint`.
 
     hint: str (printable text of one line), float (finite), int (in COUNTS), bool, dict, list[T],
     dict[str, T], T | None, Literal[...], Annotated[int, a range], or a dataclass of such fields. A
-    dataclass is an object with these keys and any others. A key that is absent has the value None.
-    If its field has a default, it need not be there. at: the way to the value, such as .lists[3].
+    dataclass stands for an object with these keys, and perhaps others. A key that is absent has the
+    value None. A key whose field has a default may be absent. at: the path to the value, such as
+    .lists[3].
     """
     if get_origin(hint) in (UnionType, Union):  # T | None
         if value is None:
@@ -146,12 +148,12 @@ def check(value: object, hint: Any, at: str = "") -> None:  # noqa: ANN401
         hint = next(part for part in get_args(hint) if part is not NoneType)
     if words := unmet(value, hint):
         raise ValueError(f"{at.lstrip('.') or 'it'} is {short(value)}, want {words}")
-    for way, part, its_hint in parts(value, hint):
-        check(part, its_hint, at + way)
+    for step, part, its_hint in parts(value, hint):
+        check(part, its_hint, at + step)
 
 
 def parts(value: Any, hint: Any) -> Iterator[tuple[str, object, Any]]:  # noqa: ANN401
-    """The parts of an object or list: the way to each, the part, and the type that it must have."""
+    """The parts of an object or list: the step to a part, the part, and the type it must have."""
     if is_dataclass(hint):
         for field in fields(hint):
             if field.name in value or (field.default is field.default_factory is MISSING):
@@ -165,15 +167,15 @@ def parts(value: Any, hint: Any) -> Iterator[tuple[str, object, Any]]:  # noqa: 
 
 
 def unmet(value: object, hint: Any) -> str:  # noqa: ANN401
-    """What a value should have been, in words; "" if it is of that type, whatever its parts are."""
+    """The words for the type that a value lacks, or "". The parts of the value are not checked."""
     origin = get_origin(hint)
     if origin is Literal:
         good, words = value in get_args(hint), " or ".join(map(repr, get_args(hint)))
-    elif origin is Annotated or hint is int:  # a bool is of another type
+    elif origin is Annotated or hint is int:  # type() below: a bool is no int here
         span = COUNTS if hint is int else hint.__metadata__[0]
         good = type(value) is int and value in span
         words = f"an integer from {span[0]} to {span[-1]}"
-    elif hint is float:  # NaN is not below anything
+    elif hint is float:  # NaN is refused too: it is not below anything
         good, words = type(value) in (int, float) and abs(value) < 1e300, "a finite number"
     elif hint is str:
         good, words = isinstance(value, str) and value.isprintable(), "text of one line"

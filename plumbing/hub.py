@@ -1,9 +1,11 @@
-"""Files of the Hugging Face Hub: fetched once, and checked against the names they are cached under.
+"""Files of the Hugging Face Hub: fetched once, and checked against their names in the cache.
 
-huggingface_hub speaks with the server, tries again, locks and caches. Added here: the commit that a
-revision stands for, so that a run can go on with it; one file after the other in the main thread,
-so that Ctrl-C stops at once (its own loop over files waits for eight threads); a look at the bytes;
-and errors that say what happened and what to do.
+The library huggingface_hub speaks with the server, retries, locks and caches. This file adds:
+- the commit of a revision, so that a stopped run continues with the same files;
+- one file at a time in the main thread, so that Ctrl-C stops at once (the library's own loop waits
+  for eight threads);
+- a check of the bytes;
+- errors that say what happened and what to do.
 """
 
 import errno
@@ -21,16 +23,16 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def snapshot_commit(folder: Path) -> str | None:
-    """The commit of a snapshot in the Hub's cache (models--A--B/snapshots/COMMIT); else None."""
+    """The commit of a snapshot in the Hub's cache (models--A--B/snapshots/COMMIT), else None."""
     return folder.name if snapshot_repo(folder) else None
 
 
 def snapshot_repo(folder: Path) -> str | None:
-    """ORG/NAME of a snapshot in the Hub's cache; None for any other folder."""
+    """The ORG/NAME of a snapshot in the Hub's cache, else None."""
     folder = folder.absolute()
     kind, _, repo = folder.parent.parent.name.partition("--")
-    is_one = kind == "models" and folder.parent.name == "snapshots"
-    return repo.replace("--", "/") if is_one and COMMIT.fullmatch(folder.name) else None
+    is_snapshot = kind == "models" and folder.parent.name == "snapshots"
+    return repo.replace("--", "/") if is_snapshot and COMMIT.fullmatch(folder.name) else None
 
 
 def snapshot(
@@ -42,13 +44,13 @@ def snapshot(
     kind: str = "model",
     instead: str = "or give a copy that is here",
 ) -> Path:
-    """The folder of a snapshot, with the file `first` and all that match `others` or `last` in it.
+    """The folder of a snapshot, with the file `first` and all files that match `others` or `last`.
 
-    revision: a branch, a tag or a commit; None: the main branch as it is now, or without a network
-    as it was when it was asked for last. others: patterns; last: one more, whose files are fetched
-    after all others. So where the cache has one of these, it has the others too. kind: "model" or
-    "dataset". instead: how an error ends. Raises OSError that says what to do; FileNotFoundError if
-    the Hub has no such repository, revision or file.
+    revision: a branch, a tag or a commit. None means the main branch as it is now. Without a
+    network, it means the commit that was fetched last. others: patterns. last: a pattern whose
+    files are fetched after all others. So if the cache has one of these, it has the others too.
+    kind: "model" or "dataset". instead: the end of each error. Raises OSError with what to do. It
+    is a FileNotFoundError if the Hub has no such repository, revision or file.
     """
     from huggingface_hub import hf_hub_download  # here, as it takes long to import
 
@@ -58,7 +60,7 @@ def snapshot(
 
     with explained(repo, revision, kind, instead):
         folder = fetch(first).parent
-        commit = folder.name  # for all others too, as a branch may move meanwhile
+        commit = folder.name  # for all other files too: a branch may move meanwhile
         more = matching_files(repo, commit, folder, others, last, kind) if last else []
         for name in [first, *more]:
             path = fetch(name, commit)
@@ -68,7 +70,7 @@ def snapshot(
             if not is_whole(path):
                 path.resolve().unlink()
                 path.unlink()
-                raise OSError(f"{name} of {repo} came twice with other bytes than the Hub says")
+                raise OSError(f"{name} of {repo} came twice with a wrong checksum: try again later")
     return folder
 
 
@@ -77,7 +79,7 @@ def matching_files(
 ) -> list[str]:
     """The names of a commit's files that match `others`, and then those that match `last`.
 
-    If the Hub cannot be asked, those in the cache, if it has one that matches `last`.
+    If the Hub cannot be asked, and the cache has a file that matches `last`, the cache's names.
     """
     from huggingface_hub.utils import filter_repo_objects
 
@@ -88,7 +90,7 @@ def matching_files(
 
     try:
         return ordered(files_of_commit(repo, commit, kind))
-    except client_errors():  # whichever it is: what was fetched before is good enough
+    except client_errors():  # for any of these errors, a complete cache is good enough
         cached = [path.name for path in folder.iterdir()]
         if not [*filter_repo_objects(cached, allow_patterns=last)]:
             raise
@@ -96,37 +98,37 @@ def matching_files(
 
 
 def files_of_commit(repo: str, commit: str, kind: str) -> list[str]:
-    """The names of the files at the top of a repository, from the Hub."""
+    """The names of the files in the top folder of a repository, from the Hub."""
     from huggingface_hub import HfApi, errors
 
     try:
-        about = HfApi().repo_info(repo, revision=commit, repo_type=kind, timeout=PATIENCE)
-        return [file.rfilename for file in about.siblings if "/" not in file.rfilename]
-    except (KeyError, TypeError) as error:  # the client takes any JSON for an answer of the Hub's
+        info = HfApi().repo_info(repo, revision=commit, repo_type=kind, timeout=PATIENCE)
+        return [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+    except (KeyError, TypeError) as error:  # the client takes any JSON for an answer of the Hub
         raise errors.FileMetadataError(f"the list of files of {repo} has no names") from error
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a cached file has the checksum that it is kept under; True if it is under none."""
-    if not path.is_symlink():  # a system without links has the file itself here
+    """Whether a cached file has the checksum in its name. True if the name has no checksum."""
+    if not path.is_symlink():  # without links in the file system, the file itself is here
         return True
-    about = path.stat()
-    return _is_whole(path, path.readlink().name, about.st_size, about.st_mtime_ns)
+    status = path.stat()
+    return _is_whole(path, path.readlink().name, status.st_size, status.st_mtime_ns)
 
 
-@cache  # a command asks for its model several times
+@cache  # a command asks several times for its model
 def _is_whole(path: Path, checksum: str, _size: int, _changed: int) -> bool:
     return not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum) or has_checksum(path, checksum)
 
 
-# ---- what went wrong -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises: errors of its own, of its HTTP library, and of files.
+    """The errors that huggingface_hub raises: its own, those of its HTTP library, and of files.
 
-    A ValueError is of a name, a token or JSON. A RuntimeError is of hf_xet, which fetches large
-    files for it.
+    A ValueError comes from a name, a token or JSON. A RuntimeError comes from hf_xet, which fetches
+    large files.
     """
     from huggingface_hub import errors
 
@@ -135,20 +137,20 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def explained(repo: str, revision: str | None, kind: str, instead: str) -> Iterator[None]:
-    """Have an error of the Hub's client end in one line that says what to do.
+    """Turn an error of the Hub's client into one line that says what to do.
 
-    It becomes a FileNotFoundError if the Hub has no such thing, else an OSError.
+    The line is a FileNotFoundError if the Hub has no such thing, else an OSError.
     """
     try:
         yield
     except client_errors() as error:
-        at = f"{repo}@{revision}" if revision else repo
-        line = f"{kind} {at}: {explanation(error, repo, kind)}, {instead}"
+        name = f"{repo}@{revision}" if revision else repo
+        line = f"{kind} {name}: {explanation(error, repo, kind)}, {instead}"
         raise (FileNotFoundError if is_absent(error) else OSError)(line) from error
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those behind it: the client often wraps the one that tells."""
+    """The error and its causes. The client often wraps the error that says most."""
     while error:
         yield error
         error = error.__cause__ or error.__context__
@@ -164,24 +166,24 @@ def is_absent(error: Exception) -> bool:
         errors.RemoteEntryNotFoundError,
     )
     return any(
-        isinstance(one, absent) and not isinstance(one, errors.GatedRepoError)
-        for one in causes(error)
+        isinstance(cause, absent) and not isinstance(cause, errors.GatedRepoError)
+        for cause in causes(error)
     )
 
 
 def explanation(error: Exception, repo: str, kind: str) -> str:
-    """What happened, and what to do: of the first error in the chain that is known."""
+    """What happened and what to do, for the first known error among the causes."""
     from huggingface_hub import errors
 
-    for one in causes(error):
-        refused = isinstance(one, errors.HfHubHTTPError)
-        if text := refusal(one, repo, kind) if refused else failure(one):
+    for cause in causes(error):
+        refused = isinstance(cause, errors.HfHubHTTPError)
+        if text := refusal(cause, repo, kind) if refused else failure(cause):
             return text
-    return f"{first_line(error)}: run the command again, in another network if that stays"
+    return f"{first_line(error)}: run the command again, or try another network"
 
 
 def refusal(error: Exception, repo: str, kind: str) -> str:
-    """Of an HTTP answer that refuses what was asked for."""
+    """The message for an HTTP answer that refuses the request."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
@@ -198,7 +200,7 @@ def refusal(error: Exception, repo: str, kind: str) -> str:
 
 
 def failure(error: BaseException) -> str:
-    """Of what failed before or after an answer; "" for an error that is not known here."""
+    """The message for an error before or after an HTTP answer, or "" if the error is unknown."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HFValidationError):
@@ -211,12 +213,12 @@ def failure(error: BaseException) -> str:
             f"({type(error).__name__}): check HF_ENDPOINT and any log-in page of the network"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
-        place = constants.HF_HUB_CACHE
-        return f"HF_HUB_OFFLINE is set, and {place} has not all of it: unset that once"
+        cache = constants.HF_HUB_CACHE
+        return f"HF_HUB_OFFLINE is set, and {cache} lacks some files: unset it once"
     if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
         return (
             f"no connection to {constants.ENDPOINT}, or it broke off ({type(error).__name__}): "
-            "look at the network and run the command again"
+            "check the network and run the command again"
         )
     return unwritable(error) if isinstance(error, OSError) and error.errno else ""
 
@@ -225,7 +227,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def gated(page: str) -> str:
-    """Of a repository that wants its terms accepted."""
+    """The message for a repository whose terms must be accepted."""
     from huggingface_hub import get_token
 
     who = "with the account of the token that is set" if get_token() else f"then {LOG_IN}"
@@ -233,43 +235,43 @@ def gated(page: str) -> str:
 
 
 def unknown_name(kind: str) -> str:
-    """Of a repository that is not there, or private: the Hub does not say which."""
+    """The message for a repository that is absent or private. The Hub does not say which."""
     from huggingface_hub import get_token
 
-    private = "see whether the token that is set may read it" if get_token() else LOG_IN
+    private = "check that the token that is set may read it" if get_token() else LOG_IN
     return (
-        f"the Hub has no {kind} of that name, or you may not see it: correct the name; if it is "
-        f"private, {private}"
+        f"the Hub has no {kind} of that name, or you may not see it: correct the name, or, if it "
+        f"is private, {private}"
     )
 
 
 def refused_with(status: int) -> str:
-    """Of an HTTP status that says no more than itself."""
+    """The message for an HTTP status without more details."""
     from huggingface_hub import constants
 
     if status == 401:
         return f"the Hub does not know this token (401): {LOG_IN}"
     if status == 403:
-        return f"the Hub refuses it (403): want a token that may read it; {LOG_IN}"
+        return f"the Hub refuses it (403): want a token that may read it, so {LOG_IN}"
     if status == 429:
         return (
             "the Hub had too many requests from here (429): run the command again in some minutes"
         )
     if status >= 500:
         return f"the Hub has a fault ({status}): run the command again later"
-    return f"{constants.ENDPOINT} refuses it ({status}): see whether HF_ENDPOINT is right"
+    return f"{constants.ENDPOINT} refuses it ({status}): check HF_ENDPOINT"
 
 
 def unwritable(error: OSError) -> str:
-    """Of a cache into which a file cannot be written."""
+    """The message for a cache that cannot be written."""
     from huggingface_hub import constants
 
-    place = constants.HF_HUB_CACHE
+    cache = constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk of {place} is full: make room, or set HF_HOME to another disk"
-    return f"{place} cannot be written ({error.strerror}): set HF_HOME to another folder"
+        return f"the disk of {cache} is full: make room, or set HF_HOME to another disk"
+    return f"{cache} cannot be written ({error.strerror}): set HF_HOME to another folder"
 
 
 def first_line(error: BaseException) -> str:
-    """Of a message that may have many."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [""])[0]

@@ -1,11 +1,11 @@
-"""What a run takes of a device's memory, by arithmetic on the shapes of its tensors.
+"""The memory that a run takes on a device, computed from the shapes of its tensors.
 
-A model of shapes alone (meta device) has the tensors that stay: weights, adapters. A training step
-adds their gradients, AdamW's two values, what each operation keeps for the backward pass, and what
-is there for a moment only. `training` counts these, `problem` what scoring adds to the weights.
-tests/test_memory.py holds the sum against what PyTorch really allocates on a CPU.
+A model of shapes alone (meta device) has the tensors that stay: weights and adapters. A training
+step adds their gradients, AdamW's two values, the tensors kept for the backward pass, and tensors
+that live for a moment. `training` adds up these. `problem` gives what scoring adds to the weights.
+tests/test_memory.py compares the sum with what PyTorch really allocates on a CPU.
 
-Letters are those of moe_model.py and hellora.py. Sizes are in bytes, of one device.
+The letters are those of moe_model.py and hellora.py. Sizes are bytes on one device.
 """
 
 import math
@@ -29,7 +29,7 @@ STAY = PARTS[:3]  # from the first step to the last
 def shapes(
     cfg: MoEConfig, method: Method, k: int, rank: int, alpha: float, dtype: torch.dtype
 ) -> MoEModel:
-    """The model as `method` trains it, without memory: computed in `dtype`, frozen weights too."""
+    """The model as `method` trains it, without memory. Frozen weights are in `dtype`."""
     model = empty_model(cfg, dtype).to(torch.float32 if method.train_base else dtype)
     experts = list(range(cfg.n_experts if method.rule == "all" else k))
     hellora.attach(model, method, dict.fromkeys(cfg.moe_layers, experts), rank, alpha)
@@ -37,9 +37,9 @@ def shapes(
 
 
 def visits_of(method: Method, k: int, n_experts: int) -> float:
-    """The share of visits that adapted experts are reckoned to get: four times an even share.
+    """The assumed share of visits that go to adapted experts: four times an even share.
 
-    It is an estimate. The 8 hot ones of OLMoE's 64 get about a half of what GSM8K visits.
+    This is an estimate. OLMoE's 8 hot experts of 64 get about half of the visits on GSM8K.
     """
     return min(1.0, 4 * k / n_experts) if method.chooses else 1.0
 
@@ -56,21 +56,21 @@ def training(
     cut: bool = False,
     on_cpu: bool = False,
 ) -> dict[str, int]:
-    """{PARTS: bytes} on each of n devices at the worst moment of a step.
+    """{PARTS: bytes} on each of n devices, at the moment of a step that takes most.
 
-    tokens: of a micro-batch, padding included. share: of visits that adapted experts get. cut:
-    --shard full. on_cpu: there a norm keeps its input in float32; CUDA's is one kernel.
-
-    The gradients of earlier micro-batches are there, so a step of a single one takes less.
+    tokens: those of a micro-batch, with padding. share: the share of visits that go to adapted
+    experts. cut: --shard full. on_cpu: a norm keeps its input in float32 there, but CUDA has one
+    kernel for it. The gradients of earlier micro-batches count, so a step of a single micro-batch
+    takes less.
     """
     size, dim = model.dtype.itemsize, model.cfg.dim
     layers = [kept(layer, model, tokens, share, on_cpu, cut) for layer in model.layers]
-    # Into the last norm, and out of it.
+    # The input and the output of the last norm.
     ends = tokens * dim * (of_norms(model, on_cpu) + size)
-    # log_softmax, and its gradient before and after, in float32.
+    # log_softmax, its gradient, and the gradient of the logits, in float32.
     logits = 3 * 4 * min(tokens, LOSS_CHUNK) * model.cfg.vocab_size
     passing = max(gradients_of(layer, model, tokens, share) for layer in model.layers)
-    if recompute:  # the inputs of all layers, and a layer as it is computed again
+    if recompute:  # the inputs of all layers, and one layer that is computed again
         stays = len(layers) * tokens * (dim * size + decided(model))
         moment = max(logits, max(layers) + passing)
     else:
@@ -79,37 +79,37 @@ def training(
 
 
 def held(model: MoEModel, n: int, cut: bool) -> dict[str, int]:
-    """The first four of PARTS: what does not depend on the tokens.
+    """The first four of PARTS. They do not depend on the tokens.
 
-    Cut up, a GPU holds its part of each parameter (the largest part: rows are not cut), and besides
-    the layer that is computed, the next one on its way, the rest (embedding, norm, head) in one
-    piece, and a layer's gradients before and after they are added up. Else the gradients once more,
-    in the message that does that.
+    cut: a GPU holds its part of each parameter. (Rows are not cut, so this is the largest part.) It
+    also holds, in one piece, the layer that is computed, the next layer, and the rest (embedding,
+    norm, head), and a layer's gradients before and after they are added up. Without cut, the
+    message that adds up the gradients has a copy of them.
     """
     full = all(p.requires_grad for p in model.parameters())
-    there = dict.fromkeys(("weights", "trained"), 0)
-    sent, gradients = Counter(), Counter()  # of each layer, "" for the rest: bytes put together
+    own = dict.fromkeys(("weights", "trained"), 0)
+    sent, gradients = Counter(), Counter()  # bytes put together, by layer ("" for the rest)
     for name, p in model.named_parameters():
         part = (-(-p.shape[0] // n) if cut else p.shape[0]) * math.prod(p.shape[1:])
-        there["weights"] += part * p.element_size()
-        there["trained"] += part * p.requires_grad
+        own["weights"] += part * p.element_size()
+        own["trained"] += part * p.requires_grad
         layer = name.split(".")[1] if name.startswith("layers.") else ""
-        # Full fine-tuning is sent as it is computed, in bf16.
+        # With full fine-tuning, weights are sent in bf16, the dtype of the computation.
         size = 2 if full else p.element_size()
         sent[layer] += part * n * size
         gradients[layer] += part * n * (size + 4) * p.requires_grad
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())  # masks; never cut
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())  # masks, never cut
     rest = sent.pop("")
     of_layers = rest + 2 * max(sent.values()) + max(gradients.values())
-    together = of_layers if cut else 4 * there["trained"] * (n > 1)
-    sizes = (there["weights"] + buffers, 4 * there["trained"], 8 * there["trained"], together)
+    together = of_layers if cut else 4 * own["trained"] * (n > 1)
+    sizes = (own["weights"] + buffers, 4 * own["trained"], 8 * own["trained"], together)
     return dict(zip(PARTS[:4], sizes, strict=True))
 
 
 def kept(layer: Block, model: MoEModel, tokens: int, share: float, on_cpu: bool, cut: bool) -> int:
-    """What a layer keeps of a forward pass for its backward pass.
+    """The bytes that a layer keeps from the forward pass for its backward pass.
 
-    That is what a gradient is computed from: the inputs of norms, of products of two tensors that
+    Gradients are computed from them. They are the inputs of norms, of products of two tensors that
     both change, and of maps whose weight is trained. A frozen map keeps nothing.
     """
     cfg, size, attn = model.cfg, model.dtype.itemsize, layer.attn
@@ -117,7 +117,7 @@ def kept(layer: Block, model: MoEModel, tokens: int, share: float, on_cpu: bool,
     into_norms = 2 * cfg.dim + (q + kv) * (cfg.qk_norm + cfg.qk_head_norm)
     total = tokens * into_norms * of_norms(model, on_cpu)
 
-    width = 2 * (q + kv)  # of a token: q and k as rotated, v, and what attention returns
+    width = 2 * (q + kv)  # of a token: rotated q and k, v, and the output of attention
     width += cfg.dim * any(map(needs_input, (attn.q, attn.k, attn.v)))
     for m in (attn.q, attn.k, attn.v, attn.o):
         width += added(m)
@@ -133,55 +133,55 @@ def kept(layer: Block, model: MoEModel, tokens: int, share: float, on_cpu: bool,
     width = cfg.dim * (needs_input(moe.router) or shared) + added(moe.router)
     total += tokens * (width * size + decided(model) + 4 * cfg.n_experts + 8 * cfg.top_k + 48)
 
-    # Rows: gate(x), its silu, up(x) and their product; and which row serves which token.
+    # For each row: gate(x), its silu, up(x), their product, and the number of its token.
     rows, adapted = tokens * cfg.top_k, share * tokens * cfg.top_k
     total += rows * (4 * cfg.expert_dim * size + 24)
     width = cfg.dim * needs_input(experts.gate) + cfg.expert_dim * needs_input(experts.down)
-    # Here DoRA's factors are rows as well.
+    # DoRA's factors are computed per row here.
     width += sum(2 * added(m) - rank_of(m) for m in (experts.gate, experts.up, experts.down))
     return total + int(adapted * width * size)
 
 
 def of_norms(model: MoEModel, on_cpu: bool) -> int:
-    """Bytes that a norm keeps of a number. On a CPU a trained weight has it keep its output too."""
+    """The bytes that a norm keeps per number. On a CPU, a trained norm keeps its output too."""
     if on_cpu:
         return 4 * (1 + model.norm.weight.requires_grad)
     return model.dtype.itemsize
 
 
 def decided(model: MoEModel) -> int:
-    """The Routing of one token in one layer, which is there until the step is counted."""
+    """The bytes of one token's Routing in one layer. It is kept until the step is counted."""
     return model.cfg.n_experts * model.dtype.itemsize + model.cfg.top_k * (8 + 4)
 
 
 def mlp_width(mlp: MLP) -> int:
-    """Numbers that an MLP keeps of a token: gate(x), its silu, up(x), perhaps their product."""
+    """The numbers that an MLP keeps per token: gate(x), its silu, up(x), perhaps their product."""
     hidden = len(mlp.gate.weight)
     extra = added(mlp.gate) + added(mlp.up) + added(mlp.down)
     return (3 + needs_input(mlp.down)) * hidden + extra
 
 
 def needs_input(m: nn.Module) -> bool:
-    """Whether a gradient is computed from the map's input: that of its weight, or of its A."""
+    """Whether a gradient is computed from the map's input: the gradient of its weight or its A."""
     return m.weight.requires_grad or (hasattr(m, "lora") and m.lora.A.requires_grad)
 
 
 def rank_of(m: nn.Module) -> int:
-    """r of an adapted map, else 0."""
+    """The rank r of an adapted map, else 0."""
     return m.lora.A.shape[-2] if hasattr(m, "lora") else 0
 
 
 def added(m: nn.Module) -> int:
-    """Numbers that an adapter keeps of a row: A x, and for DoRA what its factors multiply."""
+    """The numbers that an adapter keeps per row: A x, and with DoRA the input of its factors."""
     dora = hasattr(m, "lora") and m.lora.magnitude is not None
     return rank_of(m) + dora * m.weight.shape[-2]
 
 
 def copies(layer: Block, size: int, cut: bool) -> int:
-    """What is kept of factors and trained weights, if they are stored in another dtype.
+    """The bytes kept of factors and trained weights that are stored in another dtype.
 
-    It is what they are in the dtype of the computation. A masked B is a copy in any case. Cut up, a
-    trained weight is put together in that dtype, and let go of.
+    They are copied to the dtype of the computation. A masked B is always a copy. With cut, a
+    trained weight is put together in that dtype and freed again, so it does not count.
     """
     total = 0
     for name, p in layer.named_parameters():
@@ -193,10 +193,10 @@ def copies(layer: Block, size: int, cut: bool) -> int:
 
 
 def gradients_of(layer: Block, model: MoEModel, tokens: int, share: float) -> int:
-    """The gradients that a layer's experts (or its MLP) have at one time in the backward pass.
+    """The bytes of gradients that a layer's experts (or its MLP) have at once in the backward pass.
 
-    Of as many rows as are computed together: two as wide as the layer, two as an expert. By then
-    the input of `down`, if it was kept, is let go of.
+    The rows are those that are computed together. Each has two gradients of the layer's width, and
+    two of the expert's width. By then the input of `down`, if it was kept, is freed.
     """
     cfg = model.cfg
     if layer.moe is None:
@@ -212,11 +212,12 @@ def gradients_of(layer: Block, model: MoEModel, tokens: int, share: float) -> in
 
 
 def problem(cfg: MoEConfig, size: int, longest: int, max_new: int) -> int:
-    """What one of the problems that are decoded together adds to the weights.
+    """The bytes that each problem adds to the weights, when problems are decoded together.
 
-    That is its cache, and what the first pass holds in one layer: K rows of each token, with the
-    experts' input, output and three hidden vectors; queries, keys and values in float32; and one
-    number per head for each pair of tokens, where heads share keys. size: bytes of a number.
+    They are the problem's cache, and what the first pass holds in one layer. This is: K rows of
+    each token, with the experts' input, output and three hidden vectors; queries, keys and values
+    in float32; and, where heads share keys, a number per head for each pair of tokens. size: the
+    bytes of a number.
     """
     length = min(longest + max_new, cfg.max_len)
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * length * size

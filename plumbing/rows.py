@@ -1,10 +1,10 @@
-"""Rows to train on or to score, in the forms of files that people have.
+"""Rows to train on or to score, read from the kinds of files that people have.
 
-1. A file's rows: JSON lines, a JSON list, or CSV, each also as .gz.
-2. --template FILE: a text with {fields}, for rows with fields of one's own.
-3. Chats: `messages`, or ShareGPT's `conversations`, as the model's chat template writes them.
+1. The rows of a file: JSON lines, a JSON list, or CSV. Each may be compressed as .gz.
+2. --template FILE: a text with {fields}, for rows whose fields have other names.
+3. Chats: `messages`, or ShareGPT's `conversations`. The model's chat template writes them as text.
 
-data.py has the tasks, and the forms of rows that need none of this.
+data.py has the tasks, and the forms of rows that need none of these.
 """
 
 import csv
@@ -26,20 +26,20 @@ from plumbing.tokenizer import Tokenizer, load_tokenizer
 # ---- a file's rows -------------------------------------------------------------------------------
 
 FORMATS = "JSON lines (an object on each line), a JSON list, or CSV"
-OTHERS = {  # how a file begins -> what it is
+OTHERS = {  # the first bytes of a file -> the kind of file
     b"PAR1": "a parquet file",
     b"PK\3\4": "a spreadsheet (.xlsx) or another zip file",
 }
-# An unpaired surrogate. JSON can escape one, but no UTF-8 file can hold it.
+# An unpaired surrogate. JSON can escape it, but no UTF-8 file can hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
-OPTIONAL = {"input"}  # may be null or absent, and is then empty: many files of such rows have it so
+OPTIONAL = {"input"}  # many files have null here, or lack the field: both count as an empty text
 
 
 def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    """Rows of a file, each with text in all `fields`.
+    """The rows of a file. Each has text in all `fields`.
 
-    Raises FileNotFoundError, or ValueError with the row that is wrong: its line; of a list its
-    element; of CSV its row, where the header is row 1.
+    Raises FileNotFoundError, or ValueError with the position of the wrong row: the line in JSON
+    lines, the element in a list, the row in CSV (the header is row 1).
     """
     for n, row in numbered_rows(path, fields):
         for field in fields:
@@ -48,14 +48,14 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
 
 
 def numbered_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    """`read_rows` with the number of each row. A text may have unpaired surrogates."""
+    """The rows as in `read_rows`, each with its number. Unpaired surrogates are not refused."""
     return with_fields(path, rows_of(path, f" with {', '.join(fields)}"), fields)
 
 
 def with_fields(
     path: Path, rows: Iterable[tuple[int, object]], fields: tuple[str, ...]
 ) -> Iterator[tuple[int, dict]]:
-    """The same rows. Raises ValueError for one that lacks a text in some of `fields`."""
+    """The same rows. Raises ValueError for a row that lacks text in one of `fields`."""
     for n, row in rows:
         if isinstance(row, dict):
             row = row | {f: "" for f in OPTIONAL.intersection(fields) if row.get(f) is None}
@@ -69,9 +69,9 @@ def with_fields(
 
 
 def rows_of(path: Path, what: str = "") -> Iterator[tuple[int, object]]:
-    """What stands in each row of a file, with the row's number. There is at least one.
+    """The value in each row of a file, with the row's number.
 
-    what: more of what is wanted, for an error.
+    what: what else is wanted, for an error. Raises ValueError if there is no row.
     """
     text = text_of(path, what)
     if {".csv", ".tsv"}.intersection(path.suffixes[-2:]):
@@ -96,19 +96,19 @@ def text_of(path: Path, what: str) -> str:
         body = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        found = next((f"is {name}" for start, name in OTHERS.items() if body[:4] == start), "")
+        kind = next((f"is {name}" for start, name in OTHERS.items() if body[:4] == start), "")
         raise ValueError(
-            f"{path} {found or f'is not text in UTF-8 ({error})'}: save it as {FORMATS}, in UTF-8"
+            f"{path} {kind or f'is not text in UTF-8 ({error})'}: save it as {FORMATS}, in UTF-8"
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): want {FORMATS}") from error
 
 
 def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows below the header of a CSV file, without those that are empty.
+    """The rows below the header of a CSV file. Empty rows are left out.
 
-    What separates cells is the character of , ; and tab that the header has most often: a
-    spreadsheet's choice depends on its country.
+    Cells are separated by a comma, a semicolon or a tab: spreadsheets differ by country. The
+    character that the header has most often is taken.
     """
     header = text.lstrip().partition("\n")[0]
     separator = max(",;\t", key=header.count)
@@ -129,7 +129,7 @@ def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
         if any(line[len(columns) :]):
             raise ValueError(
                 f"{path}, row {n} has {len(line)} cells, but the header {len(columns)}: "
-                f'want a text with "{separator}" in it within double quotes'
+                f'want double quotes around a text with "{separator}" in it'
             )
         if any(line):
             yield n, {name: cell for name, cell in zip(columns, line, strict=False) if name}
@@ -143,10 +143,10 @@ def _parse(text: str, place: str) -> object:
 
 
 def names(row: object) -> str:
-    """The fields of a row, for an error.
+    """The names of a row's fields, for an error.
 
-    Those of more than one word are only counted. They may be texts, as in a CSV without a header,
-    and no message shows the text of a row.
+    Names of several words are only counted. In a CSV without a header they are texts of a row, and
+    no message shows the text of a row.
     """
     fields = list(row) if isinstance(row, dict) else []
     words = [f"{field:.50}" for field in fields if field.isprintable() and " " not in field]
@@ -173,20 +173,22 @@ FIELD = re.compile(r"\{(\{\w+(?:[ -]\w+)*\})\}|\{(\w+(?:[ -]\w+)*)\}")
 def read_template(path: Path) -> tuple[str, str]:
     """The prompt and the answer of a template file, with their {fields}.
 
-    The prompt is what stands before a line `---`, the answer what stands behind it, both without
-    the line break at that line, and the answer without the one at the end of the file. Raises
-    ValueError unless there is one such line, and a field in the answer.
+    The prompt stands above a line `---`, and the answer stands below it. The line breaks around
+    that line belong to neither, nor does the one at the end of the file. Raises ValueError unless
+    there is exactly one such line, and a field in the answer.
     """
     lines = text_of(path, "").replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines.count(BORDER) != 1:
         raise ValueError(
             f"{path} has {lines.count(BORDER)} lines {BORDER!r}: want the prompt, one such line, "
-            "and the answer, with {field} for what a row has there"
+            "and the answer, with {field} where a row's text belongs"
         )
     at = lines.index(BORDER)
     prompt, answer = "\n".join(lines[:at]), "\n".join(lines[at + 1 :])
     if not fields_of(answer):
-        raise ValueError(f"{path} has no {{field}} below its line {BORDER!r}: want the answer's")
+        raise ValueError(
+            f"{path} has no {{field}} below its line {BORDER!r}: want one for the answer"
+        )
     return prompt, answer
 
 
@@ -196,13 +198,13 @@ def fields_of(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, row: object, place: str, empty: bool) -> str:
-    """A template with a row's texts in it. Braces in these texts are text.
+    """The template with a row's texts in place of its fields. Braces in these texts stay.
 
-    empty: whether null is taken, as an empty text. Raises ValueError for a field without text.
+    empty: whether null counts as an empty text. Raises ValueError for a field without text.
     """
 
-    def value(found: re.Match) -> str:
-        literal, field = found.groups()
+    def value(match: re.Match) -> str:
+        literal, field = match.groups()
         if literal:
             return literal
         text = row.get(field, 0) if isinstance(row, dict) else 0
@@ -224,19 +226,19 @@ ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 class ChatText(str):
-    """A prompt that a chat template wrote: it has its own first token, and ends of turns."""
+    """A prompt that a chat template wrote. It has its own first token and ends of turns."""
 
 
 class ChatTemplate:
-    """What writes a chat as one text: the model's own template, or a .jinja file in its place.
+    """The template that writes a chat as one text: the model's own, or a .jinja file instead.
 
-    It runs in jinja's sandbox, with what transformers gives such templates.
+    It runs in jinja's sandbox. It gets the filters and functions that transformers gives templates.
     """
 
     def __init__(self, model: Path, given: Path | None, check: Callable):
-        """check: raises ValueError if a text spells out the end of another (data.check_ends)."""
+        """check: raises ValueError if a text has an end token of the model (data.check_ends)."""
         self.tokenizer, self.check = load_tokenizer(model), check
-        source, said = template_of(model, given)
+        source, settings = template_of(model, given)
         world = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -244,7 +246,7 @@ class ChatTemplate:
         world.globals |= {
             "raise_exception": refuse,
             "strftime_now": lambda form: datetime.now().strftime(form),
-            **tokens_of(said, self.tokenizer),
+            **tokens_of(settings, self.tokenizer),
         }
         try:
             self.template = world.from_string(source)
@@ -252,13 +254,13 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {given or model} is wrong ({error})") from error
 
     def write(self, turns: list[dict], ask: bool, place: str) -> str:
-        """The text of these turns. ask: with what stands before the answer that comes next."""
+        """The text of these turns. ask: whether the beginning of the next answer follows."""
         try:
             return self.template.render(messages=turns, add_generation_prompt=ask)
         except Exception as error:  # the template is a program, and may fail in any way
             raise ValueError(
-                f"{place} does not fit the chat template ({error}): want turns in the order and "
-                "with the roles that it takes"
+                f"{place} does not fit the chat template ({error}): want the roles and the order "
+                "of turns that the template takes"
             ) from error
 
     def ask(self, text: str, place: str) -> "ChatText":
@@ -267,8 +269,8 @@ class ChatTemplate:
         return ChatText(self.write([{"role": "user", "content": text}], True, place))
 
     def pairs(self, row: dict, field: str, place: str) -> list[tuple[ChatText, str]]:
-        """Each answer of the assistant, behind all that stands before it: a pair for each."""
-        turns, found = turns_of(row, field, place), []
+        """A pair for each answer of the assistant: the text before the answer, and the answer."""
+        turns, pairs = turns_of(row, field, place), []
         for turn in turns:
             check_unicode(turn["content"], place, field)
             self.check(
@@ -283,55 +285,55 @@ class ChatTemplate:
                 whole = self.write(turns[: i + 1], False, place)
                 if not whole.startswith(prompt):
                     raise ValueError(
-                        f"{place}: the chat template writes an answer otherwise than it asks for "
-                        "it: want --template FILE.jinja, one that does not"
+                        f"{place}: the chat template changes the text before an answer when the "
+                        "answer follows: want another template, with --template FILE.jinja"
                     )
                 answer = whole[len(prompt) :]
-                for end in self.tokenizer.turn_ends:  # data.encode puts the model's end there
+                for end in self.tokenizer.turn_ends:  # data.encode adds the model's own end
                     answer = answer.split(self.tokenizer.decode([end]))[0]
-                found.append((ChatText(prompt), answer))
-        if not found:
+                pairs.append((ChatText(prompt), answer))
+        if not pairs:
             raise ValueError(f"{place} has no turn of the assistant in {field!r}: want one or more")
-        return found
+        return pairs
 
 
 def turns_of(row: dict, field: str, place: str) -> list[dict]:
-    """The turns of a chat as {"role", "content"}, with the row's own `system` text first."""
-    who, what = CHATS[field]
+    """The turns of a chat as {"role", "content"}. A row's own `system` text comes first."""
+    role, content = CHATS[field]
     turns = row.get(field) if isinstance(row, dict) else None
     if not isinstance(turns, list):
         raise ValueError(
             f"{place} has no list in {field!r} (its fields: {names(row)}): want a chat"
         )
-    found = []
+    chat = []
     if isinstance(row.get("system"), str):
-        found.append({"role": "system", "content": row["system"]})
+        chat.append({"role": "system", "content": row["system"]})
     for m, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in (who, what)
+            isinstance(turn.get(key), str) for key in (role, content)
         ):
             raise ValueError(
-                f"{place}, turn {m} of {field!r} has no text in {who!r} and {what!r} (its fields: "
-                f"{names(turn)}): want both in each turn, without calls of tools or pictures"
+                f"{place}, turn {m} of {field!r} has no text in {role!r} and {content!r} (its "
+                f"fields: {names(turn)}): want both in each turn, without tool calls or pictures"
             )
-        found.append({"role": ROLES.get(turn[who], turn[who]), "content": turn[what]})
-    return found
+        chat.append({"role": ROLES.get(turn[role], turn[role]), "content": turn[content]})
+    return chat
 
 
 def template_of(model: Path, given: Path | None) -> tuple[str, dict]:
     """The text of the chat template, and the content of the model's tokenizer_config.json.
 
-    The model's own is in chat_template.jinja, or else in tokenizer_config.json, as in transformers.
-    Raises ValueError if there is none.
+    The model's own template is in chat_template.jinja, or else in tokenizer_config.json, as in
+    transformers. Raises ValueError if there is none.
     """
-    own = model / "tokenizer_config.json"
-    said = json.loads(own.read_text(encoding="utf-8-sig")) if own.is_file() else {}
+    config = model / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8-sig")) if config.is_file() else {}
     path = given or model / "chat_template.jinja"
     if path.is_file():
-        return text_of(path, ""), said
-    template = said.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        named = [of for of in template if isinstance(of, dict) and of.get("name") == "default"]
+        return text_of(path, ""), settings
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
     if not isinstance(template, str):
         raise ValueError(
@@ -339,15 +341,15 @@ def template_of(model: Path, given: Path | None) -> tuple[str, dict]:
             "(often called Instruct or Chat), --template FILE.jinja, or rows with prompt and "
             "completion"
         )
-    return template, said
+    return template, settings
 
 
-def tokens_of(said: dict, tokenizer: Tokenizer) -> dict[str, str]:
+def tokens_of(settings: dict, tokenizer: Tokenizer) -> dict[str, str]:
     """The special tokens that a chat template may name, such as eos_token."""
     tokens = {"eos_token": tokenizer.decode([tokenizer.eos]), "bos_token": ""}
     if tokenizer.bos is not None:
         tokens["bos_token"] = tokenizer.decode([tokenizer.bos])
-    for name, token in said.items():
+    for name, token in settings.items():
         text: Any = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
@@ -355,5 +357,5 @@ def tokens_of(said: dict, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def refuse(message: str) -> NoReturn:
-    """What a chat template calls for a chat that it does not take."""
+    """Raise an error. A chat template calls this for a chat that it does not take."""
     raise jinja2.TemplateError(message)

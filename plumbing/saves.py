@@ -1,7 +1,7 @@
-"""What a stopped run goes on from: step, weights and optimizer, in files with a checksum.
+"""The files from which a stopped run continues: step, weights and optimizer, with a checksum.
 
-The last two saves are kept. A save has each tensor in one piece, whatever number of ranks wrote it,
-so any other number can go on from it.
+The last two saves are kept. A save has each tensor in one piece, for any number of ranks. So any
+other number of ranks can continue from it.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from plumbing.files import COUNTS, sha256, sync_names, write_atomically, write_j
 from plumbing.run_folder import Metrics, lines_up_to, read_run
 
 LAST, BEFORE = "state.safetensors", "state-before.safetensors"
-NEW = f"new-{LAST}"  # has this name for a moment; found there after a stop, it is the newest
+NEW = f"new-{LAST}"  # a name for a moment; if it is there after a stop, it is the newest save
 ADAPTER = "adapter.safetensors"  # the weights alone, at the end of a run
-WEIGHTS = "weights"  # a save's tensors are weights/NAME, and for each of AdamW's values KEY/NAME
+WEIGHTS = "weights"  # tensors of a save are weights/NAME, and KEY/NAME for each value of AdamW
 
 
 class Save(NamedTuple):
@@ -35,7 +35,7 @@ class Save(NamedTuple):
     tensors: dict[str, Tensor]
 
     def checksum(self) -> str:
-        """sha256 of all of it."""
+        """The sha256 of the step and of all tensors."""
         digest = hashlib.sha256(str(self.step).encode())
         for name, t in sorted(self.tensors.items()):
             digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
@@ -52,22 +52,22 @@ def save(
 ) -> None:
     """Write a new last save. The one before it stays.
 
-    weights: what the run must keep of the model's values, by name, as hellora.adapter_state gives
-    it. Every rank must take part: rank 0 writes, the others wait.
+    weights: the values that the run must keep, by name, as hellora.adapter_state gives them. Every
+    rank must call this. Rank 0 writes, the other ranks wait.
     """
     tensors = {f"{WEIGHTS}/{name}": t for name, t in weights.items()}
     for name, param in model.named_parameters():
         tensors |= {f"{key}/{name}": t for key, t in optimizer.state.get(param, {}).items()}
     tensors = ranks.on_rank_0(tensors)
     if not ranks.rank():
-        about = {"step": str(step), "sha256": Save(step, tensors).checksum()}
-        write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, about))
+        header = {"step": str(step), "sha256": Save(step, tensors).checksum()}
+        write_atomically(folder / NEW, lambda draft: save_file(tensors, draft, header))
         rename(folder)
-    ranks.wait()  # a rank that ended now would have torchrun stop rank 0 while it writes
+    ranks.wait()  # if a rank ended now, torchrun would stop rank 0 while it writes
 
 
 def rename(folder: Path) -> None:
-    """Give the new save the name of the last one, and the last the name of the one before."""
+    """Let the new save be the last one, and the last one be the save before it."""
     if (folder / LAST).exists():
         (folder / LAST).replace(folder / BEFORE)
     (folder / NEW).replace(folder / LAST)
@@ -75,7 +75,7 @@ def rename(folder: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """End a save that was stopped before its renames; what is damaged goes."""
+    """Finish a save that was stopped before its renames. Delete it if it is damaged."""
     try:
         read(folder / NEW)
     except ValueError:
@@ -85,9 +85,9 @@ def finish(folder: Path) -> None:
 
 
 def load(folder: Path) -> Save | None:
-    """The last save that is sound, or None if there is none at all.
+    """The last save that is not damaged, or None if there is no save.
 
-    Says which are damaged. Raises ValueError if all are.
+    Each damaged save is reported. Raises ValueError if all are damaged.
     """
     damaged = []
     for path in (folder / NEW, folder / LAST, folder / BEFORE):
@@ -98,7 +98,7 @@ def load(folder: Path) -> Save | None:
                 damaged.append(str(error))
                 say(f"{error}: looking for the save before it")
     if damaged:
-        raise ValueError(f"{'; '.join(damaged)}: delete what is damaged to start over")
+        raise ValueError(f"{' and '.join(damaged)}: delete what is damaged to start over")
     return None
 
 
@@ -106,11 +106,11 @@ def read(path: Path) -> Save:
     """One save. Raises ValueError if it is damaged."""
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with safe_open(path, framework="pt") as file:
-            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = Save(int(about["step"]), tensors)
-        if state.checksum() != about["sha256"] or state.step < 1:
+            header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = Save(int(header["step"]), tensors)
+        if state.checksum() != header["sha256"] or state.step < 1:
             raise ValueError("its checksum or its step is wrong")
         check_numbers(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -119,7 +119,7 @@ def read(path: Path) -> Save:
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for what no run writes: all is finite and fp32, or boolean (masks)."""
+    """Raise ValueError for values that no run writes. All are finite; fp32, or boolean (masks)."""
     for name, t in tensors.items():
         if t.dtype not in (torch.float32, torch.bool):
             raise ValueError(f"{name} is {t.dtype}, want torch.float32")
@@ -131,10 +131,10 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
 def resume(
     folder: Path, weights: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Put the last sound save of `folder` back; the number of steps done, 0 if there is no save.
+    """Restore the last good save of `folder`. Returns the number of steps done, 0 without a save.
 
-    weights: as for `save`; these tensors are filled in place. Raises ValueError if all saves are
-    damaged, or if the last sound one is not of this model.
+    weights: as for `save`. These tensors are filled in place. Raises ValueError if all saves are
+    damaged, or if the last good one is of another model.
     """
     if not ranks.rank() and (folder / NEW).exists():
         finish(folder)
@@ -142,13 +142,13 @@ def resume(
     saved = load(folder)
     if saved is None:
         return 0
-    of = {WEIGHTS: {}}
-    for place, t in saved.tensors.items():
-        key, _, name = place.partition("/")
-        of.setdefault(key, {})[name] = t
-    fill(weights, of.pop(WEIGHTS), folder)
-    check_moments(of, model, folder)
-    for key, values in of.items():
+    parts = {WEIGHTS: {}}
+    for path, t in saved.tensors.items():
+        key, _, name = path.partition("/")
+        parts.setdefault(key, {})[name] = t
+    fill(weights, parts.pop(WEIGHTS), folder)
+    check_moments(parts, model, folder)
+    for key, values in parts.items():
         for name, value in values.items():
             param = model.get_parameter(name)
             t = torch.empty_like(param if value.ndim else value, device=param.device)
@@ -160,32 +160,32 @@ def resume(
 
 @torch.no_grad()
 def fill(live: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
-    """Give the `live` tensors the values `saved` in `folder`, in place.
+    """Copy the values `saved` in `folder` into the `live` tensors, in place.
 
-    Raises ValueError unless both have the same names and shapes, and the same of them are masks.
+    Raises ValueError unless names, shapes and masks are the same in both.
     """
 
-    def form(t: Tensor) -> tuple:
+    def form(t: Tensor) -> tuple[torch.Size, bool]:
         return t.shape, t.dtype == torch.bool
 
     wrong = saved.keys() ^ live.keys() or {n for n in live if form(live[n]) != form(saved[n])}
     if wrong:
         raise ValueError(
-            f"the adapter saved in {folder} does not fit, as {min(wrong)} shows: train again"
+            f"the adapter saved in {folder} does not fit this model (see {min(wrong)}): train again"
         )
     for name, value in saved.items():
         ranks.put(live[name], value)
 
 
-def check_moments(of: dict[str, dict[str, Tensor]], model: nn.Module, folder: Path) -> None:
-    """Raise ValueError unless each parameter has all that AdamW keeps, in its shape, or nothing.
+def check_moments(moments: dict[str, dict[str, Tensor]], model: nn.Module, folder: Path) -> None:
+    """Raise ValueError unless a parameter has all values that AdamW keeps, in its shape, or none.
 
-    It has nothing if it is not trained, or has had no gradient yet. of: {AdamW's key: {parameter:
+    It has none if it is not trained, or has had no gradient yet. moments: {AdamW's key: {parameter:
     value}}.
     """
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    for name in set().union(*of.values()):
-        found = {key: values[name].shape for key, values in of.items() if name in values}
+    for name in set().union(*moments.values()):
+        found = {key: values[name].shape for key, values in moments.items() if name in values}
         shape = shapes.get(name)
         if shape is None or found != {
             "step": torch.Size([]),
@@ -193,49 +193,46 @@ def check_moments(of: dict[str, dict[str, Tensor]], model: nn.Module, folder: Pa
             "exp_avg_sq": shape,
         }:
             raise ValueError(
-                f"the last save in {folder} has not what AdamW keeps for {name}: "
+                f"the last save in {folder} lacks what AdamW keeps for {name}: "
                 "delete it to start over"
             )
 
 
-# ---- what a run ends with ------------------------------------------------------------------------
+# ---- the end of a run ----------------------------------------------------------------------------
 
 
 def save_adapter(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write adapter.safetensors, in which each of the `weights` is in one piece.
+    """Write adapter.safetensors, with each of the `weights` in one piece.
 
-    Every rank must take part.
+    Every rank must call this.
     """
     tensors = ranks.on_rank_0(weights)
     write_atomically(folder / ADAPTER, lambda draft: save_file(tensors, draft))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What a run ended with: adapter.safetensors, or, if damaged, the weights of the last save.
+    """The weights at the end of a run: adapter.safetensors, or the last save if that is damaged.
 
-    Raises FileNotFoundError, or ValueError if neither is what run.json has the checksum of, or if
-    its numbers are none that a run writes.
+    Raises FileNotFoundError. Raises ValueError if neither has the checksum in run.json, or if there
+    are values that no run writes.
     """
     path, last = folder / ADAPTER, folder / LAST
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: want the folder of a run that was trained to its end"
-        )
-    right = (read_run(folder).get("hashes") or {}).get("adapter")
-    for file, place in ((path, ""), (last, f"{WEIGHTS}/")):
+        raise FileNotFoundError(f"{path} is missing: want the folder of a finished run")
+    checksum = (read_run(folder).get("hashes") or {}).get("adapter")
+    for file, prefix in ((path, ""), (last, f"{WEIGHTS}/")):
         try:
             found = load_file(file).items()
         except (SafetensorError, OSError) as error:
             say(f"{file} cannot be read ({error})")
             continue
-        saved = {name.removeprefix(place): t for name, t in found if name.startswith(place)}
-        if right in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
+        saved = {name.removeprefix(prefix): t for name, t in found if name.startswith(prefix)}
+        if checksum in (None, hashlib.sha256(save_bytes(saved)).hexdigest()):
             break
-        print(f"{file} has not the weights that {folder / 'run.json'} has the checksum of")
+        print(f"the weights in {file} have not the checksum in {folder / 'run.json'}")
     else:
         raise ValueError(
-            f"neither {path} nor {last} has the weights that run.json has the checksum of: "
-            "train again"
+            f"the weights in {path} and in {last} have not the checksum in run.json: train again"
         )
     try:
         check_numbers(saved)
@@ -255,31 +252,30 @@ class DevLine:
 
     step: int
     loss: float  # nats per answer token
-    best: bool  # whether it was the lowest so far
+    best: bool  # whether the loss was the lowest so far
 
 
 def last_best(folder: Path) -> DevLine | None:
-    """The line of the step whose adapter is in best/."""
+    """The line of the step whose adapter is in best/, or None."""
     lines = [json.loads(line) for line in lines_up_to(folder / DEV, COUNTS[-1], DevLine)]
     return next((DevLine(**line) for line in reversed(lines) if line["best"]), None)
 
 
 class DevLosses:
-    """dev-metrics.jsonl has the losses on --dev-data, and best/ the adapter with the lowest.
+    """The losses on --dev-data, in dev-metrics.jsonl. The adapter with the lowest is in best/.
 
-    When the run is finished, best/ is a run's folder like its own, for every command that takes
-    one.
+    At the end of the run, best/ is the folder of a run, for every command that takes one.
     """
 
     def __init__(self, folder: Path, step: int, log: str | None):
-        """Go on after `step` steps."""
+        """Continue after `step` steps."""
         best = last_best(folder)
-        # An adapter of a step that is lost counts as none.
+        # A stopped run may repeat steps. An adapter of such a step does not count.
         self.lowest = best.loss if best and best.step <= step else math.inf
         self.folder, self.metrics = folder / BEST, Metrics(folder, step, DEV, log)
 
     def add(self, step: int, loss: float, weights: dict[str, Tensor]) -> None:
-        """Keep the loss after a step, and `weights` if it is the lowest. Every rank takes part."""
+        """Keep the loss after a step, and `weights` if it is the lowest. Every rank calls this."""
         best = ranks.once(lambda: loss < self.lowest)  # rank 0 decides for all
         self.metrics.add(step=step, loss=loss, best=best)
         if best:
@@ -289,7 +285,7 @@ class DevLosses:
 
 
 def finish_best(folder: Path, record: dict) -> None:
-    """Make best/, if there is one, a run's folder with this run.json, and say where it is."""
+    """Make best/ the folder of a run, with this run.json, and say where it is."""
     best, line = folder / BEST, last_best(folder)
     if line is None:
         return
@@ -299,6 +295,6 @@ def finish_best(folder: Path, record: dict) -> None:
     hashes = record["hashes"] | {"adapter": sha256(best / ADAPTER)}
     write_json(best / "run.json", record | {"hashes": hashes, "best_step": line.step})
     print(
-        f"the lowest loss on --dev-data was {line.loss:.4f}, after step {line.step}: its adapter "
-        f"is in {best}, for --run {best}"
+        f"the lowest loss on --dev-data was {line.loss:.4f}, after step {line.step}. Its adapter "
+        f"is in {best}: use --run {best}"
     )
