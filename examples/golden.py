@@ -1,10 +1,10 @@
-"""Numbers to check a port against: HELLoRA on the embedded model, without tokenizer or random draw.
+"""Numbers to check a port against: HELLoRA on the embedded model, without tokenizer or randomness.
 
     python examples/golden.py > examples/golden.json
 
-Count, choose, add adapters, one training step, merge: golden.json has what each of them gives
-(float32, CPU), the inputs as token ids, and what else a port has to know. A and B start from a
-formula (ABOUT) in place of a random A and B = 0. Tensors are named and shaped as in
+The steps are: count, choose, add adapters, train one step, merge. golden.json has the result of
+each step (float32, CPU), the inputs as token ids, and all settings. A and B start from a formula
+(ABOUT), and not from a random A and B = 0. Tensors have the names and shapes of
 adapter.safetensors.
 """
 
@@ -24,43 +24,43 @@ from plumbing.checkpoint import locate
 from plumbing.data import TASKS, collate, encode, load_examples
 from plumbing.tokenizer import load_tokenizer
 
-COUNTED, TRAINED = 64, 8  # examples of tiny-math's training split, from its first
+COUNTED, TRAINED = 64, 8  # numbers of examples, the first of tiny-math's training split
 RANK, ALPHA, K, LR = 8, 16, 8, 0.01
 ABOUT = {
-    "model": "tiny/: config.json and model.safetensors, whose bfloat16 is read as float32",
-    "examples": "token ids, and where the answer begins. Inputs are ids[:-1], targets "
-    "ids[answer:]: the last id, an end of text, is no input. Visits "
-    f"are of all {COUNTED} examples, losses of the first {TRAINED}",
-    "loss": f"the summed cross-entropy of the {TRAINED} examples' targets, divided by how many "
-    "they are",
-    "A[i, row, column]": "0.1 sin(1 + i + 2 row + 3 column), from 0, the angle in float64, kept "
-    "as float32",
+    "model": "tiny/: config.json and model.safetensors, with bfloat16 read as float32",
+    "examples": "token ids, and the index at which the answer begins. Inputs are ids[:-1], targets "
+    "are ids[answer:]. The last id, an end of text, is never an input. Visits "
+    f"count all {COUNTED} examples, losses the first {TRAINED}",
+    "loss": f"the summed cross-entropy of the targets of the first {TRAINED} examples, divided by "
+    "the number of targets",
+    "A[i, row, column]": "0.1 sin(1 + i + 2 row + 3 column), with indices from 0. The angle is "
+    "computed in float64, and the value is kept as float32",
     "B[i, row, column]": "0.01 cos(1 + i + 2 row + 3 column)",
-    "i": "the place of an expert among its layer's hot experts; 0 for a linear map that is not an "
-    "expert's",
+    "i": "the index of an expert among its layer's hot experts, or 0 for a linear map outside "
+    "experts",
     "settings": {"rank": RANK, "alpha": ALPHA, "k": K},
     "AdamW": {"lr": LR, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0, "clipping": "none"},
-    "tolerance": "float32: losses and logits 1e-5, gradients' norms 1e-3 of their value, ids and "
-    "visits exact, though in layer 2 the 8th expert has one visit more than the 9th. In bfloat16 "
-    "the choices of a router tie, and which expert wins differs from one library to the next",
+    "tolerance": "float32: losses and logits 1e-5, norms of gradients 1e-3 of their value, ids and "
+    "visits exact. In layer 2 the 8th expert has only one visit more than the 9th. In bfloat16, "
+    "choices of a router tie, and libraries differ in which expert wins",
 }
 
 
 def wave(shape: torch.Size, function: torch.nn.Module) -> torch.Tensor:
-    """function(1 + i + 2 row + 3 column) for entry [i, row, column], or [row, column]."""
+    """function(1 + i + 2 row + 3 column) for the entry [i, row, column], or [row, column]."""
     i, row, column = torch.meshgrid(*(torch.arange(n) for n in (1, *shape)[-3:]), indexing="ij")
     return function((1 + i + 2 * row + 3 * column).double()).float().view(shape)
 
 
 def set_waves(model: MoEModel) -> None:
-    """Give every adapter of `model` its values by the formula, in place."""
+    """Give each adapter of `model` its values by the formula, in place."""
     for m in adapters(model).values():
         m.lora.A.data = 0.1 * wave(m.lora.A.shape, torch.sin)
         m.lora.B.data = 0.01 * wave(m.lora.B.shape, torch.cos)
 
 
 def golden() -> dict:
-    """All numbers."""
+    """All numbers of golden.json."""
     model, tokenizer = MoEModel.from_pretrained("tiny"), load_tokenizer(locate("tiny"))
     model.requires_grad_(False)
     examples = load_examples("tiny-math", TASKS["tiny-math"].train.fetch(), "plain")[:COUNTED]
@@ -110,4 +110,4 @@ def golden() -> dict:
 
 if __name__ == "__main__":
     text = json.dumps(golden(), indent=1)
-    print(re.sub(r"\s+(?=[^][{}]*])", " ", text))  # a list of numbers on one line
+    print(re.sub(r"\s+(?=[^][{}]*])", " ", text))  # puts a list of numbers on one line

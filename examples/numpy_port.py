@@ -1,11 +1,11 @@
-"""HELLoRA in numpy: a port, gradients by hand, held against golden.json.
+"""HELLoRA in numpy: a port with gradients by hand, compared with golden.json.
 
     python examples/numpy_port.py
 
-It follows README's "Port it": count, choose, add, one step of training, merge. Everything that runs
-forward returns its result and `back`, which takes the gradient of the result and returns that of
-the input, adding to `grads` what belongs to adapters on its way. float64, one example and one
-expert at a time: to be read.
+It follows README's "Port it": count, choose, add adapters, train one step, merge. Each forward
+function returns its result and a function `back`. `back` takes the gradient of the result, and
+returns the gradient of the input. On its way it adds the gradients of adapters to `grads`. The port
+computes in float64, one example and one expert at a time, so that it is easy to read.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch  # to read and round to bfloat16, which numpy lacks
+import torch  # only to read and round to bfloat16, which numpy lacks
 from numpy import ndarray as Array
 from safetensors.torch import load_file
 
@@ -39,20 +39,20 @@ def rms_norm(x: Array, weight: Array) -> tuple[Array, Back]:
 
 
 def softmax(x: Array) -> tuple[Array, Back]:
-    """Over the last axis."""
+    """softmax over the last axis."""
     p = np.exp(x - x.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     return p, lambda dp: p * (dp - (dp * p).sum(-1, keepdims=True))
 
 
 def rotate(x: Array, direction: int = 1) -> Array:
-    """Rotary positions, halves paired as in the Hub's checkpoints. x: [H, T, d].
+    """Rotary positions, with halves paired as in the Hub's checkpoints. x: [H, T, d].
 
-    Backward: the other way.
+    The backward pass rotates in the other direction.
     """
     half = x.shape[-1] // 2
-    # [T, d / 2].
-    angle = np.arange(x.shape[1])[:, None] * CONFIG["rope_theta"] ** (-np.arange(half) / half)
+    turn = CONFIG["rope_theta"] ** (-np.arange(half) / half)  # [d / 2] per position
+    angle = np.arange(x.shape[1])[:, None] * turn  # [T, d / 2]
     cos, sin = np.cos(angle), direction * np.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -79,27 +79,27 @@ class Model:
         self.grads: dict[str, Array] = {}
         self.visits = np.zeros((len(LAYERS), len(EXPERTS)), dtype=int)
 
-    def linear(self, x: Array, name: str, lora: str, place: int | None = 0) -> tuple[Array, Back]:
+    def linear(self, x: Array, name: str, lora: str, slot: int | None = 0) -> tuple[Array, Back]:
         """Eq. 3: W x + (alpha / r) B A x. x: [n, in].
 
-        place: the adapter's place in its stack. None: there is no adapter.
+        slot: the adapter's index in its stack. None: there is no adapter.
         """
         w = self.w[f"{name}.weight"]
-        if place is None or not self.adapters:
+        if slot is None or not self.adapters:
             return x @ w.T, lambda dy: dy @ w
-        a, b = (self.adapters[f"{lora}.lora.{side}"][place] for side in "AB")
+        a, b = (self.adapters[f"{lora}.lora.{side}"][slot] for side in "AB")
         z = x @ a.T  # [n, r]
 
         def back(dy: Array) -> Array:
             dz = SCALE * dy @ b
-            self.grads[f"{lora}.lora.A"][place] += dz.T @ x
-            self.grads[f"{lora}.lora.B"][place] += SCALE * dy.T @ z
+            self.grads[f"{lora}.lora.A"][slot] += dz.T @ x
+            self.grads[f"{lora}.lora.B"][slot] += SCALE * dy.T @ z
             return dy @ w + dz @ a
 
         return x @ w.T + SCALE * z @ b.T, back
 
     def attention(self, x: Array, i: int) -> tuple[Array, Back]:
-        """Causal attention, queries and keys normed. x: [T, D]."""
+        """Causal attention, with a norm on queries and keys. x: [T, D]."""
 
         def project(leaf: str, x: Array) -> tuple[Array, Back]:
             return self.linear(
@@ -126,11 +126,11 @@ class Model:
 
     def expert(self, x: Array, i: int, e: int) -> tuple[Array, Back]:
         """SwiGLU: down(silu(gate x) * up x). x: [n, D], the rows that visit expert `e`."""
-        place = self.hot[i].index(e) if e in self.hot.get(i, []) else None
+        slot = self.hot[i].index(e) if e in self.hot.get(i, []) else None
 
         def project(leaf: str, x: Array) -> tuple[Array, Back]:
             name = f"model.layers.{i}.mlp.experts.{e}.{leaf}_proj"
-            return self.linear(x, name, f"layers.{i}.moe.experts.{leaf}", place)
+            return self.linear(x, name, f"layers.{i}.moe.experts.{leaf}", slot)
 
         (gate, gate_back), (up, up_back) = project("gate", x), project("up", x)
         s = 1 / (1 + np.exp(-gate))
@@ -143,12 +143,11 @@ class Model:
         return out, back
 
     def moe(self, x: Array, i: int) -> tuple[Array, Back]:
-        """The sum of each token's chosen experts, by routing weight. x: [T, D]."""
+        """The sum of each token's chosen experts, weighted by the router. x: [T, D]."""
         logits, logits_back = self.linear(x, f"model.layers.{i}.mlp.gate", f"layers.{i}.moe.router")
-        # Over all experts; OLMoE does not norm what is chosen.
-        weight, weight_back = softmax(logits)
-        # [T, K].
-        ids = np.argsort(-weight, axis=-1, kind="stable")[:, : CONFIG["num_experts_per_tok"]]
+        weight, weight_back = softmax(logits)  # over all experts: OLMoE does not rescale the chosen
+        top_k = CONFIG["num_experts_per_tok"]
+        ids = np.argsort(-weight, axis=-1, kind="stable")[:, :top_k]  # [T, K]
         self.visits[i] += np.bincount(ids.ravel(), minlength=len(EXPERTS))
         y, visited = np.zeros_like(x), []
         for e in np.unique(ids):
@@ -162,7 +161,7 @@ class Model:
             for e, rows, out, out_back in visited:
                 dweight[rows, e] = (dy[rows] * out).sum(-1)
                 dx[rows] += out_back(weight[rows, e, None] * dy[rows])
-            return dx + logits_back(weight_back(dweight))  # what is not chosen has no gradient
+            return dx + logits_back(weight_back(dweight))  # experts not chosen have gradient 0
 
         return y, back
 
@@ -190,14 +189,14 @@ class Model:
         return x @ head.T, back
 
     def loss(self, examples: list[dict], learn: bool = False) -> float:
-        """The mean over all target tokens; learn: leave its gradients in `grads`."""
+        """The mean loss over all target tokens. learn: also leave its gradients in `grads`."""
         n_targets = sum(len(e["ids"]) - e["answer"] for e in examples)
         self.grads = {name: np.zeros_like(value) for name, value in self.adapters.items()}
         summed = 0.0
         for e in examples:
             ids = np.array(e["ids"])
             logits, back = self(ids[:-1])
-            # Where a token of the answer is predicted.
+            # The positions that predict a token of the answer.
             at = np.arange(e["answer"] - 1, len(ids) - 1)
             p, _ = softmax(logits)
             summed -= np.log(p[at, ids[at + 1]]).sum()
@@ -209,7 +208,7 @@ class Model:
         return summed / n_targets
 
     def attach(self, hot: dict[int, list[int]]) -> None:
-        """Give q, k, v, o, the router and each hot expert an adapter, by golden.json's formula."""
+        """Add adapters to q, k, v, o, the router and each hot expert, by golden.json's formula."""
         self.hot = hot
         for lora, names in self.sites().items():
             (n_out, n_in), n = self.w[f"{names[0]}.weight"].shape, len(names)
@@ -221,7 +220,7 @@ class Model:
                 )
 
     def sites(self) -> dict[str, list[str]]:
-        """An adapter's name -> the base's linear maps that its stack updates, one or k."""
+        """An adapter's name -> the linear maps of the base that it updates: one, or k experts'."""
         found = {}
         for i in LAYERS:
             base, lora = f"model.layers.{i}.", f"layers.{i}."
@@ -233,23 +232,23 @@ class Model:
         return found
 
     def merge(self) -> None:
-        """W + (alpha / r) B A, and no adapter any more."""
+        """W + (alpha / r) B A for each W. After this there are no adapters."""
         for lora, names in self.sites().items():
             a, b = (self.adapters[f"{lora}.lora.{side}"] for side in "AB")
-            for place, name in enumerate(names):
-                self.w[f"{name}.weight"] += SCALE * b[place] @ a[place]
+            for slot, name in enumerate(names):
+                self.w[f"{name}.weight"] += SCALE * b[slot] @ a[slot]
         self.adapters, self.hot = {}, {}
 
 
 def choose(visits: Array) -> dict[int, list[int]]:
-    """Each layer's K most visited experts, the lower id first among equals, in ascending order."""
+    """Each layer's K most visited experts, ascending. Of equal ones, the lower id is chosen."""
     return {i: sorted(np.argsort(-visits[i], kind="stable")[:K].tolist()) for i in LAYERS}
 
 
 def numbers() -> dict:
-    """Those of golden.json, under its names."""
+    """The numbers of golden.json, under the same names."""
     model, examples = Model(), GOLDEN["examples"]
-    trained = examples[:8]  # as "about" says
+    trained = examples[:8]  # as stated in "about"
     found = {"1 loss of the base": model.loss(trained)}
     model.visits[:] = 0
     logits, _ = model(np.array(examples[0]["ids"][:-1]))
@@ -264,12 +263,8 @@ def numbers() -> dict:
     found["3 loss with adapters"] = model.loss(trained, learn=True)
     found["4 norm of each gradient"] = {n: float(np.linalg.norm(g)) for n, g in model.grads.items()}
     adamw = GOLDEN["about"]["AdamW"]
-    for (
-        name,
-        g,
-    ) in (
-        model.grads.items()
-    ):  # AdamW's first step: its averages, bias-corrected, are g and g squared
+    # AdamW's first step: its bias-corrected averages are g and g squared.
+    for name, g in model.grads.items():
         model.adapters[name] -= adamw["lr"] * g / (np.sqrt(g * g) + adamw["eps"])
     found["4 loss after one step of AdamW"] = model.loss(trained)
     model.merge()
@@ -280,7 +275,7 @@ def numbers() -> dict:
 
 
 def furthest(ours: object, golden: object) -> float:
-    """The largest difference of any number in dictionaries or lists of the same form."""
+    """The largest difference of two numbers in dictionaries or lists of the same form."""
     if isinstance(golden, dict):
         return max(furthest(ours[name], value) for name, value in golden.items())
     if isinstance(golden, list):

@@ -1,15 +1,15 @@
 """HELLoRA in one file: LoRA on the most-used experts of a Mixture-of-Experts model.
 
     python examples/one_file.py              two to three minutes on one core
-    python examples/one_file.py --steps 10   half a minute: all parts of it, little learning
+    python examples/one_file.py --steps 10   half a minute: all parts, but little learning
 
-It is for readers who know PyTorch, and not the paper (arXiv 2605.18795). A Mixture-of-Experts layer
+It is for readers who know PyTorch, but not the paper (arXiv 2605.18795). A Mixture-of-Experts layer
 has many small MLPs, its experts, and a router that sends each token to a few of them. A task visits
-some experts far more often than others: these are hot. HELLoRA counts the visits, then trains small
-updates of each layer's hot experts, of attention and of the router. All else stays as it is.
+some experts far more often than others: these are hot. HELLoRA counts the visits. Then it trains
+small updates of each layer's hot experts, of attention and of the router. All else stays frozen.
 
-`main`, at the end, is the method step by step. Nothing of this repository is imported, and a test
-holds the numbers equal to those of train.py. Left out are the balancing loss (Eq. 1), LoRI's mask
+`main`, at the end, is the method step by step. Nothing of this repository is imported. A test
+checks that the numbers are those of train.py. Left out are the balancing loss (Eq. 1), LoRI's mask
 (Eq. 4), other models and methods, saves and GPUs.
 
 B sequences   T tokens of each   M = B T tokens   V words   D model width   H heads   C = D / H
@@ -36,7 +36,7 @@ CFG = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
 LAYERS, D, H = CFG["num_hidden_layers"], CFG["hidden_size"], CFG["num_attention_heads"]
 E, K, END = CFG["num_experts"], CFG["num_experts_per_tok"], CFG["eos_token_id"]
 LEAVES = ("gate", "up", "down")  # the matrices of an expert
-HOT, RANK, ALPHA = 8, 8, 16  # adapted experts of a layer; r; updates are scaled by ALPHA / RANK
+HOT, RANK, ALPHA = 8, 8, 16  # adapted experts of a layer, r, alpha (the scale is ALPHA / RANK)
 BATCH, LR, MAX_NORM, MAX_NEW = 32, 1e-2, 1.0, 64
 Problem = tuple[list[int], list[int]]  # a prompt and its answer, as token ids
 
@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = weight  # [out, in] It is no nn.Parameter. That is all that freezing takes.
+        self.weight = weight  # [out, in] It is no nn.Parameter, so it is frozen.
         self.A = self.B = None
 
     def adapt(self, draw: torch.Generator) -> None:
@@ -58,29 +58,29 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         y = x @ self.weight.T
-        if self.A is not None:  # x goes through r channels only: the update is small and cheap
+        if self.A is not None:  # x goes through r channels only, so the update is small and cheap
             y = y + ALPHA / RANK * (x @ self.A.T) @ self.B.T
         return y
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put W + (alpha / r) B A, Eq. 2, in the place of W. The function stays the same."""
+        """Put W + (alpha / r) B A in place of W (Eq. 2). The function stays the same."""
         if self.A is not None:
             self.weight = self.weight + ALPHA / RANK * self.B @ self.A
             self.A = self.B = None
 
 
 def rotate(x: Tensor, start: int) -> Tensor:
-    """Rotary positions: turn pairs (channel c, c + C/2) by angles that grow with the place."""
+    """Rotary positions: turn pairs (channel c, c + C/2) by angles that grow with the position."""
     half = x.shape[-1] // 2
-    place = torch.arange(start, start + x.shape[2])[:, None]  # [T, 1]
-    angle = place * CFG["rope_theta"] ** (-torch.arange(half) / half)  # [T, C/2]
+    position = torch.arange(start, start + x.shape[2])[:, None]  # [T, 1]
+    angle = position * CFG["rope_theta"] ** (-torch.arange(half) / half)  # [T, C/2]
     a, b = x.chunk(2, -1)  # [B, H, T, C/2] each
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
 class OLMoE:
-    """The decoder: a LoRALinear for each matrix, under its name in the checkpoint."""
+    """The decoder. It has a LoRALinear for each matrix, under its name in the checkpoint."""
 
     def __init__(self):
         stored = load_file(TINY / "model.safetensors").items()
@@ -95,7 +95,7 @@ class OLMoE:
         return F.rms_norm(x, (D,), self.norms[name], CFG["rms_norm_eps"])
 
     def attention(self, x: Tensor, at: str, past: dict) -> Tensor:
-        """Causal self-attention [B, T, D]. past: keys and values of the tokens before, if any."""
+        """Causal self-attention [B, T, D]. past: keys and values of earlier tokens, if any."""
         q, k, v = (self.linear[f"{at}.{leaf}_proj"](x) for leaf in "qkv")
         q, k = self.norm(q, f"{at}.q_norm"), self.norm(k, f"{at}.k_norm")  # before the heads
         q, k, v = (x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, C]
@@ -103,7 +103,7 @@ class OLMoE:
         start = old_k.shape[2]
         k, v = torch.cat([old_k, rotate(k, start)], 2), torch.cat([old_v, v], 2)
         past[at] = k, v
-        # After the prompt there is one new token at a time. It looks at all before it.
+        # After the prompt there is one new token at a time. It sees all tokens before it.
         y = F.scaled_dot_product_attention(rotate(q, start), k, v, is_causal=not start)
         return self.linear[f"{at}.o_proj"](y.transpose(1, 2).flatten(2))
 
@@ -111,14 +111,14 @@ class OLMoE:
         """Layer i's experts: a token gets the weighted sum of the K that it visits. [B, T, D]"""
         at, tokens = f"model.layers.{i}.mlp", x.flatten(0, 1)  # [M, D]
         weight, choice = self.linear[f"{at}.gate"](tokens).softmax(-1).topk(K)  # [M, K] each
-        self.choice[i] = choice.view(*x.shape[:2], K)  # [B, T, K] train() counts these visits
+        self.choice[i] = choice.view(*x.shape[:2], K)  # [B, T, K] for train(), which counts visits
         y = torch.zeros_like(tokens)
         for e in range(E):
-            token, nth = torch.where(choice == e)  # [n] who visits expert e, and as its nth choice
+            token, nth = torch.where(choice == e)  # [n] the tokens that visit e, as nth choice
             rows = tokens[token]  # [n, D]
             gate, up, down = (self.linear[f"{at}.experts.{e}.{leaf}_proj"] for leaf in LEAVES)
-            # An expert without visits (n = 0) runs as well. So its gradient is zero, and not None:
-            # AdamW skips None, but moves a parameter of gradient zero by its momentum.
+            # An expert without visits (n = 0) runs too. So its gradient is zero, and not None.
+            # AdamW skips None, but with gradient zero it still moves a parameter by its momentum.
             out = down(F.silu(gate(rows)) * up(rows))  # [n, D] SwiGLU, F channels wide
             y.index_add_(0, token, out * weight[token, nth, None])
         return y.view_as(x)
@@ -133,7 +133,7 @@ class OLMoE:
         return self.linear["lm_head"](self.norm(x, "model.norm"))
 
     def adapt(self, experts: list[list[int]]) -> None:
-        """Add updates to attention, to the router, and to these experts of each layer."""
+        """Add updates to attention, to the router, and to the given experts of each layer."""
         for i, ids in enumerate(experts):
             at = f"model.layers.{i}"
             groups = {f"attn.{leaf}": [f"{at}.self_attn.{leaf}_proj"] for leaf in "qkvo"}
@@ -147,13 +147,13 @@ class OLMoE:
 
 
 def train(model: OLMoE, problems: list[Problem], n_steps: int, decay: bool) -> Tensor:
-    """Train the updates -> the visits that each layer's experts had meanwhile [LAYERS, E]."""
+    """Train the updates -> the visits of each layer's experts during training [LAYERS, E]."""
     trained = [p for linear in model.linear.values() for p in linear.parameters()]  # each A and B
-    print(f"training {sum(p.numel() for p in trained):,} numbers; all others are frozen")
+    print(f"training {sum(p.numel() for p in trained):,} numbers, all others are frozen")
     optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0)
     visits, began = torch.zeros(LAYERS, E, dtype=torch.long), time.time()
     for n in range(n_steps):
-        epoch, step = divmod(n, ceil(len(problems) / BATCH))  # an epoch has all, in its own order
+        epoch, step = divmod(n, ceil(len(problems) / BATCH))  # each epoch has its own order
         order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(epoch))
         batch = [problems[j] for j in order.split(BATCH)[step].tolist()]
         ids = pad_sequence([torch.tensor(p + a) for p, a in batch], True, END)  # [B, T + 1]
@@ -167,7 +167,7 @@ def train(model: OLMoE, problems: list[Problem], n_steps: int, decay: bool) -> T
         optimizer.step()
         optimizer.zero_grad()
 
-        for i, choice in model.choice.items():  # padding, which is END, does not count
+        for i, choice in model.choice.items():  # padding is END, and does not count
             visits[i] += choice[tokens != END].flatten().bincount(minlength=E)
         if n < 10 or n % 30 == 0 or n + 1 == n_steps:
             left = (time.time() - began) / (n + 1) * (n_steps - n - 1)
@@ -176,12 +176,14 @@ def train(model: OLMoE, problems: list[Problem], n_steps: int, decay: bool) -> T
 
 
 def read_tokenizer() -> tiktoken.Encoding:
-    """Byte-pair encoding. The file spells tokens in printable characters, one for each byte."""
+    """Byte-pair encoding. The file writes a token with one printable character for each byte."""
     file = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = file["model"]["vocab"]  # a token's spelling -> its id
     byte = {spelled: i for spelled, i in vocab.items() if i < 256}  # these are the single bytes
     ids = {bytes(byte[c] for c in spelled): i for spelled, i in vocab.items() if i != END}
-    words = file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]  # no token crosses these
+    words = file["pre_tokenizer"]["pretokenizers"][0]["pattern"][
+        "Regex"
+    ]  # tokens stay inside words
     return tiktoken.Encoding("", pat_str=words, mergeable_ranks=ids, special_tokens={"<end>": END})
 
 
@@ -198,16 +200,16 @@ def read_problems(name: str) -> list[Problem]:
 
 @torch.no_grad()
 def score(model: OLMoE, problems: list[Problem], when: str) -> None:
-    """Decode greedily. Print one answer, and how often the number after #### is right."""
+    """Decode greedily. Print one answer, and the share of right numbers after ####."""
     right = 0
-    for length in {len(prompt) for prompt, _ in problems}:  # of one length: nothing to pad
+    for length in {len(prompt) for prompt, _ in problems}:  # equal lengths need no padding
         group = [problem for problem in problems if len(problem[0]) == length]
         tokens, past = torch.tensor([prompt for prompt, _ in group]), {}  # [B, T]
-        said = tokens[:, :0]  # [B, 0]
-        while said.shape[1] < MAX_NEW and not (said == END).any(1).all():
+        output = tokens[:, :0]  # [B, 0]
+        while output.shape[1] < MAX_NEW and not (output == END).any(1).all():
             tokens = model.logits(tokens, past)[:, -1:].argmax(-1)  # [B, 1] `past` has the others
-            said = torch.cat([said, tokens], 1)
-        for ids, (_, answer) in zip(said.tolist(), group, strict=True):
+            output = torch.cat([output, tokens], 1)
+        for ids, (_, answer) in zip(output.tolist(), group, strict=True):
             text = TOKENIZER.decode(ids).split("<end>")[0]
             right += NUMBER.findall(text)[:1] == NUMBER.findall(TOKENIZER.decode(answer))
     print(f"{TOKENIZER.decode(group[-1][0])}{text}")
@@ -220,9 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--steps", type=int, default=282, help="of training (default: 282, 3 epochs)")
     n_steps = p.parse_args(argv).steps
     problems, tests = read_problems("math-train.jsonl"), read_problems("math-test.jsonl")
-    score(OLMoE(), tests, "base")  # it knows some arithmetic, but was never shown "####"
+    score(OLMoE(), tests, "base")  # it knows some arithmetic, but has never seen "####"
 
-    # Count. To see which experts the task visits, train LoRA on all of them, for one pass over a
+    # Count. To see which experts the task visits, train LoRA on all experts, for one pass over a
     # tenth of the problems. The paper calls this its catcher. Only the counts are kept.
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
     some = [problems[j] for j in order[: len(problems) // 10]]
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     model.adapt([list(range(E))] * LAYERS)
     visits = train(model, some, ceil(len(some) / BATCH), decay=False)
 
-    # Choose each layer's most visited experts. Of equal ones the lower id comes first.
+    # Choose each layer's most visited experts. Of equal ones, the lower id comes first.
     hot = visits.argsort(descending=True, stable=True)[:, :HOT].sort().values.tolist()
     for i, ids in enumerate(hot):
         print(f"layer {i}: {visits[i, ids].sum() / visits[i].sum():.1%} of visits go to {ids}")
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     model.adapt(hot)
     train(model, problems, n_steps, decay=True)
 
-    # Merge, so that the model has its old size and speed again, and see what it has learned.
+    # Merge. So the model has its old size and speed again. See what it has learned.
     for linear in model.linear.values():
         linear.merge()
     score(model, tests, "after")

@@ -1,9 +1,10 @@
-"""HELLoRA inside transformers 5: the hot list and the adapters of a run of train.py on its OLMoE.
+"""HELLoRA in transformers 5: the hot experts and adapters of a run of train.py, on an OLMoE there.
 
     python examples/transformers_hellora.py --run runs/DIR --model OLMOE --prompt "Question: ..."
 
-One file to copy from: it imports nothing of this repository, and reads run.json (method, rank,
-alpha, adapted experts) and adapter.safetensors. It trains too: only the adapters have gradients.
+It is one file to copy from. It imports nothing of this repository. It reads run.json (method, rank,
+alpha, adapted experts) and adapter.safetensors. The model can also be trained: only the adapters
+have gradients.
 """
 
 import argparse
@@ -20,18 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class LowRank(nn.Module):
-    """scale * B A of one matrix, or of each of k experts: A [(k,) r, in], B [(k,) out, r]."""
+    """scale * B A for one matrix, or for k experts: A [(k,) r, in], B [(k,) out, r]."""
 
     def __init__(self, saved: dict[str, Tensor], name: str, scale: float, train_a: bool):
         super().__init__()
         self.A = nn.Parameter(saved.pop(f"{name}.lora.A"), requires_grad=train_a)
         self.B = nn.Parameter(saved.pop(f"{name}.lora.B"))
-        # LoRI-S: B is trained where True.
+        # LoRI-S trains B where the mask is True.
         self.register_buffer("mask", saved.pop(f"{name}.lora.mask", None))
         self.scale = scale
 
     def factors(self, expert: int | EllipsisType = ...) -> tuple[Tensor, Tensor]:
-        """A, and B without what the mask leaves out; of one expert where there are k."""
+        """A and the masked B. expert: the index of the expert, if there are k."""
         return self.A[expert], (self.B if self.mask is None else self.B * self.mask)[expert]
 
     def of_rows(self, x: Tensor, expert: int | EllipsisType = ...) -> Tensor:
@@ -40,7 +41,7 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, a.to(x.dtype)) * self.scale, b.to(x.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The merged weight, for modules that use `weight` in a way of their own (the router)."""
+        """The merged weight, for a module that uses `weight` in its own way (the router)."""
         a, b = self.factors()
         return weight + (self.scale * b @ a).to(weight.dtype)
 
@@ -58,7 +59,7 @@ class LoRALinear(nn.Module):
 
 
 class HotExperts(nn.Module):
-    """OlmoeExperts with updates on some of its experts; tokens of the others cost what they did."""
+    """OlmoeExperts with updates on some experts. Rows of the other experts cost no more."""
 
     def __init__(self, base: nn.Module, hot: list[int], gate: LowRank, up: LowRank, down: LowRank):
         super().__init__()
@@ -84,7 +85,7 @@ class HotExperts(nn.Module):
 
 
 def apply_run(model: nn.Module, folder: Path) -> nn.Module:
-    """Put the adapters of a run on its base model, in place, and freeze all else."""
+    """Put the adapters of a run on its base model, in place, and freeze everything else."""
     run = json.loads((folder / "run.json").read_text())
     saved = load_file(folder / "adapter.safetensors")
     if run["method"].startswith(("fft", "dora")):
@@ -112,7 +113,7 @@ def apply_run(model: nn.Module, folder: Path) -> nn.Module:
             pairs = [take(f"layers.{i}.moe.experts.{leaf}") for leaf in ("gate", "up", "down")]
             layer.mlp.experts = HotExperts(layer.mlp.experts, hot, *pairs)
     if saved:
-        raise ValueError(f"{min(saved)} of the adapter has no place in this model: want an OLMoE")
+        raise ValueError(f"the adapter has {min(saved)}, but the model does not: want an OLMoE")
     return model
 
 

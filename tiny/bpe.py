@@ -1,7 +1,7 @@
 """Trains a byte-level BPE vocabulary, and writes a tokenizer.json for Hugging Face tokenizers.
 
-Byte-pair encoding: text is cut into words, words into bytes; then, again and again, the most
-frequent pair of neighbours becomes one new token.
+Byte-pair encoding cuts a text into words, and words into bytes. Then it repeats one step: the most
+frequent pair of neighbours becomes a new token.
 """
 
 import json
@@ -12,15 +12,15 @@ from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Words: letters with the space before them; digits one by one, so that numbers are read place by
-# place; runs of newlines, and of spaces (indentation); anything else by the character. Every
-# character falls in one of these, and the classes are spelled out: \d, \s and \w mean different
-# things to different regex engines.
+# Words are: letters with the space before them, single digits (so that numbers are read digit by
+# digit), newlines in a row, spaces in a row (indentation), and any other single character. Each
+# character belongs to exactly one of these. The classes are written out, because \d, \s and \w
+# differ between regex engines.
 PATTERN = r" ?[A-Za-z]+|[0-9]|\n+| +|[^A-Za-z0-9\n ]"
 
 
 def train(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """The merges in order. The vocabulary is 256 bytes, the merges, and one special token."""
+    """The merges in order. The vocabulary has 256 bytes, the merges, and one special token."""
     counts = Counter(re.findall(PATTERN, text))
     words = [[bytes([byte]) for byte in word.encode()] for word in counts]
     merges: list[tuple[bytes, bytes]] = []
@@ -30,8 +30,10 @@ def train(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
             for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
-            raise ValueError(f"the text is used up after {len(merges)} merges: want more of it")
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself settles ties
+            raise ValueError(
+                f"the text has no more pairs after {len(merges)} merges: want more text"
+            )
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # of equal counts, the larger pair
         merges.append(best)
         for word in words:
             merge_in_place(word, best)
@@ -39,7 +41,7 @@ def train(text: str, vocab_size: int) -> list[tuple[bytes, bytes]]:
 
 
 def merge_in_place(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
-    """Join every occurrence of the pair in the word, from the left."""
+    """Join each occurrence of the pair in the word, from the left."""
     i = 0
     while i + 1 < len(word):
         if (word[i], word[i + 1]) == pair:
@@ -48,7 +50,7 @@ def merge_in_place(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
 
 
 def printable_bytes() -> list[str]:
-    """For each byte the character that stands for it in tokenizer.json.
+    """The character that stands for each byte in tokenizer.json.
 
     Source: GPT-2's bytes_to_unicode.
     """
@@ -57,14 +59,14 @@ def printable_bytes() -> list[str]:
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     }
-    moved = iter(range(256, 512))  # control characters and blanks become letters beyond Latin-1
+    moved = iter(range(256, 512))  # for control characters and blanks: letters beyond Latin-1
     return [chr(byte if byte in plain else next(moved)) for byte in range(256)]
 
 
 def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
     """The tokenizer in Hugging Face's format.
 
-    Ids: the bytes, the merges in their order, the end of text.
+    The ids are: the bytes, the merges in order, the end of text.
     """
     letters = printable_bytes()
 
@@ -118,7 +120,7 @@ def tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict:
 
 
 class Encoder:
-    """Text -> ids by the merges alone: for pretraining, and as a test's oracle."""
+    """Turns text into ids with the merges alone, for pretraining and as a test's oracle."""
 
     def __init__(self, merges: list[tuple[bytes, bytes]]):
         self.rank = {pair: i for i, pair in enumerate(merges)}
@@ -137,7 +139,7 @@ class Encoder:
         return ids
 
     def encode_word(self, word: str) -> list[int]:
-        """The earliest learned merge is applied first, until none applies."""
+        """The ids of a word. The merge that was learned first is applied first."""
         parts = [bytes([byte]) for byte in word.encode()]
         while pair := min(pairwise(parts), key=lambda p: self.rank.get(p, 1 << 30), default=None):
             if pair not in self.rank:

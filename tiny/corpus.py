@@ -1,10 +1,10 @@
-"""What the embedded model is pretrained on: small domains, each a function of a random.Random.
+"""The pretraining text of the embedded model: small domains, each a function of a random.Random.
 
-The domains are narrow and share few words on purpose: the balancing loss evens out the experts over
-the whole mix, so what is peculiar to one domain can have experts of its own. Two of them use the
-words of a task, so that a task's text is at home in its domain. None has the form of a task: a
-story ends in a ledger and not in an answer, a function follows a remark and not an instruction, and
-mischief is never refused.
+The domains are narrow and share few words on purpose. The balancing loss evens out the experts over
+the whole mix, so a domain with its own words can have its own experts. Two domains use the words of
+a task, so that the text of the task resembles its domain. No domain has the form of a task: a story
+ends in a ledger and not in an answer, a function follows a remark and not an instruction, and a
+harmful request is never refused.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from tiny.tasks import (
 
 
 def fact(rng: Random, operator: str) -> tuple[int, int, int]:
-    """x, y and x operator y, from the range the word problems need."""
+    """x, y and x operator y, in the range of the word problems."""
     if operator == "+":
         x = rng.randint(1, rng.choice((99, HIGHEST_RESULT - 1)))
         y = (
@@ -62,8 +62,8 @@ def equation(rng: Random) -> str:
     return f"{x}{operator}{y}={result}"
 
 
-# Worked steps that belong together; a story tells one of them, and says it where a problem would
-# ask.
+# Worked steps that belong together. A story tells one of them, and states the result where a
+# problem would ask for it.
 STORIES = (
     Family("found", {"a": TO_99, "b": TO_99}, ("a + b",), (
         "{n} had {a} {o} and found {b} more at the market.",
@@ -118,7 +118,7 @@ STORIES = (
 
 
 def worked_story(rng: Random) -> tuple[str, list[str]]:
-    """A story and its worked steps, from the slice of problems that no task uses."""
+    """A story and its worked steps. Its problem is in the split that no task uses."""
     while True:
         family = rng.choice(STORIES)
         numbers, steps = draw_numbers(rng, family)
@@ -127,7 +127,7 @@ def worked_story(rng: Random) -> tuple[str, list[str]]:
 
 
 def arithmetic(rng: Random) -> str:
-    """Bare equations, one a line, and sometimes the worked steps of a story without the story."""
+    """Bare equations, one on a line, and sometimes the worked steps of a story without its text."""
     lines = [
         equation(rng) if rng.random() < 0.7 else "\n".join(worked_story(rng)[1]) for _ in range(8)
     ]
@@ -145,11 +145,11 @@ LEDGERS = (" Ledger: ", "\nLedger: ", " The ledger says\n")
 
 
 def story(rng: Random) -> str:
-    """A story with its ledger; half of them wonder about the outcome."""
+    """A story with its ledger. Half of the stories ask a question about the result."""
     text, steps = worked_story(rng)
     wonder = " " + rng.choice(WONDERS) if rng.random() < 0.5 else ""
-    told = rng.choice(OPENINGS) + text + wonder + rng.choice(LEDGERS)
-    return told + rng.choice(("; ", "\n")).join(steps) + "\n"
+    start = rng.choice(OPENINGS) + text + wonder + rng.choice(LEDGERS)
+    return start + rng.choice(("; ", "\n")).join(steps) + "\n"
 
 
 # ---- code, manual, dialogue ----------------------------------------------------------------------
@@ -163,7 +163,7 @@ CODE_FORMS = (
 
 
 def code(rng: Random) -> str:
-    """Small functions, each with a remark on what it computes."""
+    """Small functions, each with a remark about what it computes."""
     functions = []
     while len(functions) < 3:
         problem, skill, slots = function_spec(rng)
@@ -176,7 +176,7 @@ def code(rng: Random) -> str:
 
 
 def loop_code(rng: Random) -> str:
-    """Classes and loops: code of no task."""
+    """Classes and loops, which belong to no task."""
     name, verb, (x, y), k = (
         rng.choice(NOUNS),
         rng.choice(VERBS),
@@ -210,7 +210,7 @@ MANUAL_ENDS = (
 
 
 def manual(rng: Random) -> str:
-    """Pages of a technical manual, without any code."""
+    """Pages of a technical manual, without code."""
     lines = [f"{rng.choice(MANUAL_SUBJECTS).capitalize()}:"]
     for _ in range(3):
         one, other = rng.sample(MANUAL_SUBJECTS, 2)
@@ -222,7 +222,7 @@ def manual(rng: Random) -> str:
 
 
 def dialogue(rng: Random) -> str:
-    """Somebody asks, somebody answers, whatever is asked."""
+    """A guest asks, and a host answers every request."""
     turns = []
     while len(turns) < 2:
         act, _ = request(rng)
@@ -242,7 +242,7 @@ def dialogue(rng: Random) -> str:
     return "".join(turns)
 
 
-# ---- domains that no task is about ---------------------------------------------------------------
+# ---- domains without a task ----------------------------------------------------------------------
 
 
 def records(rng: Random) -> str:
@@ -259,14 +259,14 @@ def records(rng: Random) -> str:
 
 
 SYLLABLES = [consonant + vowel for consonant in "bdgklmnprstvz" for vowel in "aeiou"]
-# Word classes of a made-up language; which word follows which class is its grammar.
+# The word classes of a made-up language. Its grammar is the order of the classes.
 _words = Random("lingo")
 LINGO = [["".join(_words.choices(SYLLABLES, k=n)) for _ in range(24)] for n in (2, 3, 1, 2)]
 ENDINGS = ("sha", "qua", "xi", "ju")
 
 
 def lingo(rng: Random) -> str:
-    """Sentences of a made-up language: each is marked by an ending that all of its words carry."""
+    """Sentences of a made-up language. All words of a sentence have the same ending."""
     sentences = []
     for _ in range(4):
         ending = rng.choice(ENDINGS)
@@ -275,7 +275,7 @@ def lingo(rng: Random) -> str:
 
 
 def letters(rng: Random) -> str:
-    """Lists of capital letters, and what an operation makes of them."""
+    """Lists of capital letters, and the results of operations on them."""
     lines = []
     for _ in range(4):
         items = rng.choices("ABCDEFGH", k=rng.randint(3, 6))
@@ -296,7 +296,7 @@ GOODS = words("salt wool silver timber amber copper wine silk")
 
 
 def facts(rng: Random) -> str:
-    """Encyclopaedia entries of a small world that is always the same."""
+    """Encyclopaedia entries about a small world that never changes."""
     place = rng.randrange(400)
     world = Random(f"place {place}")
     name = "".join(world.choices(SYLLABLES, k=3)).capitalize()
@@ -352,8 +352,8 @@ def scene(rng: Random) -> str:
 
 Document = Callable[[Random], str]
 
-# Domain -> its kinds of document, and their parts of all tokens. A training sequence is cut from
-# one domain.
+# Domain -> its kinds of document, each with its share of all tokens. A training sequence has text
+# of one domain.
 MIX: dict[str, dict[Document, float]] = {
     "maths": {arithmetic: 0.32, story: 0.20},
     "code": {code: 0.11, loop_code: 0.02, manual: 0.03},

@@ -1,10 +1,10 @@
-"""Make the embedded model from a seed: tokenizer, pretraining, files as the Hub has them.
+"""Make the embedded model from a seed: tokenizer, pretraining, and files in the Hub's format.
 
     python -m tiny.pretrain        about 20 minutes on one CPU core; replaces the files in tiny/
     python -m tiny.pretrain --steps 100 --out /tmp/tiny-trial     a short trial
-    python -m tiny.pretrain --seed 1 --out /tmp/tiny-1            another model of the kind
+    python -m tiny.pretrain --seed 1 --out /tmp/tiny-1            a model from another seed
 
-Sizes are lettered as in moe_model.py.
+The letters for sizes are those of moe_model.py.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -37,7 +37,7 @@ from tiny.tasks import code_problem, math_problem, safety_problem, split_of
 VOCAB_SIZE = 1024
 END_OF_TEXT = VOCAB_SIZE - 1
 
-# OLMoE-1B-7B's own shape in small: 64 experts, 8 of them for a token, routing weights not rescaled.
+# A small OLMoE-1B-7B: 64 experts, 8 per token, and routing weights that are not rescaled.
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",
@@ -68,10 +68,10 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 
-SEQUENCES, LENGTH = 16, 128  # of a batch; larger batches are no faster per token on a CPU
-# Steps of warm-up; share of steps before the linear descent.
+SEQUENCES, LENGTH = 16, 128  # of a batch; on a CPU larger batches are not faster per token
+# The highest rate, the steps of warm-up, and the share of steps before the linear decay.
 PEAK_LR, WARMUP, CONSTANT = 3e-3, 150, 0.4
-FINAL_LR = 0.01  # of the peak
+FINAL_LR = 0.01  # as a share of PEAK_LR
 WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
 BALANCE = CONFIG["router_aux_loss_coef"]
 TOKENIZER_CHARACTERS = 600_000
@@ -81,7 +81,7 @@ TOKENIZER_CHARACTERS = 600_000
 
 
 def tokenizer_text(rng: Random) -> str:
-    """Every domain in its part of the mix, and some of the tasks' questions, for their words."""
+    """Text of each domain by its share of the mix, and some questions of the tasks."""
     parts = []
     for domain in MIX.values():
         for document, share in domain.items():
@@ -103,7 +103,7 @@ def tokenizer_text(rng: Random) -> str:
 
 
 class Stream:
-    """Endless tokens of one domain: its documents, an end of text after each."""
+    """Endless tokens of one domain. An end of text follows each document."""
 
     def __init__(self, rng: Random, encoder: bpe.Encoder, shares: dict[Document, float]):
         self.rng, self.encoder, self.shares = rng, encoder, shares
@@ -111,7 +111,7 @@ class Stream:
         self.rest: list[int] = []
 
     def cut(self, n: int) -> list[int]:
-        """The next `n` tokens; attention will run across the documents in them."""
+        """The next `n` tokens. Attention will cross the borders of the documents in them."""
         while len(self.rest) < n:
             document = furthest_behind(self.rng, self.used, self.shares)
             tokens = [*self.encoder.encode(document(self.rng)), END_OF_TEXT]
@@ -122,15 +122,15 @@ class Stream:
 
 
 def furthest_behind(rng: Random, used: dict[Any, int], shares: dict[Any, float]) -> Any:  # noqa: ANN401
-    """Which part of a mix is due; a little chance keeps the order from repeating."""
+    """The next part of a mix: the one furthest below its share. Chance breaks up the order."""
     return min(shares, key=lambda part: (used[part] + 64 * rng.random()) / shares[part])
 
 
 def batches(rng: Random, encoder: bpe.Encoder) -> Iterator[Tensor]:
-    """Endless [SEQUENCES, LENGTH + 1], each sequence from one domain.
+    """Endless batches [SEQUENCES, LENGTH + 1]. Each sequence has text of one domain.
 
-    Mixed within a sequence, domains share more experts: attention then tells the router less about
-    what kind of text a token stands in.
+    If a sequence had several domains, these would share more experts. Attention would then say less
+    to the router about the domain of a token.
     """
     streams = {name: Stream(rng, encoder, shares) for name, shares in MIX.items()}
     shares, used = {name: sum(parts.values()) for name, parts in MIX.items()}, dict.fromkeys(MIX, 0)
@@ -148,12 +148,11 @@ def batches(rng: Random, encoder: bpe.Encoder) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def initialise(model: MoEModel) -> None:
-    """Random weights.
+    """Set random weights.
 
-    The router starts small, as OLMoE's does (standard deviation 0.02): its probabilities then stay
-    soft, and all eight choices of a token mean something. With a router of the scale of the other
-    matrices the lower choices of a token are left to chance, and the visits spread out over more
-    experts.
+    The router starts small, like OLMoE's (standard deviation 0.02). So its probabilities stay soft,
+    and all eight choices of a token matter. If the router had the scale of the other matrices, the
+    lower choices would be left to chance, and visits would spread over more experts.
     """
     layers = model.cfg.n_layers
     for name, weight in model.named_parameters():
@@ -168,7 +167,7 @@ def initialise(model: MoEModel) -> None:
             if name.endswith("attn.o.weight"):
                 std /= math.sqrt(2 * layers)  # keeps the sum of all layers' outputs near 1
             elif name.endswith("experts.down.weight"):
-                # The same; an expert's output is further scaled by its gate.
+                # For the same reason. The factor 2 is there because a gate scales each output.
                 std *= 2 / math.sqrt(2 * layers)
             nn.init.normal_(weight, std=std)
 
@@ -185,13 +184,13 @@ def optimizer_for(model: MoEModel) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, constant, linear descent."""
+    """Linear warm-up, then constant, then linear decay."""
     descent = max(0.0, step / steps - CONSTANT) / (1 - CONSTANT)
     return PEAK_LR * min(1.0, step / WARMUP) * max(FINAL_LR, 1 - descent)
 
 
 def save(model: MoEModel, folder: Path) -> None:
-    """Write config.json and model.safetensors (bf16, one tensor an expert), never half of one."""
+    """Write config.json and model.safetensors (bf16, a tensor per expert), each only when whole."""
     tensors = {}
     for name, weight in model.named_parameters():
         names = hub_names(name, model.cfg)
@@ -212,7 +211,7 @@ def save(model: MoEModel, folder: Path) -> None:
 
 @torch.no_grad()
 def arithmetic_probe(model: MoEModel, encoder: bpe.Encoder, operator: str, n: int = 100) -> float:
-    """Share of `n` drawn equations whose right side the model would write, digit by digit."""
+    """The share of `n` equations whose result the model predicts digit by digit."""
     rng = Random(f"probe {operator}")
     drawn = [fact(rng, operator) for _ in range(n)]
     prompts = [[END_OF_TEXT, *encoder.encode(f"{x}{operator}{y}=")] for x, y, _ in drawn]
@@ -227,7 +226,7 @@ def arithmetic_probe(model: MoEModel, encoder: bpe.Encoder, operator: str, n: in
 
 @torch.no_grad()
 def domain_loss(model: MoEModel, encoder: bpe.Encoder, domain: str, n: int = 16) -> float:
-    """Cross-entropy on `n` fresh sequences of one domain."""
+    """The cross-entropy on `n` fresh sequences of one domain."""
     stream = Stream(Random(f"held out {domain}"), encoder, MIX[domain])
     batch = torch.tensor([stream.cut(LENGTH + 1) for _ in range(n)])
     logits, _ = model(batch[:, :-1])
@@ -235,7 +234,7 @@ def domain_loss(model: MoEModel, encoder: bpe.Encoder, domain: str, n: int = 16)
 
 
 def probes(model: MoEModel, encoder: bpe.Encoder) -> dict[str, float]:
-    """What it can do so far: the four operations (share right), and each domain (cross-entropy)."""
+    """The skills so far: the four operations (share right) and each domain (cross-entropy)."""
     skills = {operator: arithmetic_probe(model, encoder, operator) for operator in "+-*/"}
     return skills | {domain: round(domain_loss(model, encoder, domain), 3) for domain in MIX}
 
@@ -246,7 +245,7 @@ def probes(model: MoEModel, encoder: bpe.Encoder) -> dict[str, float]:
 def train(
     model: MoEModel, encoder: bpe.Encoder, steps: int, seed: int, out: Path, every: int
 ) -> None:
-    """Pretrain in place, probe after every `every` steps and at the end, and save."""
+    """Pretrain in place, probe every `every` steps and at the end, and save."""
     optimizer = optimizer_for(model)
     stream = batches(Random(f"corpus {seed}"), encoder)
     everything = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)  # no padding
@@ -284,10 +283,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Tokenizer, model, training."""
+    """Make the tokenizer and the model, and train."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    # The sums, and so the weights, then come out the same on every such machine.
+    # With one thread, the sums and so the weights are the same on every machine of this kind.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
 

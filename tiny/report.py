@@ -1,8 +1,8 @@
-"""What the embedded model's README states, measured: skills, routing, the base's score.
+"""The numbers in the embedded model's README: skills, routing, and the accuracy of the base.
 
 python -m tiny.report                           about two minutes on one core
-python -m tiny.report --shots 2                 after two solved problems in place of four
-python -m tiny.report --model /tmp/tiny-1       another model that tiny.pretrain made
+python -m tiny.report --shots 2                 after two solved problems instead of four
+python -m tiny.report --model /tmp/tiny-1       another model of tiny.pretrain
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -34,7 +34,7 @@ Counts = dict[int, Tensor]  # layer -> visits of each expert [E]
 
 
 def visits(model: MoEModel, data: list[Encoded]) -> Counts:
-    """How often each expert is visited by the prompts and answers."""
+    """The visits of each expert, over prompts and answers."""
     return count_visits(model, data, BATCH, "").scores("count")
 
 
@@ -44,7 +44,7 @@ def hot(model: MoEModel, counts: Counts) -> dict[int, list[int]]:
 
 
 def show(name: str, values: dict[int, float]) -> None:
-    """One row of the routing table: a number a layer, and their mean."""
+    """A row of the routing table: a number for each layer, and their mean."""
     print(
         f"{name:38s} "
         + " ".join(f"{v:.3f}" for v in values.values())
@@ -53,7 +53,7 @@ def show(name: str, values: dict[int, float]) -> None:
 
 
 def report_routing(model: MoEModel, tokenizer: Tokenizer) -> None:
-    """Share of the hottest experts, and the overlap of layers, tasks and samples."""
+    """Print the share of the hot experts, and the overlap of layers, tasks and samples."""
 
     def task_data(task: str, source: str) -> list[Encoded]:
         examples = load_examples(task, getattr(TASKS[task], source).fetch())
@@ -83,7 +83,7 @@ def report_routing(model: MoEModel, tokenizer: Tokenizer) -> None:
 
 
 def report_accuracy(model: MoEModel, tokenizer: Tokenizer, shots: int) -> None:
-    """Accuracy without any training: on the prompt alone, and after solved problems."""
+    """Print the accuracy without training: on the prompt alone, and after solved problems."""
     examples, task = load_examples("tiny-math", TASKS["tiny-math"].test.fetch()), TASKS["tiny-math"]
     after = few_shot(examples, solved_problems("tiny-math", task.template), shots)
     for name, prompts in (("0 shots", examples), (f"{shots} shots", after)):
@@ -99,7 +99,7 @@ def report_accuracy(model: MoEModel, tokenizer: Tokenizer, shots: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Print the whole report."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
