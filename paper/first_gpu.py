@@ -1,11 +1,11 @@
-"""The first minutes on a GPU: does it compute what a CPU does, how fast, and in what memory?
+"""The first minutes on a GPU. Are its results those of a CPU? How fast is it, in how much memory?
 
     python -m paper.first_gpu               within 8 minutes, into docs/results/
     python -m paper.first_gpu --rehearse    the same code on the CPU at tiny shapes, in a minute
 
-Each part is a process of its own with a time limit, so that a kernel that hangs or an error of the
-device costs that part alone. The JSON file and the page are written anew after each part. A verdict
-stands beside each: what was found, and whether it is as it should be.
+Each part is a process of its own with a time limit. So a kernel that hangs, or an error of the
+device, ends that part alone. The JSON file and the page are written after each part. Each part has
+a verdict: the result, and whether it is as expected.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -51,16 +51,17 @@ from plumbing.run_folder import versions
 from plumbing.tokenizer import load_tokenizer
 from train import make_optimizer, train_step
 
-MINUTES = 8  # after which no part goes on
-SHARE = 0.5159  # of visits that the hot experts get, as in paper.bench
-AGREES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of losses, relative: other sums; rounding
-LENGTHS = (131, 197, 251, 313, 379)  # of sequences: none was met before
-LONG = (8192, 512)  # tokens of a step, and of a sequence
-SHORT = (3200, 200)  # the micro-batch of 16 rows, as long as GSM8K's
+MINUTES = 8  # the time limit of all parts together
+SHARE = 0.5159  # the share of visits that hot experts get, as in paper.bench
+# The relative difference of losses that is accepted. Sums have another order, and bf16 rounds.
+AGREES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+LENGTHS = (131, 197, 251, 313, 379)  # lengths of sequences, each new to the device
+LONG = (8192, 512)  # tokens of a step, tokens of a sequence
+SHORT = (3200, 200)  # 16 rows of a length as in GSM8K
 
 
 class Place:
-    """Where a part computes, and in what sizes."""
+    """The device of a part, and its sizes."""
 
     def __init__(self, rehearse: bool):
         self.rehearse = rehearse
@@ -68,50 +69,50 @@ class Place:
         self.dtype = torch.float32 if rehearse else torch.bfloat16
 
     def world(self, tokens: int, length: int) -> World:
-        """A random OLMoE-1B-7B and a batch; tiny ones in a rehearsal."""
+        """A random OLMoE-1B-7B and a batch. In a rehearsal they are tiny."""
         shape = SHAPES["tiny" if self.rehearse else "olmoe"]
         if self.rehearse:
             tokens, length = shape.tokens, shape.length
         return random_world(shape, SHARE, tokens, length, self.dtype, self.device)
 
 
-# ---- the parts: each returns numbers, a verdict, and whether all is well -------------------------
+# ---- the parts: each returns numbers, a verdict, and whether the result is good -----------------
 
 
 def card(at: Place) -> dict:
-    """Which card, with which software."""
+    """The card and its software."""
     if at.rehearse:
         return versions(at.device) | {"name": hardware(), "verdict": "a rehearsal on the CPU"}
     if not torch.cuda.is_available():
         return {"failed": "torch finds no GPU here"}
-    of = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info()
     return versions(at.device) | {
-        "name": of.name, "capability": f"{of.major}.{of.minor}", "cuda": torch.version.cuda,
+        "name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "cuda": torch.version.cuda,
         "bytes": total, "free_bytes": free,
-        "verdict": f"{of.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+        "verdict": f"{gpu.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
     }  # fmt: skip
 
 
 def grouped(at: Place) -> dict:
-    """Is the grouped product right for groups of rank 32, forward and backward?"""
+    """Whether the grouped product is right for groups of rank 32, forward and backward."""
     found = measure.check_grouped_mm(at.device, at.dtype, RANK)
     return found | {"verdict": f"relative error {found['relative_error']:.1e} with rank {RANK}"}
 
 
 def no_rows(at: Place) -> dict:
-    """PyTorch's own grouped product where all groups are empty. moe_model.py never asks it so."""
+    """PyTorch's grouped product where all groups are empty. moe_model.py never calls it so."""
     x = torch.randn(16, 64, device=at.device).to(at.dtype)
     weight = torch.randn(4, 64, 64, device=at.device).to(at.dtype)
     ends = torch.zeros(4, dtype=torch.int32, device=at.device)
     out = F.grouped_mm(x[:0], weight, offs=ends)
     if at.device.type == "cuda":
         torch.cuda.synchronize()
-    return {"shape": list(out.shape), "verdict": "groups without any row end well"}
+    return {"shape": list(out.shape), "verdict": "groups without rows work"}
 
 
 def attention(at: Place) -> dict:
-    """What a new length costs, with cuDNN's attention and without, as train.py has it."""
+    """The time that attention takes for a new length, as in train.py and with cuDNN."""
     heads, width, batch = (2, 16, 2) if at.rehearse else (16, 128, 16)
     make = partial(torch.randn, device=at.device, dtype=at.dtype)
 
@@ -145,9 +146,9 @@ def attention(at: Place) -> dict:
     ours, other = found["as train.py"], found["cudnn"]
     return found | {
         "ok": ours["new_length_ms"] < 10 * ours["again_ms"] + 5,
-        "verdict": f"{ours['backend']}: a new length takes {ours['new_length_ms']:.1f} ms, the "
-        f"same again {ours['again_ms']:.1f}; with cuDNN allowed ({other['backend']}) "
-        f"{other['new_length_ms']:.1f}",
+        "verdict": f"{ours['backend']}: a new length takes {ours['new_length_ms']:.1f} ms, a known "
+        f"length {ours['again_ms']:.1f} (with cuDNN, {other['backend']}: a new length takes "
+        f"{other['new_length_ms']:.1f})",
     }
 
 
@@ -180,8 +181,8 @@ def curve(
 
 
 def tiny(at: Place) -> dict:
-    """The embedded model's loss, step by step, beside the CPU's in fp32."""
-    there, low = str(at.device), torch.bfloat16
+    """The losses of the embedded model, step by step, beside the CPU's in fp32."""
+    device, low = str(at.device), torch.bfloat16
     cases = {
         "fp32": ("hellora", {"dtype": torch.float32}),
         "bf16": ("hellora", {"dtype": low}),
@@ -191,23 +192,27 @@ def tiny(at: Place) -> dict:
         "fft, bf16": ("fft", {"dtype": low}),
     }
     methods = {method for method, _ in cases.values()}
-    right = {m: curve(at, "cpu", torch.float32, m) for m in sorted(methods)}
-    found, off = {"cpu": right}, {}
-    for name, (method, how) in cases.items():
-        losses = found[name] = curve(at, there, method=method, **how)
-        off[name] = max(abs(a / b - 1) for a, b in zip(losses, right[method], strict=True))
-    bad = [name for name, (_, how) in cases.items() if not off[name] <= AGREES[how["dtype"]]]
-    shown = "; ".join(f"{name} {share:.1e}" for name, share in off.items())
-    return found | {"off": off, "ok": not bad, "verdict": f"off the CPU's losses by {shown}"}
+    on_cpu = {m: curve(at, "cpu", torch.float32, m) for m in sorted(methods)}
+    found, off = {"cpu": on_cpu}, {}
+    for name, (method, setting) in cases.items():
+        losses = found[name] = curve(at, device, method=method, **setting)
+        off[name] = max(abs(a / b - 1) for a, b in zip(losses, on_cpu[method], strict=True))
+    bad = [name for name, (_, case) in cases.items() if not off[name] <= AGREES[case["dtype"]]]
+    shown = ", ".join(f"{name}: {share:.1e}" for name, share in off.items())
+    return found | {
+        "off": off,
+        "ok": not bad,
+        "verdict": f"relative difference from the CPU's losses: {shown}",
+    }
 
 
 def speed(at: Place, name: str, tokens: int, length: int) -> dict:
-    """Tokens a second of a training step, beside the roofline; peak memory, beside the plan."""
+    """The tokens per second of a training step beside the roofline, and peak memory."""
     config = configurations()[name]
     world = at.world(tokens, length)
     tokens = sum(len(e.ids) - 1 for e in world.batch)
     session = Session(world, config)
-    session.step()  # kernels are chosen
+    session.step()  # the first step chooses kernels
     seconds = measure.timed(at.device, session.step, 1 if at.rehearse else 5)
     flops, _ = needed(config, world.cfg, tokens // len(world.batch), world.shares)
     roof = measure.matmul_peak(at.device, at.dtype) / flops
@@ -215,17 +220,17 @@ def speed(at: Place, name: str, tokens: int, length: int) -> dict:
     verdict = f"{tokens / seconds:,.0f} tokens/s, {tokens / seconds / roof:.0%} of the roofline"
     if at.device.type == "cuda":
         found["peak_bytes"] = measure.cuda_peak(session.model, session.optimizer, session.step)
-        verdict += f"; peak {found['peak_bytes'] / 1e9:.1f} GB"
+        verdict += f", peak {found['peak_bytes'] / 1e9:.1f} GB"
     if (plan := reckoned(config, name, world, tokens, at)) is not None:
         found["plan_bytes"] = plan
-        verdict += f", plan {plan / 1e9:.1f}"
+        verdict += f", planned {plan / 1e9:.1f} GB"
         peak = found.get("peak_bytes", plan)
         found["ok"] = abs(peak / plan - 1) <= 0.1
     return found | {"verdict": verdict}
 
 
 def reckoned(config: Configuration, name: str, world: World, tokens: int, at: Place) -> int | None:
-    """The plan of a configuration of ours; None of a peer's, and without adapters."""
+    """The planned bytes of a configuration. None for a peer, and for a model without adapters."""
     if config.method == "none" or name.startswith("peft"):
         return None
     row, k = hellora.parse_method(config.method), default_k(world.cfg)
@@ -236,7 +241,7 @@ def reckoned(config: Configuration, name: str, world: World, tokens: int, at: Pl
 
 
 def busy(at: Place) -> dict:
-    """Where the time of a step of hellora goes."""
+    """The kernels that take most of the time of a hellora step."""
     session = Session(at.world(*LONG), configurations()["hellora"])
     session.step()
     on_gpu = at.device.type == "cuda"
@@ -245,7 +250,7 @@ def busy(at: Place) -> dict:
         seconds = measure.timed(at.device, session.step)
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, name))
-    if on_gpu:  # else a kernel counts once for itself, and once for what launched it
+    if on_gpu:  # without this, a kernel would also count for the operation that launched it
         rows = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA]
     spent = sum(getattr(row, name) for row in rows) / 1e6
     top = {row.key[:80]: round(getattr(row, name) / 1e3, 3) for row in rows[:12]}
@@ -257,23 +262,23 @@ def busy(at: Place) -> dict:
 
 
 def decoding(at: Place) -> dict:
-    """Milliseconds to decode a token each for 100 prompts."""
+    """The milliseconds per token when 100 prompts are decoded together."""
     n, prompt, new = (4, 8, 4) if at.rehearse else (100, 128, 64)
     world = at.world(*SHORT)
     draw = torch.Generator().manual_seed(2)
     prompts = torch.randint(world.cfg.vocab_size, (n, prompt), generator=draw).tolist()
     model = frozen(world)
-    generate(model, prompts, 2, (), n)  # kernels are chosen
+    generate(model, prompts, 2, (), n)  # the first call chooses kernels
     work = partial(generate, model, prompts, new, (), n)
     seconds = measure.timed(at.device, work)
     return {
         "ms_a_token": 1e3 * seconds / new,
-        "verdict": f"{1e3 * seconds / new:.1f} ms a token, {n} prompts together",
+        "verdict": f"{1e3 * seconds / new:.1f} ms per token, {n} prompts together",
     }
 
 
 def parts() -> dict[str, tuple[Callable[[Place], dict], int]]:
-    """{name: what it does, and its seconds at most}, in order: what others rely on comes first."""
+    """{name: (function, its seconds at most)}, in order. Later parts rely on earlier ones."""
     table = {
         "card": (card, 60),
         "grouped product": (grouped, 60),
@@ -282,7 +287,7 @@ def parts() -> dict[str, tuple[Callable[[Place], dict], int]]:
         "embedded model": (tiny, 120),
     }
     names = ["hellora", "lora", "none", "hellora-recompute", "dora"]
-    # Not by configurations(): it would import them here, and that may start CUDA.
+    # This does not call configurations(), which would import PEFT here. That may start CUDA.
     names += ["peft"] * all(map(find_spec, ("transformers", "peft")))
     table |= {f"{name}, 8,192 tokens": (partial(train, name, LONG), 75) for name in names}
     table |= {f"{n}, 3,200 tokens": (partial(train, n, SHORT), 75) for n in ("hellora", "lora")}
@@ -290,17 +295,17 @@ def parts() -> dict[str, tuple[Callable[[Place], dict], int]]:
 
 
 def train(name: str, size: tuple[int, int], at: Place) -> dict:
-    """`speed`, of one configuration."""
+    """`speed` for one configuration."""
     return speed(at, name, *size)
 
 
-# ---- one after the other -------------------------------------------------------------------------
+# ---- all parts, one after the other --------------------------------------------------------------
 
 
 def attempt(work: Callable[[Place], dict], seconds: float, rehearse: bool) -> dict:
-    """What the part returns, in a process of its own; or how it failed.
+    """The result of a part that runs in its own process, or how it failed.
 
-    The process is forked. So nothing may touch CUDA in this one.
+    The process is forked. So nothing may use CUDA in this process.
     """
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
@@ -314,12 +319,12 @@ def attempt(work: Callable[[Place], dict], seconds: float, rehearse: bool) -> di
         child.join()
         found = {"failed": f"the process died with exit code {child.exitcode}"}
     child.kill()
-    child.join(5)  # one that waits for the device may not end
+    child.join(5)  # a process that waits for the device may not end
     return found | {"part_seconds": round(time.perf_counter() - began, 1)}
 
 
 def answer(to: Connection, work: Callable[[Place], dict], rehearse: bool) -> None:
-    """In the forked process: send what the part returns."""
+    """Send the result of a part. This runs in the forked process."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         if rehearse:
@@ -327,24 +332,29 @@ def answer(to: Connection, work: Callable[[Place], dict], rehearse: bool) -> Non
         else:
             prepare_cuda()
         to.send(work(Place(rehearse)))
-    except Exception as error:  # any: the other parts go on
+    except Exception as error:  # any error: the other parts must go on
         first = next(iter(str(error).strip().splitlines()), "")
         to.send({"failed": f"{type(error).__name__}: {first}"[:300]})
 
 
 def page(record: dict) -> str:
-    """The record as Markdown: a line a part."""
+    """The record as Markdown, with a line for each part."""
     rows = [
         f"| {name} | {mark(found)} | {found.get('failed') or found['verdict']} "
         f"| {found['part_seconds']:.0f} |"
         for name, found in record["parts"].items()
     ]
-    how = (
+    title = (
         "A rehearsal on a CPU, whose numbers mean nothing"
         if record["rehearsal"]
         else "The first minutes on a GPU"
     )
-    head = [f"# {how}: {record['card']}", "", f"{record['date']}, `python -m paper.first_gpu`", ""]
+    head = [
+        f"# {title}: {record['card']}",
+        "",
+        f"{record['date']}, `python -m paper.first_gpu`",
+        "",
+    ]
     table = ["| part | | found | s |", "|---|---|---|--:|", *rows, ""]
     if ratio := beside_peft(record["parts"]):
         table += [f"hellora trains {ratio:.2f} times as fast as transformers + PEFT's LoRA.", ""]
@@ -352,7 +362,7 @@ def page(record: dict) -> str:
 
 
 def beside_peft(found: dict[str, dict]) -> float | None:
-    """hellora's tokens a second over those of PEFT's LoRA, where both were measured."""
+    """hellora's tokens per second, divided by those of PEFT's LoRA. None if one is not measured."""
     ours, theirs = (
         found.get(f"{name}, 8,192 tokens", {}).get("tokens_per_s") for name in ("hellora", "peft")
     )
@@ -360,12 +370,12 @@ def beside_peft(found: dict[str, dict]) -> float | None:
 
 
 def mark(found: dict) -> str:
-    """In a word, how a part went."""
+    """A word for the result of a part."""
     return "failed" if "failed" in found else "good" if found.get("ok", True) else "look at it"
 
 
 def run(folder: Path, rehearse: bool) -> list[str]:
-    """All parts into `folder`; the names of those that failed.
+    """Run all parts, and write into `folder`. Returns the names of those that failed.
 
     Raises ValueError without a GPU, before anything is written.
     """
@@ -379,7 +389,7 @@ def run(folder: Path, rehearse: bool) -> list[str]:
         )
         if name == "card":
             if "failed" in found:
-                raise ValueError(f"{found['failed']}: want a machine with one, or --rehearse")
+                raise ValueError(f"{found['failed']}: want a machine with a GPU, or --rehearse")
             now = datetime.now(UTC)
             record |= {"date": now.isoformat(timespec="seconds"), "card": found["name"]}
             record |= {"rehearsal": rehearse, "parts": {}}

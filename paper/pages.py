@@ -263,7 +263,7 @@ PARTS = {"findings": findings, "claims": claims_in_tables}
 
 
 def printed(source: str) -> str:
-    """What a command prints, or the table of a benchmark's file."""
+    """The output of a command, or the table of a benchmark's file."""
     with redirect_stdout(StringIO()) as out:
         if source.startswith("docs/"):
             report.show(json.loads((ROOT / source).read_text()))
@@ -280,7 +280,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Every page."""
+    """Fill in every page."""
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,13 +1,14 @@
-"""What fits where, and what goes over the wire, by arithmetic on the shapes, on N GPUs.
+"""What fits on which GPU, and what is sent between GPUs, computed from shapes.
 
     python -m paper.plan --model mixtral-8x7b --gpus 8    one plan
     python -m paper.plan --method lora --tokens 4096      OLMoE with LoRA, on one GPU
-    python -m paper.plan --page                           writes the tables of docs/scaling.md anew
+    python -m paper.plan --page                           writes the tables of docs/scaling.md again
 
-Frozen weights are bf16; what is trained is fp32, with a gradient and two values of AdamW; rank 32.
-plumbing/memory.py has the arithmetic, which train.py uses as well. What CUDA takes for itself is
-not counted. The smallest card is for train.py's default: training, and before it the warm-up with
-LoRA on all experts, for a method that chooses; scoring takes as many problems as there is room for.
+Frozen weights are bf16. Trained numbers are fp32, with a gradient and two values of AdamW. The rank
+is 32. plumbing/memory.py has the arithmetic, and train.py uses it too. Memory that CUDA takes for
+itself is not counted. The smallest card is for train.py's default: training, and for a method that
+chooses experts the warm-up before it, with LoRA on all experts. Scoring decodes as many problems at
+once as there is room for.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -33,19 +34,19 @@ from plumbing.files import write_atomically
 from plumbing.memory import PARTS, problem, training, visits_of
 
 PAGE = ROOT / "docs" / "scaling.md"
-CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of the GPUs there are
-FREE = 0.1  # of a card, left for what is not counted
+CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # the memory of common GPUs, in GB
+FREE = 0.1  # the share of a card that is left free, for what is not counted
 WIRES = {"NVLink, 450 GB/s": 450e9, "network, 400 Gbit/s": 50e9, "network, 25 Gbit/s": 3.125e9}
-PROBLEM = (200, 512)  # tokens of GSM8K's longest prompt, roughly, and of an answer at most
+PROBLEM = (200, 512)  # tokens of GSM8K's longest prompt, roughly, and of the longest answer
 
 
 def shapes(cfg: MoEConfig, method: str, k: int) -> MoEModel:
-    """The model without memory, in the dtypes that training has."""
+    """The model without memory, in the dtypes of training."""
     return memory.shapes(cfg, parse_method(method), k, RANK, ALPHA, torch.bfloat16)
 
 
 def show(name: str, cfg: MoEConfig, args: argparse.Namespace, k: int) -> str:
-    """A table: of several GPUs --shard full beside --shard none."""
+    """A table. With several GPUs, --shard full stands beside --shard none."""
     n, tokens, method = args.gpus, args.tokens, parse_method(args.method)
     model = shapes(cfg, args.method, k)
     ways = {"--shard full": True, "--shard none": False} if n > 1 else {"one GPU": False}
@@ -53,7 +54,7 @@ def show(name: str, cfg: MoEConfig, args: argparse.Namespace, k: int) -> str:
     columns = [training(model, tokens, share, args.recompute, n, cut) for cut in ways.values()]
     need = [sum(column.values()) for column in columns]
     rows = [("", list(ways))]
-    rows += [(what, [gb(column[what]) for column in columns]) for what in PARTS]
+    rows += [(part, [gb(column[part]) for column in columns]) for part in PARTS]
     rows += [("together", list(map(gb, need)))]
     if method.chooses:
         warm = shapes(cfg, "lora", k)
@@ -61,7 +62,7 @@ def show(name: str, cfg: MoEConfig, args: argparse.Namespace, k: int) -> str:
             sum(training(warm, tokens, 1.0, args.recompute, n, cut).values())
             for cut in ways.values()
         ]
-        rows += [("the warm-up before it, likewise", list(map(gb, before)))]
+        rows += [("the warm-up before it, together", list(map(gb, before)))]
         need = [max(pair) for pair in zip(need, before, strict=True)]
     one = problem(cfg, 2, *PROBLEM)
     scoring = [column["weights"] + column["put together for a moment"] for column in columns]
@@ -72,18 +73,19 @@ def show(name: str, cfg: MoEConfig, args: argparse.Namespace, k: int) -> str:
     if n > 1:
         wires = [ranks.traffic(model, n, cut) for cut in ways.values()]
         rows += [
-            ("got from others: GB a micro-batch; a step", [f"{wire / 1e9:.3f}" for wire in wires])
+            ("received: GB per micro-batch, or per step", [f"{wire / 1e9:.3f}" for wire in wires])
         ]
         rows += [
             (f"  seconds by {wire}", [f"{w / rate:.3f}" for w in wires])
             for wire, rate in WIRES.items()
         ]
     adapts = f", k = {k}" if method.chooses else ""
-    how = ", --recompute" if args.recompute else ""
+    recompute = ", --recompute" if args.recompute else ""
     gpus = f"{n} GPU{'s' * (n > 1)}"
-    head = f"{name}, {args.method}{adapts}, {gpus}, {tokens:,} tokens a micro-batch{how}; GB each"
+    batch = f"{tokens:,} tokens a micro-batch{recompute}"
+    head = f"{name}, {args.method}{adapts}, {gpus}, {batch}, in GB per GPU"
     return "\n".join(
-        [head, *(f"{what:44s}" + "".join(f"{cell:>14s}" for cell in cells) for what, cells in rows)]
+        [head, *(f"{row:44s}" + "".join(f"{cell:>14s}" for cell in cells) for row, cells in rows)]
     )
 
 
@@ -93,12 +95,12 @@ def gb(size: float) -> str:
 
 
 def card(size: float) -> str:
-    """GB of the smallest card on which that fits."""
+    """The memory of the smallest card on which `size` bytes fit, in GB."""
     return next((str(gb) for gb in CARDS if size <= (1 - FREE) * gb * 1e9), "none")
 
 
 def page(text: str) -> str:
-    """docs/scaling.md with each block that begins "```text FLAGS" made anew."""
+    """docs/scaling.md, with each block that begins "```text FLAGS" made again."""
 
     def block(match: re.Match) -> str:
         return f"```text {match[1]}\n{table(parse_args(match[1].split()))}\n```"
@@ -107,7 +109,7 @@ def page(text: str) -> str:
 
 
 def table(args: argparse.Namespace) -> str:
-    """What the flags ask for."""
+    """The plan for the flags."""
     cfg = BACKBONES[args.model].cfg if args.model in BACKBONES else read_config(locate(args.model))
     k = check_k(default_k(cfg) if args.k is None else args.k, cfg.n_experts)
     return show(args.model, cfg, args, k)

@@ -1,15 +1,15 @@
-"""All that a user does with a model, at its real size, on a CPU and without any download.
+"""Everything that a user does with a model, at real size, on a CPU and without a download.
 
     python -m paper.real_size               OLMoE-1B-7B: 35 GB of disk, 24 GB of memory, 10 minutes
     python -m paper.real_size --rehearse    the same steps at a small size
 
-It writes a random checkpoint of the model's exact shapes in four shards, trains (with the default
-warm-up), stops in the second step, goes on, exports in both forms, scores a few problems, and
-compares the exported model with transformers where that is installed. Each step is a process of its
-own: its seconds and its largest memory stand beside what plumbing/memory.py reckons. What was
-written is removed at the end, whatever happens.
+It writes a random checkpoint with the model's exact shapes, in four files. It trains (with the
+default warm-up), stops in the second step, and resumes. It exports in both forms, scores a few
+problems, and compares the exported model with transformers where that is installed. Each step is a
+process of its own. Its seconds and its peak memory stand beside the plan of plumbing/memory.py. All
+files are removed at the end, also after an error.
 
-Accuracies say nothing here. The text is tiny-math's, in the embedded model's tokens, unless --data
+Accuracies mean nothing here. The text is tiny-math's, in the embedded model's tokens, unless --data
 and --tokenizer give others.
 """
 
@@ -58,26 +58,26 @@ SMALL = {  # --rehearse
     "model_type": "olmoe", "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 1024,
 }  # fmt: skip
-ROWS = 40  # a tenth of them, one batch, is the warm-up's
+ROWS = 40  # the warm-up takes a tenth of them, one batch
 BATCH, MICRO = 4, 2
-TOKENS = 96  # on which the exported model is compared
+TOKENS = 96  # for the comparison of the exported model
 # Bytes that the arithmetic does not count: 0.4 GB for Python and PyTorch, and 1 GB for the kernels
 # that oneDNN compiles for each new size of a product in bf16, and keeps.
 PROCESS = 1.4e9
-THEIRS = 1.75  # times the weights: what transformers takes to load a checkpoint
+THEIRS = 1.75  # the memory for loading a checkpoint with transformers, as a multiple of the weights
 CPU = torch.device("cpu")
 
 
 def size_of(hub: dict) -> int:
-    """Bytes of the checkpoint, in bf16."""
+    """The bytes of the checkpoint, in bf16."""
     return 2 * sum(shape.numel() for shape, _ in base_parameters(parse_config(hub)).values())
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- the checkpoint ------------------------------------------------------------------------------
 
 
 def write_checkpoint(hub: dict, folder: Path) -> int:
-    """A random checkpoint in SHARDS files: norms 1, all else N(0, 1 / in). Returns its bytes."""
+    """Write a random checkpoint in SHARDS files: 1 for norms, else N(0, 1 / in). Returns bytes."""
     draw, most = torch.Generator().manual_seed(0), -(-size_of(hub) // SHARDS)
     tensors, written, weight_map, total = {}, 0, {}, 0
 
@@ -105,7 +105,7 @@ def write_checkpoint(hub: dict, folder: Path) -> int:
 
 
 def logits(folder: Path, ids: list[int], theirs: bool) -> torch.Tensor:
-    """[T, V] in fp32, of our model or of transformers', computed in bf16."""
+    """The logits [T, V] in fp32, computed in bf16 by our model or by transformers' model."""
     tokens = torch.tensor([ids])
     with torch.no_grad():
         if not theirs:
@@ -120,18 +120,18 @@ def logits(folder: Path, ids: list[int], theirs: bool) -> torch.Tensor:
 
 
 class Steps:
-    """The table that grows: each step's seconds and peak, beside what was reckoned."""
+    """The table of steps: their seconds and peaks, beside the plan."""
 
     def __init__(self, out: Path | None, record: dict):
         self.out, self.record = out, record | {"steps": {}}
 
     def note(self, name: str, began: float, peak: int, plan: float | None = None) -> None:
-        """Add a row, show it, and write all there is."""
+        """Add a row, print it, and write the record."""
         row = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak}
         if plan:
             row |= {"plan_bytes": round(plan), "peak_over_plan": round(peak / plan, 3)}
         self.record["steps"][name] = row
-        beside = f", plan {plan / 1e9:.1f}" if plan else ""
+        beside = f", planned {plan / 1e9:.1f} GB" if plan else ""
         print(f"{name:34s}{row['seconds']:8.1f} s   peak {peak / 1e9:.1f} GB{beside}", flush=True)
         self.save()
 
@@ -141,7 +141,7 @@ class Steps:
             write_json(self.out, self.record)
 
     def here(self, name: str, work: Callable, plan: float | None = None) -> object:
-        """Do it in a fork of this process; what it returns."""
+        """Call `work` in a fork of this process, and return its result."""
         began = time.perf_counter()
         result, peak = measure.in_own_process(and_peak, work)
         self.note(name, began, peak, plan)
@@ -150,9 +150,9 @@ class Steps:
     def run(
         self, name: str, words: list, plan: float | None = None, stop_at: Path | None = None
     ) -> None:
-        """Run a command of ours; stop it once the file `stop_at` is there.
+        """Run a command of this repository. Stop it when the file `stop_at` exists.
 
-        Raises ValueError if it ends otherwise than it should.
+        Raises ValueError for another exit code than expected.
         """
         began, stopped = time.perf_counter(), False
         words = [sys.executable, *map(str, words)]
@@ -160,7 +160,7 @@ class Steps:
             child = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
             try:
                 pid = 0
-                while not pid:  # wait4 and not wait(): it also tells the largest memory
+                while not pid:  # wait4 also returns the peak memory, which wait() does not
                     time.sleep(0.1)
                     pid, status, usage = os.wait4(child.pid, os.WNOHANG)
                     if not pid and not stopped and stop_at and stop_at.exists():
@@ -179,15 +179,15 @@ class Steps:
 
 
 def and_peak(work: Callable) -> tuple[object, int]:
-    """What `work` returns, and this process' largest memory in bytes."""
+    """The result of `work`, and this process' peak memory in bytes."""
     return work(), measure.resident("VmHWM")
 
 
-# ---- the whole -----------------------------------------------------------------------------------
+# ---- all steps -----------------------------------------------------------------------------------
 
 
 def reckoned(hub: dict, tokens: int, method: str) -> float:
-    """The peak of a training step in bf16 on a CPU, with the process itself."""
+    """The planned peak of a training step in bf16 on a CPU, with the process itself."""
     cfg, row = parse_config(hub), parse_method(method)
     k = default_k(cfg)
     model = memory.shapes(cfg, row, k, RANK, ALPHA, torch.bfloat16)
@@ -196,23 +196,23 @@ def reckoned(hub: dict, tokens: int, method: str) -> float:
 
 
 def check_room(hub: dict, plan: float, folder: Path) -> None:
-    """Raise ValueError unless disk and memory are enough."""
+    """Raise ValueError unless there is enough disk and memory."""
     disk, wanted = shutil.disk_usage(folder).free, 2.2 * size_of(hub) + 4 * memory_of_run(hub)
     if disk < wanted:
         raise ValueError(
-            f"{folder} has {disk / 1e9:.1f} GB free, and the checkpoint, its export and the run's "
-            f"files take {wanted / 1e9:.1f}: want --work DIR on a larger disk"
+            f"{folder} has {disk / 1e9:.1f} GB free, but the checkpoint, its export and the run "
+            f"take {wanted / 1e9:.1f} GB: want --work DIR on a larger disk"
         )
     free = free_bytes(CPU)
     if free and free < plan:
         raise ValueError(
-            f"{free / 1e9:.1f} GB of memory are free, and training is reckoned to take "
-            f"{plan / 1e9:.1f}: want a larger machine, or --rehearse"
+            f"{free / 1e9:.1f} GB of memory are free, but training should take "
+            f"{plan / 1e9:.1f} GB: want a larger machine, or --rehearse"
         )
 
 
 def memory_of_run(hub: dict) -> int:
-    """Bytes that are trained, and a save has three times: values and AdamW's two."""
+    """The bytes of the trained numbers. A save has three times as many, with AdamW's two values."""
     cfg = parse_config(hub)
     row = parse_method("lora")
     model = memory.shapes(cfg, row, default_k(cfg), RANK, ALPHA, torch.bfloat16)
@@ -220,25 +220,27 @@ def memory_of_run(hub: dict) -> int:
 
 
 def compare(steps: Steps, hub: dict, folder: Path, ids: list[int]) -> None:
-    """The exported model's argmax of each token, ours and transformers'."""
+    """Compare the argmax of each token between our exported model and transformers."""
     weights = size_of(hub)
     ours = steps.here("load the export, 96 tokens: ours", partial(logits, folder, ids, False))
     if not find_spec("transformers"):
-        print("transformers is not installed: nothing to compare with")
+        print("transformers is not installed, so there is no comparison")
         return
     if free_bytes(CPU) < THEIRS * weights + PROCESS:
-        print(f"transformers is left out: it takes {THEIRS * weights / 1e9:.1f} GB")
+        print(f"transformers is left out, as it needs {THEIRS * weights / 1e9:.1f} GB of memory")
         return
     work = partial(logits, folder, ids, True)
     theirs = steps.here("the same: transformers", work)
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     rms = float((ours - theirs).norm() / theirs.norm())
     steps.record["transformers"] = {"tokens": len(ids), "same_argmax": same, "rms": rms}
-    print(f"argmax as transformers: {same} of {len(ids)} tokens; logits differ by {rms:.2%} (rms)")
+    print(
+        f"argmax as in transformers: {same} of {len(ids)} tokens, logits differ by {rms:.2%} (rms)"
+    )
 
 
 def work_in(folder: Path, args: argparse.Namespace, hub: dict) -> None:
-    """All steps, in `folder`."""
+    """Run all steps in `folder`."""
     model, run, rows = folder / "model", folder / "run", folder / "rows.jsonl"
     model.mkdir()
     shutil.copy(args.tokenizer, model / "tokenizer.json")
@@ -269,7 +271,7 @@ def work_in(folder: Path, args: argparse.Namespace, hub: dict) -> None:
     train += ["--rank", RANK, "--alpha", ALPHA, "--no-eval", "--save-every", 1]
     train += ["--steps", 12 if args.rehearse else 3]
     saved = run / "state.safetensors"
-    steps.run("warm-up, a step; stopped in the next", train, plan, stop_at=saved)
+    steps.run("warm-up, a step, stopped in the next", train, plan, stop_at=saved)
     steps.run("resumed, to the end", train, reckoned(hub, tokens, "hellora"))
     for form in ("peft", "hub"):
         out = folder / form
@@ -304,7 +306,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write, train, stop, go on, export, score, compare, clean up."""
+    """Write, train, stop, resume, export, score, compare, clean up."""
     args = parse_args()
     for file in (args.data, args.tokenizer):
         if file and not file.is_file():

@@ -1,25 +1,25 @@
 """The paper's numbers beside ours.
 
-    python -m paper.reproduce params         the Params cells of Tables 2 to 5 and 7; no weights
-    python -m paper.reproduce flops          adapter FLOPs a token, by formula and as counted
+    python -m paper.reproduce params         trained parameters in Tables 2 to 5 and 7; no weights
+    python -m paper.reproduce flops          adapter FLOPs per token, by formula and as counted
     python -m paper.reproduce --table 4      a table on the embedded model, over seeds
     python -m paper.reproduce --table 4 --scale paper               on the paper's models and data
     python -m paper.reproduce --table all --scale paper --limit 64  a trial of all commands
-    python -m paper.reproduce bases          hot, cold, random experts; also coverage, lists
+    python -m paper.reproduce bases          hot, cold, random experts (also: coverage, lists)
     python -m paper.reproduce placement --scale paper               the same on OLMoE and GSM8K
     python -m paper.reproduce placement      do hot experts matter? (its plan: studies/placement.md)
-    python -m paper.reproduce mechanism      what hot, cold, none and all change besides the task
-    python -m paper.reproduce methods        every method's learning rate, chosen on dev problems
-    python -m paper.reproduce claims         the paper's claims beside what finished runs say
-    python -m paper.reproduce routing        how skewed OLMoE's real routing is, beside ours
-    python -m paper.reproduce text           the numbers of its text, and what became of each
-    python -m paper.reproduce forgetting     what tuning costs of what pretraining taught
-    python -m paper.reproduce merge          two tasks' adapters in one model: what each keeps
-    python -m paper.reproduce stability      hot lists of other samples, seeds, times of training
-    python -m paper.reproduce all --dry-run  what is missing of everything, and how long it takes
+    python -m paper.reproduce mechanism      what hot, cold, no and all experts change elsewhere
+    python -m paper.reproduce methods        each method's learning rate, chosen on dev problems
+    python -m paper.reproduce claims         the paper's claims, tested on finished runs
+    python -m paper.reproduce routing        how uneven OLMoE's real routing is, beside ours
+    python -m paper.reproduce text           the numbers of the paper's text, and their status here
+    python -m paper.reproduce forgetting     how much of its pretraining a tuned model forgets
+    python -m paper.reproduce merge          adapters of two tasks merged: what each task keeps
+    python -m paper.reproduce stability      hot lists over samples, seeds and training
+    python -m paper.reproduce all --dry-run  all missing runs, and how long they take
 
-Finished runs are kept in docs/results/cells/ and are not run again. A stopped command goes on
-where it was.
+Finished runs are kept in docs/results/cells/ and are not run again. A stopped command continues
+when it is given again.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -62,18 +62,18 @@ from paper.studies import (
 from plumbing.checkpoint import BACKBONES, parse_config
 from plumbing.cli import COUNT, SHARE, Parser, command
 
-SMALL = {  # config.json of the model on which FLOPs are counted
+SMALL = {  # config.json of the model whose FLOPs are counted
     "model_type": "olmoe", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 16, "num_experts_per_tok": 4,
 }  # fmt: skip
 
-TRIAL = """The paper's models, data and recipe, on a GPU that holds them. --model, --data and
---limit are for a trial, whose runs and results stay in runs/trials/. Files of --data:
-TASK-train.SUFFIX (gsm8k, code, safety) and TASK-test.SUFFIX (gsm8k, humaneval, safety: HEx-PHI is
-gated, it wants a token or such a file)."""
+TRIAL = """The paper's models, data and recipe, on a GPU with enough memory. --model, --data and
+--limit are for a trial. Its runs and results stay in runs/trials/. The files of --data:
+TASK-train.SUFFIX (gsm8k, code, safety) and TASK-test.SUFFIX (gsm8k, humaneval, safety). For safety,
+HEx-PHI is gated: it needs a token, or such a file."""
 
 FIELDS = ("table", "backbone", "method", "k", "printed", "note")
-# all percents of parameters that the paper prints, and two that it gives as a ratio only
+# All percents of parameters that the paper prints, and two that it gives only as a ratio.
 PERCENTS = [
     *(
         (c.table, c.backbone, c.method, c.k, c.printed, c.status.why)
@@ -87,20 +87,20 @@ PERCENTS = [
 
 @cache  # tables repeat rows
 def sizes(backbone: str, method: str, k: int) -> dict[str, int]:
-    """Numbers that are trained, and all that are stored."""
+    """How many numbers are trained, and how many are stored."""
     model = shapes(BACKBONES[backbone].cfg, method, k)
     return dict(zip(("trained", "stored"), count_params(model, parse_method(method)), strict=True))
 
 
 def params() -> list[dict]:
-    """Every one of PERCENTS with our integers. Percent: trained / stored, both with adapters."""
+    """The rows of PERCENTS with our counts. Percent: trained / stored; both count adapters."""
     rows = [dict(zip(FIELDS, cell, strict=True)) for cell in PERCENTS]
     rows = [row | sizes(row["backbone"], row["method"], row["k"]) for row in rows]
     return [row | {"percent": 100 * row["trained"] / row["stored"]} for row in rows]
 
 
 def show_params(rows: list[dict]) -> None:
-    """A table, and the two ratios that the paper does not tell apart."""
+    """Print a table, and two ratios. The paper does not say which of the two it means."""
     head = ("table", 9), ("backbone", 16), ("method", 14)
     print(
         "".join(f"{name:{width}s}" for name, width in head)
@@ -113,12 +113,13 @@ def show_params(rows: list[dict]) -> None:
             f"{r['percent']:9.4f}{printed:>9s}  {r['note']}"
         )
     for backbone, k in (("olmoe-1b-7b", 8), ("mixtral-8x7b", 2), ("deepseekmoe-16b", 12)):
-        of = {
+        by_method = {
             r["method"]: r
             for r in rows
             if r["backbone"] == backbone and (r["k"] == k or r["method"] == "lora")
         }
-        percents, counts = (of["hellora"][x] / of["lora"][x] for x in ("percent", "trained"))
+        hot, lora = by_method["hellora"], by_method["lora"]
+        percents, counts = (hot[x] / lora[x] for x in ("percent", "trained"))
         print(
             f"{backbone}: HELLoRA / LoRA {percents:.2%} as "
             f"a ratio of percents, {counts:.2%} of counts"
@@ -126,14 +127,14 @@ def show_params(rows: list[dict]) -> None:
 
 
 def measured_flops(model: MoEModel, tokens: torch.Tensor) -> int:
-    """What torch counts in one forward pass with looped_mm; it has no formula for grouped_mm."""
+    """torch's count for a forward pass with looped_mm. It has no formula for grouped_mm."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
     return counter.get_total_flops()
 
 
 def flops(share: float) -> dict:
-    """Adapter FLOPs a token: by formula for OLMoE-1B-7B, and as counted too for a small model."""
+    """Adapter FLOPs per token, by formula for OLMoE-1B-7B, and also counted for a small model."""
     cfg = BACKBONES[tables.OLMOE].cfg
     paper = shapes(cfg, "hellora", 8)  # with a share of 1 each visit meets an adapter, as in LoRA
     everywhere, hot = (adapter_flops(paper, dict.fromkeys(cfg.moe_layers, s)) for s in (1.0, share))
@@ -163,7 +164,7 @@ def flops(share: float) -> dict:
 
 
 def show_flops(row: dict) -> None:
-    """The formula's numbers, and how near the counted ones are."""
+    """Print the numbers of the formula, and the difference of the counted ones."""
     print(f"OLMoE-1B-7B, r = 32, forward pass of a token: LoRA {row['olmoe_lora'] / 1e6:.2f} MFLOP")
     print(
         f"  HELLoRA, k = 8, hot share {row['share']:.4f}: {row['olmoe_hellora'] / 1e6:.2f} MFLOP, "
@@ -178,29 +179,29 @@ def show_flops(row: dict) -> None:
 
 
 def show_printed(numbers: list[dict]) -> None:
-    """A table of the paper without a miniature: its numbers, what became of them, commands."""
+    """Print a table of the paper without a miniature: numbers, their status, commands."""
     for c in numbers:
-        what = f"{c['backbone']} {c['method']} k={c['k']}" + (
+        row = f"{c['backbone']} {c['method']} k={c['k']}" + (
             f" on {c['task']}" if c["task"] else ""
         )
         print(
-            f"{what:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}"
+            f"{row:46s} {c['metric']:11s}{c['printed']:9g}  {c['status'].word}: {c['status'].why}"
         )
     print("by:", *sorted({f"  {c['command']}" for c in numbers}), sep="\n")
 
 
 def text() -> list[dict]:
-    """The numbers of the paper's text, and its figures, each with what became of it."""
-    said = [(c.where, c.says, c.value, c.status) for c in tables.TEXT]
-    drawn = [(f"Figure {n}", about, None, tables.DRAWN) for n, about in tables.FIGURES.items()]
+    """The numbers of the paper's text, and its figures, each with its status here."""
+    quoted = [(c.where, c.says, c.value, c.status) for c in tables.TEXT]
+    drawn = [(f"Figure {n}", says, None, tables.DRAWN) for n, says in tables.FIGURES.items()]
     return [
         {"where": where, "says": says, "value": value, **status._asdict()}
-        for where, says, value, status in said + drawn
+        for where, says, value, status in quoted + drawn
     ]
 
 
 def show_text(rows: list[dict]) -> None:
-    """Two lines each: what it says, what became of it."""
+    """Print two lines for each number: what the paper says, and the status here."""
     for r in rows:
         value = "" if r["value"] is None else f": {r['value']:g}"
         print(f"{r['where']}: {r['says']}{value}")
@@ -208,26 +209,26 @@ def show_text(rows: list[dict]) -> None:
 
 
 class Part(NamedTuple):
-    """One thing to ask for: the runs it rests on, what comes of them, and how that is shown."""
+    """A part of the command: the runs that it needs, its results, and how they are shown."""
 
     wanted: Callable[[], Wanted]
     results: Callable[[], Any]
     show: Callable[[Any], None]
 
 
-MODULES = {  # parts that are a file each
+MODULES = {  # the parts that have a file of their own
     "methods": rates, "placement": placement, "mechanism": mechanism,
     "forgetting": forgetting, "merge": merging, "stability": stability,
 }  # fmt: skip
 
 
 def scale(args: argparse.Namespace) -> comparison.Scale:
-    """What the paper's tables are run on. Raises ValueError for flags that do not go with it."""
+    """The scale of the paper's tables. Raises ValueError for flags that do not go with it."""
     trial = {name: getattr(args, name) for name in ("model", "data", "limit", "seeds")}
     if args.what == "placement":
         if given := [f"--{name}" for name, value in trial.items() if value]:
-            raise ValueError(f"{', '.join(given)}: of the paper's tables only, omit it")
-        return comparison.TINY  # it has a scale of its own
+            raise ValueError(f"{', '.join(given)}: only for the paper's tables, omit it")
+        return comparison.TINY  # the placement study has its own scale
     if args.scale == "paper":
         if not args.table:
             raise ValueError(
@@ -236,12 +237,12 @@ def scale(args: argparse.Namespace) -> comparison.Scale:
             )
         return comparison.paper_scale(**trial)
     if given := [f"--{name}" for name, value in trial.items() if value]:
-        raise ValueError(f"{', '.join(given)}: of --scale paper only, add that")
+        raise ValueError(f"{', '.join(given)}: only with --scale paper, add that")
     return comparison.TINY
 
 
 def study_part(name: str, quick: bool, on: comparison.Scale = comparison.TINY) -> Part:
-    """A table of studies/comparison.py. In miniature, Table 8 has more to show than scores."""
+    """A table of studies/comparison.py. In miniature, Table 8 also shows overlaps."""
     study = comparison.study(name, quick, on)
     if name != "8" or quick or on is not comparison.TINY:
         return Part(study.wanted, lambda: comparison.results(study), comparison.show)
@@ -253,7 +254,7 @@ def study_part(name: str, quick: bool, on: comparison.Scale = comparison.TINY) -
 
 
 def printed_part(number: str) -> Part:
-    """A table of the paper whose numbers need the real checkpoint, or none."""
+    """A table of the paper without scores, or with numbers that need the real checkpoint."""
     numbers = [c for c in tables.NUMBERS if c.table == number]
     return Part(
         dict, lambda: [c._asdict() | {"command": c.command()} for c in numbers], show_printed
@@ -267,7 +268,7 @@ def real_placement() -> dict[str, Part]:
 
 
 def parts(args: argparse.Namespace) -> dict[str, Part]:
-    """All that can be asked for, in the order in which "all" shows it."""
+    """All parts, in the order of "all"."""
     numbers, on = [str(n) for n in range(1, 9)], scale(args)
     return {
         **{n: study_part(n, args.quick, on) if n in on.seeds else printed_part(n) for n in numbers},
@@ -276,8 +277,8 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
         "text": Part(dict, text, show_text),
         "routing": Part(dict, routing.results, routing.show),
         **{
-            name: Part(dict if args.quick else of.wanted, of.results, of.show)
-            for name, of in MODULES.items()
+            name: Part(dict if args.quick else module.wanted, module.results, module.show)
+            for name, module in MODULES.items()
         },
         **(real_placement() if args.scale == "paper" else {}),
         "params": Part(dict, params, show_params),
@@ -298,7 +299,7 @@ def plan(wanted: Wanted, jobs: int, where: str | None) -> str:
 
 
 def parse_args(words: list[str] | None) -> argparse.Namespace:
-    """The command line, or `words` in its place."""
+    """The command line, or `words` instead."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     what = p.add_mutually_exclusive_group(required=True).add_argument
@@ -329,7 +330,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raise ValueError for flags that do not go together."""
     asked, quick = args.what or args.table, ("all", *comparison.N_SEEDS, *comparison.OTHERS)
     if args.quick and (args.scale == "paper" or asked not in quick):
         raise ValueError(f"{asked} has no quick form at --scale {args.scale}: omit --quick")

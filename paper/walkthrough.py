@@ -1,11 +1,11 @@
-"""The numbers of docs/walkthrough.md: one token's way through a HELLoRA layer.
+"""The numbers of docs/walkthrough.md, which follows one token through a HELLoRA layer.
 
-    python -m paper.walkthrough        measures, and writes the page's blocks anew
+    python -m paper.walkthrough        measures, and writes the page's blocks again
 
-The page is its own template. A block that starts with "```text NAME" holds what the function NAME
-of BLOCKS prints; all else is prose and quoted code. Nothing is trained or drawn: A and B are
-examples/golden.py's waves. The terms are computed by hand, from the equations; test_walkthrough.py
-holds them to the modules.
+The page is its own template. A block that starts with "```text NAME" has the output of the function
+NAME of BLOCKS. All else is prose and quoted code. Nothing is trained or random: A and B are the
+waves of examples/golden.py. The terms are computed here from the equations. test_walkthrough.py
+compares them with the modules.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -35,23 +35,23 @@ from plumbing.data import TASKS, Encoded, collate, encode, load_examples
 from plumbing.tokenizer import load_tokenizer
 
 PAGE = ROOT / "docs" / "walkthrough.md"
-LAYER, TOKEN = 1, 14  # the layer and the place in the first training problem that are looked at
+LAYER, TOKEN = 1, 14  # the chosen layer, and the chosen token of the first training problem
 
 
 class Scene(NamedTuple):
-    """A model with adapters, and what the chosen token meets in the chosen layer."""
+    """A model with adapters, and the chosen token in the chosen layer."""
 
     model: MoEModel
     layer: Block
     data: list[Encoded]
-    word: str  # the token as text
+    word: str  # the chosen token as text
     visits: Catcher
     hot: dict[int, list[int]]
-    attn_in: Tensor  # [D] what q, k and v read of the token
-    moe_in: Tensor  # [1, T, D] what router and experts read of all tokens
-    moe_out: Tensor  # [D] what the experts add to the token
+    attn_in: Tensor  # [D] the input of q, k and v, for the token
+    moe_in: Tensor  # [1, T, D] the input of router and experts, for all tokens
+    moe_out: Tensor  # [D] the sum that the experts add to the token
     routing: Routing  # of the layer
-    parts: list[Rows]  # its rows: those of hot experts, and the others
+    parts: list[Rows]  # its rows: first those of hot experts, then those of the other experts
 
 
 @cache
@@ -74,34 +74,34 @@ def scene() -> Scene:
     attn_in = layer.attn_norm(x)
     moe_in = layer.mlp_norm(x + layer.attn(attn_in, at, None))
 
-    # The layer sorts its rows by itself. A hook on the experts' gate sees each part of them.
+    # The layer sorts its rows itself. A hook on the experts' gate sees each part of the rows.
     parts: list[Rows] = []
     gate = layer.moe.experts.gate
-    seen = gate.register_forward_pre_hook(lambda module, given: parts.append(given[1]))
+    hook = gate.register_forward_pre_hook(lambda module, given: parts.append(given[1]))
     moe_out, routing = layer.moe(moe_in)
-    seen.remove()
+    hook.remove()
 
     word = tokenizer.decode([data[0].ids[TOKEN]])
-    about = model, layer, data, word, visits, hot
-    return Scene(*about, attn_in[0, TOKEN], moe_in, moe_out[0, TOKEN], routing, parts)
+    counted = model, layer, data, word, visits, hot
+    return Scene(*counted, attn_in[0, TOKEN], moe_in, moe_out[0, TOKEN], routing, parts)
 
 
 def line(name: str, values: Tensor | list[float], more: str = "...") -> str:
-    """One line of a block: a name and the first four numbers."""
+    """A line of a block: a name and the first four numbers."""
     return f"{name:24s}" + " ".join(f"{v:+.3f}" for v in list(values)[:4]) + f" {more}".rstrip()
 
 
 def update(lora: LowRank, x: Tensor, i: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eq. 2 and 3 by hand for one vector [in]: A x [r] and scale * B (A x) [out].
+    """Eq. 2 and 3 by hand, for a vector x [in]: A x [r] and scale * B (A x) [out].
 
-    i: which matrix of a stack.
+    i: the index of the matrix in a stack.
     """
     a, b = (lora.A, lora.B) if i is None else (lora.A[i], lora.B[i])
     return a @ x, lora.scale * (b @ (a @ x))
 
 
 def count(s: Scene) -> list[str]:
-    """Visits of the layer's experts."""
+    """The visits of the layer's experts."""
     visits = s.visits.scores("count")[LAYER]
     top = sorted(s.hot[LAYER], key=lambda e: -visits[e])
     share = visited_share({LAYER: visits}, {LAYER: s.hot[LAYER]})[LAYER]
@@ -115,7 +115,7 @@ def count(s: Scene) -> list[str]:
 
 
 def freeze(s: Scene) -> list[str]:
-    """What is trained."""
+    """The number of trained parameters."""
     trained, stored = count_params(s.model, parse_method("hellora"))
     return [f"{trained:,} of {stored:,} numbers are trained ({trained / stored:.2%})"]
 
@@ -135,14 +135,14 @@ def attention(s: Scene) -> list[str]:
 
 
 def choices(s: Scene) -> list[tuple[int, float, int]]:
-    """The token's choices: (expert, gate, row among those of all tokens)."""
+    """The token's choices: (expert, gate, row among the rows of all tokens)."""
     row = torch.cat([rows.slot for rows in s.parts]).argsort().view(-1, K)  # [T, K] of each slot
-    of = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], row[TOKEN]
-    return list(zip(*(t.tolist() for t in of), strict=True))
+    chosen = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], row[TOKEN]
+    return list(zip(*(t.tolist() for t in chosen), strict=True))
 
 
 def router(s: Scene) -> list[str]:
-    """The token's experts."""
+    """The experts of the token."""
     lines = ["expert   gate   row   is it hot?"]
     for expert, gate, row in choices(s):
         lines.append(
@@ -151,13 +151,13 @@ def router(s: Scene) -> list[str]:
     n_tokens, (hot, others) = s.moe_in.shape[1], (len(rows.slot) for rows in s.parts)
     return [
         *lines,
-        f"{n_tokens} tokens make {hot + others} rows; the first {hot} visit hot experts",
+        f"{n_tokens} tokens make {hot + others} rows. The first {hot} visit hot experts.",
     ]
 
 
 @torch.no_grad()
 def expert_out(s: Scene, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert by hand: gate without the update [F], gate [F], and down(silu(gate) * up) [D]."""
+    """One expert by hand: gate without update [F], gate [F], and down(silu(gate) * up) [D]."""
     experts, i = s.layer.moe.experts, s.hot[LAYER].index(expert) if expert in s.hot[LAYER] else None
 
     def linear(m: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def expert_out(s: Scene, expert: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expert(s: Scene) -> list[str]:
-    """A hot expert has an update, another none."""
+    """A hot expert, which has an update, and an expert without one."""
     lines = []
     for kind in (True, False):
         e = next(e for e, *_ in choices(s) if (e in s.hot[LAYER]) == kind)
@@ -186,7 +186,7 @@ def expert(s: Scene) -> list[str]:
 
 
 def combine(s: Scene) -> list[str]:
-    """The weighted sum."""
+    """The weighted sum of the experts."""
     total = sum(gate * expert_out(s, e)[2] for e, gate, _ in choices(s))
     return [
         f"sum of the {K} gates      {sum(gate for _, gate, _ in choices(s)):.3f}",
@@ -227,7 +227,7 @@ def balance(s: Scene) -> list[str]:
 
 @torch.no_grad()
 def folded(s: Scene) -> list[str]:
-    """Logits with the adapters live, and folded in."""
+    """The logits with the adapters beside the weights, and merged into them."""
     tokens, merged = torch.tensor([s.data[0].ids]), deepcopy(s.model)
     merge(merged)
     return [
@@ -243,18 +243,18 @@ BLOCKS = {
 
 
 def filled(page: str) -> str:
-    """The page with every block measured now."""
+    """The page with every block measured again."""
     measured = {name: "\n".join(block(scene())) for name, block in BLOCKS.items()}
     return re.sub(
         r"^```text (\w+)\n.*?^```$",
-        lambda found: f"```text {found[1]}\n{measured[found[1]]}\n```",
+        lambda match: f"```text {match[1]}\n{measured[match[1]]}\n```",
         page,
         flags=re.M | re.S,
     )
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page again."""
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -1,1 +1,1 @@
-"""Training speed and memory, beside transformers and PEFT."""
+"""The speed and memory of training, beside transformers and PEFT."""

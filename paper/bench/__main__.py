@@ -4,12 +4,12 @@
     python -m paper.bench --shape olmoe --json FILE          OLMoE-1B-7B, random weights, on a GPU
     python -m paper.bench --model tiny --only lora,hellora   any checkpoint
 
-All configurations have the same weights, batch and training step (train.train_step), and take
-turns, round by round. On a GPU each has all its rounds at once, as together they need more memory
-than one has. "-loop" multiplies expert by expert; "peft" is PEFT on transformers 5; "peft-v4-..."
-is PEFT on the layout of transformers 4, where each expert is a module, as it presumably was for the
-paper. Full fine-tuning comes after the others, alone, as it needs the memory. With --json the file
-is written anew after each round.
+All configurations have the same weights, batch and training step (train.train_step). They take
+turns, round by round. On a GPU each configuration has all its rounds at once, because together they
+need more memory than a GPU has. "-loop" multiplies expert by expert. "peft" is PEFT on
+transformers 5. "peft-v4-..." is PEFT on the layout of transformers 4, where each expert is a
+module. The paper probably used that layout. Full fine-tuning comes last and alone, because it needs
+the memory. With --json the file is written after each round.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -71,9 +71,9 @@ from train import make_optimizer, train_step
 OURS = ("none", "hellora", "lora", "dora", "hellori-s", "fft")
 PARTS = ("step", "memory", "generate", "load")
 MINUTES = {"cuda": 7, "cpu": 30}
-ENDS = {"memory": 0.3, "step": 0.6, "generate": 0.8, "load": 0.85, "fft": 0.9}  # of the minutes
+ENDS = {"memory": 0.3, "step": 0.6, "generate": 0.8, "load": 0.85, "fft": 0.9}  # share of minutes
 BATCH = 16  # sequences decoded together
-PROMPT = 32  # tokens of a prompt, in the middle
+PROMPT = 32  # tokens of a prompt, on average
 
 
 # ---- configurations ------------------------------------------------------------------------------
@@ -83,12 +83,12 @@ class Configuration(NamedTuple):
     """One row of the table."""
 
     build: Callable[[World], nn.Module]  # the model, ready to train
-    method: str  # ours, which says what a step of it has to compute
-    fewer: Callable[[MoEConfig], int] = lambda cfg: 0  # trained numbers that it has fewer than that
+    method: str  # our method whose step it computes
+    fewer: Callable[[MoEConfig], int] = lambda cfg: 0  # trained numbers that it lacks
 
 
 def peers() -> ModuleType | None:
-    """paper/bench/peers.py, if what it needs is installed."""
+    """paper/bench/peers.py, if the packages that it needs are installed, else None."""
     if not (find_spec("transformers") and find_spec("peft")):
         return None
     from paper.bench import peers as modules
@@ -97,7 +97,7 @@ def peers() -> ModuleType | None:
 
 
 def configurations() -> dict[str, Configuration]:
-    """Every row that can be measured here, by name."""
+    """Every row that can be measured on this machine, by name."""
     table = {
         name + suffix: Configuration(partial(ours, method=name, matmul=matmul), name)
         for matmul, suffix in (("grouped", ""), ("loop", "-loop"))
@@ -106,12 +106,12 @@ def configurations() -> dict[str, Configuration]:
     table["hellora-recompute"] = Configuration(
         partial(ours, method="hellora", recompute=True), "hellora"
     )
-    their = peers().BUILDERS if peers() else {}
-    return table | {name: Configuration(*row) for name, row in their.items()}
+    builders = peers().BUILDERS if peers() else {}
+    return table | {name: Configuration(*row) for name, row in builders.items()}
 
 
 def needed(config: Configuration, cfg: MoEConfig, length: int, shares: dict) -> tuple[float, int]:
-    """FLOPs that a step needs for a token, and the numbers it trains, from shapes alone."""
+    """The FLOPs of a step per token, and the numbers that it trains, from shapes alone."""
     if config.method == "none":
         return measure.step_flops(None, cfg, Method(), length, shares), cfg.dim
     row = parse_method(config.method)
@@ -122,24 +122,24 @@ def needed(config: Configuration, cfg: MoEConfig, length: int, shares: dict) -> 
 
 
 class Session:
-    """A configuration that is ready to step. It keeps of the world what its model needs."""
+    """A configuration that is ready to step. It keeps what its model needs of the world."""
 
     def __init__(self, world: World, config: Configuration):
         self.model, self.batch, self.cfg = config.build(world), world.batch, world.cfg
         self.optimizer, self.visits = make_optimizer(self.model, LR), Catcher(world.cfg.n_experts)
 
     def step(self) -> float:
-        """One whole training step, of ours and of a peer alike -> loss per token."""
+        """One whole training step, the same for our models and peers -> loss per token."""
         size = len(self.batch)
         loss, _ = train_step(self.model, self.optimizer, self.batch, size, 0.0, self.visits)
         return loss
 
     def begin(self, row: dict) -> None:
-        """Check what is trained, warm up, count operations, measure memory."""
+        """Check the number of trained parameters, warm up, count operations, measure memory."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if not isinstance(self.model, MoEModel) and trained != (want := row["trained"]):
             raise ValueError(
-                f"PEFT trains {trained:,} numbers, want {want:,}: it adapts something else"
+                f"PEFT trains {trained:,} numbers, want {want:,}: it adapts other tensors"
             )
         row["loss"] = self.step()
         if self.cfg.n_layers > self.cfg.n_dense + 1:
@@ -153,7 +153,7 @@ class Session:
         row["held_bytes"] = measure.held_bytes(self.model, self.optimizer)
 
     def seconds(self) -> float:
-        """A turn. On CUDA one step goes before: what other configurations left must settle."""
+        """The seconds of one turn. On CUDA an extra step goes before, as other work must settle."""
         times = 3 if self.model.device.type == "cuda" else 1
         if times > 1:
             self.step()
@@ -161,7 +161,7 @@ class Session:
 
 
 def own_peak(name: str, make: Callable[[], World]) -> int:
-    """Bytes by which a step's peak exceeds a process that has only trained a tiny model so far."""
+    """The peak bytes of a step, less the bytes of a process that has only trained a tiny model."""
     config = configurations()[name]
     tiny = random_world(SHAPES["tiny"], 0.5, 64, 32, torch.float32, torch.device("cpu"))
     Session(tiny, config).step()
@@ -177,9 +177,10 @@ def own_peak(name: str, make: Callable[[], World]) -> int:
 def decoders(world: World, new: int) -> dict[str, Callable[[], list[list[int]]]]:
     """{"case: who": decodes BATCH prompts, greedily}.
 
-    There are two cases: prompts of one length; uneven prompts, whose answers also stop. The stops
-    are a random few of the vocabulary, such that a random token is one with probability 3 / new.
-    All decoders have the same weights and meet the same, so answers end alike.
+    There are two cases. In "equal", prompts have one length. In "uneven", lengths differ and
+    answers also stop early. The stop ids are drawn at random, so that a random token is one of them
+    with probability 3 / new. All decoders have the same weights and prompts, so their answers end
+    at the same places.
     """
     draw, vocab = torch.Generator().manual_seed(2), world.cfg.vocab_size
 
@@ -191,10 +192,10 @@ def decoders(world: World, new: int) -> dict[str, Callable[[], list[list[int]]]]
     equal = (prompts([PROMPT] * BATCH), new, (), BATCH)
     uneven = (prompts(spread), new, stops, BATCH)
     run = {"ours": partial(generate, frozen(world))}
-    if their := peers():
+    if modules := peers():
         run |= {
-            "transformers": their.plain(world).generate,
-            "PEFT": their.peft_fused(world).eval().generate,
+            "transformers": modules.plain(world).generate,
+            "PEFT": modules.peft_fused(world).eval().generate,
         }
     return {f"equal: {name}": partial(work, *equal) for name, work in run.items()} | {
         f"uneven: {name}": partial(work, *uneven) for name, work in run.items() if name != "PEFT"
@@ -202,7 +203,7 @@ def decoders(world: World, new: int) -> dict[str, Callable[[], list[list[int]]]]
 
 
 def loaders(world: World, made: Path) -> dict[str, Callable[[], nn.Module]]:
-    """Who loads the world's checkpoint. A random world's first layers are written to `made`."""
+    """The loaders of the world's checkpoint. A random world is written to `made` (2 layers)."""
     folder = world.source or write_checkpoint(world, made)
     table = {"ours": MoEModel.from_pretrained} | ({"transformers": peers().load} if peers() else {})
     return {name: partial(load, folder, world.dtype, world.device) for name, load in table.items()}
@@ -212,18 +213,18 @@ def loaders(world: World, made: Path) -> dict[str, Callable[[], nn.Module]]:
 
 
 def attempt(row: dict, stage: str, work: Callable, *args: object) -> object | None:
-    """What `work` returns; None if it failed, and then the row says how."""
+    """The result of `work`, or None if it failed. Then the row says how it failed."""
     try:
         return work(*args)
-    except Exception as error:  # any, so that the other configurations go on
+    except Exception as error:  # any error: the other configurations must go on
         first = next(iter(str(error).strip().splitlines()), "")
         row["failed"] = f"{stage}: {type(error).__name__}: {first}"[:160]
-    measure.free()  # outside the handler, which would keep the failed frames' tensors alive
+    measure.free()  # not in the handler: it would keep the tensors of the failed call alive
     return None
 
 
 class Bench:
-    """One run of the benchmark. Its record grows part by part, and no exception ends the run."""
+    """One run of the benchmark. Its record grows part by part. No exception ends the run."""
 
     def __init__(self, args: argparse.Namespace):
         if args.json and not args.json.parent.is_dir():
@@ -247,20 +248,20 @@ class Bench:
         }
 
     def time_for(self, part: str) -> bool:
-        """Is there time to begin something more of this part?"""
+        """Whether there is time to begin more work of this part."""
         return time.monotonic() - self.began < self.minutes * 60 * ENDS[part]
 
     def save(self) -> None:
-        """Write the record, as far as it goes."""
+        """Write the record as far as it is complete."""
         self.record["minutes_used"] = round((time.monotonic() - self.began) / 60, 2)
         summarise(self.record)
         if self.path:
             write_json(self.path, json.loads(json.dumps(self.record, default=str)))
 
     def memory(self) -> None:
-        """On a CPU, each configuration's peak in a process of its own.
+        """Measure each configuration's peak on a CPU, in a process of its own.
 
-        It comes first, as it forks.
+        This part comes first, because it forks.
         """
         for name in progress(self.rows, label="memory", unit="configuration"):
             if self.time_for("memory"):
@@ -269,7 +270,7 @@ class Bench:
                 self.rows[name] |= row
 
     def describe(self, world: World) -> None:
-        """What is true of all configurations."""
+        """Record what all configurations share, and what a step of each must compute."""
         n_tokens = sum(len(e.ids) - 1 for e in world.batch)
         self.record["world"] = {
             "tokens": n_tokens, "sequences": len(world.batch), "experts": world.hot,
@@ -282,7 +283,7 @@ class Bench:
             row["flops_a_token"], row["trained"] = numbers
 
     def steps(self, names: list[str], world: World, part: str = "step") -> None:
-        """Rounds over some configurations, all of them in memory at a time."""
+        """Run the rounds of some configurations. All of them are in memory at once."""
         sessions = {}
         for name in progress(names, label="prepare", unit="configuration"):
             row = self.rows[name]
@@ -294,7 +295,7 @@ class Bench:
             attempt(row, "first step", session.begin, row) if session else None
             if session and "failed" not in row:
                 sessions[name] = session
-        session = None  # a failed one would keep its memory
+        session = None  # a failed session would keep its memory
         for _ in progress(range(self.rounds), label="rounds", unit="round"):
             peak = attempt({}, "peak", measure.matmul_peak, self.device, self.dtype) or 0.0
             self.record["matmul_flops_per_s"] = max(
@@ -309,14 +310,14 @@ class Bench:
             self.save()
 
     def turn(self, part: str, rows: dict[str, dict], works: dict[str, Callable[[], float]]) -> None:
-        """The seconds of each, into its row; the first round is taken in any case."""
+        """Add the seconds of each work to its row. The first round is measured in any case."""
         for name, seconds in works.items():
             row = rows[name]
             if "failed" not in row and (not row["seconds"] or self.time_for(part)):
                 row["seconds"] += [s for s in [attempt(row, part, seconds)] if s is not None]
 
     def others(self, part: str, works: dict[str, Callable[[], object]]) -> None:
-        """Two rounds of decoding or loading, after one to warm up, which also counts tokens."""
+        """Measure decoding or loading: one turn to warm up (it counts tokens), then two rounds."""
         rows = self.record[part] = {name: {"seconds": []} for name in works}
         for name, work in works.items():
             out = attempt(rows[name], part, work)
@@ -328,7 +329,7 @@ class Bench:
         self.save()
 
     def run(self) -> None:
-        """All parts."""
+        """Run all parts."""
         if "memory" in self.parts and self.device.type == "cpu":
             self.memory()
         if self.device.type == "cpu":
@@ -402,7 +403,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def chosen(names: str | None, known: list[str], flag: str) -> list[str]:
-    """The asked names, in the order of `known`. Raises ValueError for an unknown one."""
+    """The names in `names`, in the order of `known`. Raises ValueError for an unknown name."""
     asked = names.split(",") if names else known
     if unknown := [name for name in asked if name not in known]:
         raise ValueError(
@@ -412,23 +413,23 @@ def chosen(names: str | None, known: list[str], flag: str) -> list[str]:
 
 
 def world_maker(args: argparse.Namespace, on: Bench) -> Callable[[], World]:
-    """A function that makes the world, always the same one."""
+    """A function that makes the world, the same one each time."""
     shape = SHAPES[args.shape]
     tokens = args.tokens or (1024 if args.model else shape.tokens)
     length = min(args.length or (256 if args.model else shape.length), tokens)
-    of = partial(world_of, args.model) if args.model else partial(random_world, shape, args.share)
-    return partial(of, tokens, length, on.dtype, on.device)
+    make = partial(world_of, args.model) if args.model else partial(random_world, shape, args.share)
+    return partial(make, tokens, length, on.dtype, on.device)
 
 
 def hardware() -> str:
-    """The processor's name, and how many threads it gives us."""
+    """The processor's name, and the number of threads that PyTorch uses."""
     cpu = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", cpu.read_text() if cpu.exists() else "", re.M)
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
-    """Measure, and print the table last."""
+    """Measure everything, and print the table at the end."""
     torch.backends.cuda.matmul.allow_tf32 = True  # for PEFT, whose adapters multiply in fp32
     Bench(parse_args()).run()
 

@@ -1,4 +1,4 @@
-"""How the benchmark measures: time, memory, operations, FLOPs, and the device's best."""
+"""The benchmark's measurements: time, memory, operations, FLOPs, and the device's best speed."""
 
 import ctypes
 import gc
@@ -23,12 +23,12 @@ from plumbing.data import Batch
 
 
 def clock_of(device: torch.device) -> str:
-    """Which clock is fair. On one CPU thread it is CPU time, which neighbours do not stretch."""
+    """The fair clock. On one CPU thread it is CPU time, which other processes do not stretch."""
     return "CPU time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall time"
 
 
 def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Seconds that `work` takes, the mean of so many times in a row."""
+    """The seconds that `work` takes: the mean of `times` calls in a row."""
     now = time.process_time if clock_of(device) == "CPU time" else time.perf_counter
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -40,7 +40,7 @@ def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> f
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, tries: int = 6) -> float:
-    """FLOP/s of the best of a few square matrix products."""
+    """The FLOP/s of the fastest of a few square matrix products."""
     size, times = (8192, 10) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.mm(a, b)
@@ -57,24 +57,24 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, tries: int = 6) -> flo
 def step_flops(
     model: MoEModel | None, cfg: MoEConfig, method: Method, length: int, shares: dict
 ) -> float:
-    """FLOPs that a training step needs for one token, whatever an implementation really does.
+    """The FLOPs that a training step needs per token. An implementation may compute more.
 
-    Forward pass and input gradients of all matrix products, causal attention over half of the keys,
-    the head on every token; weight gradients only of what is trained. model: with the method's
-    adapters, or None.
+    They are the forward pass and input gradients of all matrix products, causal attention over half
+    of the keys, the head on every token, and weight gradients for trained weights only. model: the
+    model with the method's adapters, or None.
     """
     q_dim = cfg.n_heads * cfg.head_dim
-    attention = 2 * cfg.dim * (q_dim + cfg.n_kv_heads * cfg.head_dim)  # q, o; k, v
+    attention = 2 * cfg.dim * (q_dim + cfg.n_kv_heads * cfg.head_dim)  # q and o, k and v
     experts = 3 * cfg.dim * cfg.expert_dim * (cfg.top_k + cfg.n_shared) + cfg.dim * cfg.n_experts
     n_moe = len(cfg.moe_layers)
     matrices = (
         cfg.n_layers * attention + n_moe * experts + cfg.n_dense * 3 * cfg.dim * cfg.dense_dim
     )
     forward = 2 * (matrices + cfg.vocab_size * cfg.dim)
-    # Queries by keys, and their products with the values.
+    # Queries times keys, and the attention weights times values.
     scores = cfg.n_layers * 2 * q_dim * (length + 1)
     extra = adapter_flops(model, shares) if model is not None else 0.0
-    passes = 3 if method.train_a else 2.5  # LoRI: of A no gradient
+    passes = 3 if method.train_a else 2.5  # LoRI computes no gradient for A
     return (3 if method.train_base else 2) * forward + 3 * scores + passes * extra
 
 
@@ -90,7 +90,7 @@ NO_WORK = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts the ATen calls that do work on the device: neither views nor mere allocations."""
+    """Counts the ATen calls that do work on the device. Views and allocations do not count."""
 
     def __init__(self):
         super().__init__()
@@ -107,8 +107,8 @@ class Operations(TorchDispatchMode):
 def layer_operations(model: nn.Module, batch: Batch, n_dense: int = 0) -> dict[str, dict[str, int]]:
     """{"forward", "backward": {operation: calls}} of one whole decoder layer.
 
-    It is what the model does with two MoE layers less what it does with the first of them alone; so
-    embedding, head and loss are not counted, and the layer has to pass on its input's gradient.
+    It is the count for two MoE layers, less the count for the first of them alone. So embedding,
+    head and loss are left out, and the layer must pass on the gradient of its input.
     """
     owner = getattr(model, "decoder", model)
     layers, counted = owner.layers, []
@@ -119,7 +119,7 @@ def layer_operations(model: nn.Module, batch: Batch, n_dense: int = 0) -> dict[s
                 loss, _ = model(batch.tokens, targets=batch.targets)
             with Operations() as backward:
                 loss.backward()
-            model.zero_grad()  # to None: adding to a gradient would be an operation more
+            model.zero_grad()  # sets gradients to None: adding to them would be one more operation
             counted.append((forward.counts, backward.counts))
     finally:
         owner.layers = layers
@@ -130,7 +130,7 @@ def layer_operations(model: nn.Module, batch: Batch, n_dense: int = 0) -> dict[s
 def check_grouped_mm(
     device: torch.device, dtype: torch.dtype, rank: int, width: int = 2048
 ) -> dict:
-    """Is F.grouped_mm right for narrow groups, one of them empty, forward and backward?"""
+    """Whether F.grouped_mm is right for narrow groups (one is empty), forward and backward."""
     random = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
     ends = Ends(torch.tensor([40, 40, 177, 256], dtype=torch.int32, device=device))
     stored = (
@@ -140,7 +140,7 @@ def check_grouped_mm(
     x, results = torch.randn(256, width, **random), []
     for matmul in (grouped_mm, looped_mm):
         leaves = [t.clone().requires_grad_() for t in (x, *stored)]
-        a, b = (w.mT for w in leaves[1:])  # strided, as adapters have them
+        a, b = (w.mT for w in leaves[1:])  # strided, like the adapters' factors
         y = matmul(matmul(leaves[0], a, ends), b, ends)
         (y * y).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
@@ -158,19 +158,16 @@ def check_grouped_mm(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed: else every step pays for its pages again."""
+    """Let glibc's malloc keep freed memory. Otherwise every step pays for its pages again."""
     with suppress(OSError, AttributeError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in (
-            (-4, 0),
-            (-1, -1),
-            (-2, 1 << 28),
-        ):  # no mmap; no trim; top pad 256 MiB
+        # No mmap, no trim, 256 MiB of top pad.
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):
             libc.mallopt(parameter, value)
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights, buffers and optimizer state; tensors that share memory count once."""
+    """The bytes of weights, buffers and optimizer state. Tensors that share memory count once."""
     state = (
         t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)
     )
@@ -183,7 +180,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def cuda_peak(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]
 ) -> int:
-    """Peak bytes of one configuration's step, though others are on the device too."""
+    """The peak bytes of one configuration's step, without other configurations on the device."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -193,29 +190,29 @@ def cuda_peak(
 
 
 def free() -> None:
-    """Give back what nothing refers to."""
+    """Free the memory of objects that are not used any more."""
     gc.collect()
-    with suppress(RuntimeError):  # of a device that an earlier error has left unusable
+    with suppress(RuntimeError):  # an earlier error may have left the device unusable
         torch.cuda.empty_cache()
 
 
 def in_own_process(work: Callable, *args: object) -> object:
-    """What `work` returns in a forked process.
+    """The result of `work` in a forked process.
 
-    Raises its error, or BrokenProcessPool if it died.
+    Raises the error of `work`, or BrokenProcessPool if the process died.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(work, *args).result()
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process' memory: now (kind "VmRSS"), or at its highest ("VmHWM")."""
+    """The bytes of this process' memory: now (kind "VmRSS"), or at its peak ("VmHWM")."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{kind}:")[1].split()[0]) * 1024
 
 
 def forget_peak() -> None:
-    """Give back what is free, and let VmHWM begin again from now, where the system allows that."""
+    """Free unused memory, and let VmHWM begin again from now, where the system allows it."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The benchmark's peers: transformers and PEFT, on our tensors and called as our model is."""
+"""The benchmark's peers: transformers and PEFT on our tensors, with our model's interface."""
 
 import warnings
 from collections.abc import Callable
@@ -19,7 +19,7 @@ EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 class Peer(nn.Module):
-    """A transformers model that is called as ours is, so that train.train_step drives both."""
+    """A transformers model with the interface of ours, so that train.train_step can train it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -27,18 +27,18 @@ class Peer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
     @property
     def decoder(self) -> nn.Module:
-        """The module that has the layers."""
+        """The module with the layers."""
         return (
             self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         ).model
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict]:
-        """tokens, targets [B, T] -> the sum of the cross-entropy, and no routing."""
+        """tokens, targets [B, T] -> the sum of the cross-entropies, and an empty routing."""
         out = self.model(
             input_ids=tokens,
             labels=targets,
@@ -52,7 +52,7 @@ class Peer(nn.Module):
     def generate(
         self, prompts: list[list[int]], max_new: int, stops: tuple[int, ...], _batch_size: int
     ) -> list[list[int]]:
-        """What generate.generate does, for prompts of one batch."""
+        """Like generate.generate, for prompts of one batch."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
         real = torch.tensor(
@@ -69,7 +69,7 @@ class Peer(nn.Module):
 def transformers_model(
     world: World, layout: Callable[[World, nn.Module], dict[str, Tensor]]
 ) -> nn.Module:
-    """transformers' model on the world's tensors; `layout` says how the experts' are held."""
+    """transformers' model on the world's tensors. `layout` gives the experts' parameters."""
     transformers.logging.set_verbosity_error()
     if world.cfg.family != "olmoe":
         raise ValueError(f"the peers are built for olmoe only, not for {world.cfg.family}")
@@ -87,13 +87,13 @@ def transformers_model(
         parts = list(world.parts(name))
         state |= dict(parts) if len(parts) == 1 else {}
     model.load_state_dict(state | layout(world, model), assign=True)
-    with torch.device(world.device):  # its buffers are in no checkpoint
+    with torch.device(world.device):  # the buffers are in no checkpoint
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model.requires_grad_(False)
 
 
 def fused(world: World, model: nn.Module) -> dict[str, Tensor]:
-    """transformers 5: gate and up of all experts in one parameter. Only those two are copied."""
+    """transformers 5: gate and up of all experts in one parameter. Only these two are copied."""
     state = {}
     for i in world.cfg.moe_layers:
         ours, theirs = f"layers.{i}.moe.experts.", f"model.layers.{i}.mlp.experts."
@@ -104,18 +104,18 @@ def fused(world: World, model: nn.Module) -> dict[str, Tensor]:
 
 
 def one_by_one(world: World, model: nn.Module) -> dict[str, Tensor]:
-    """transformers 4: each expert a module, each matrix a Linear; views of our stacks."""
+    """transformers 4: each expert is a module, and each matrix a Linear. They are views of ours."""
     with torch.device("meta"):
         for layer in model.model.layers:
             layer.mlp = SparseMoeBlock(model.config)
-    # Else PEFT turns these targets into the fused ones.
+    # With the name "olmoe", PEFT would turn these targets into the fused ones.
     model.config.model_type = "olmoe-in-transformers-4"
     stacks = [name for name in world.base if ".experts." in name]
     return {part: value for name in stacks for part, value in world.parts(name)}
 
 
 class SparseMoeBlock(nn.Module):
-    """transformers 4's OlmoeSparseMoeBlock, operation by operation: it visits every expert."""
+    """transformers 4's OlmoeSparseMoeBlock, operation by operation. It visits every expert."""
 
     def __init__(self, config: transformers.OlmoeConfig):
         super().__init__()
@@ -143,18 +143,18 @@ class SparseMoeBlock(nn.Module):
 
 
 def with_lora(model: nn.Module, **targets: object) -> Peer:
-    """PEFT's LoRA of the paper's rank on `targets`. A and B are fp32, as PEFT has them."""
+    """PEFT's LoRA of the paper's rank on `targets`. A and B are fp32, as usual in PEFT."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that transformers renames
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses an old name of transformers
         return Peer(
             peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **targets))
         )
 
 
 def peft_fused(world: World) -> Peer:
-    """LoRA on all experts of the fused layout, for PEFT cannot take a part of a parameter.
+    """LoRA on all experts of the fused layout. PEFT cannot adapt a part of a parameter.
 
-    gate and up share one A there: E * r * D numbers fewer a layer than ours.
+    gate and up share one A there, so a layer has E * r * D numbers fewer than ours.
     """
     parameters = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = transformers_model(world, fused)
@@ -162,17 +162,17 @@ def peft_fused(world: World) -> Peer:
 
 
 def peft_v4(world: World, experts: dict[int, list[int]]) -> Peer:
-    """LoRA on these experts of the layout of transformers 4."""
-    places = "|".join(
+    """LoRA on the given experts, in the layout of transformers 4."""
+    modules = "|".join(
         rf"{i}\.mlp\.experts\.({'|'.join(map(str, ids))})" for i, ids in experts.items()
     )
-    experts_too = rf"({places})\.({'|'.join(EXPERT)})"
+    experts_too = rf"({modules})\.({'|'.join(EXPERT)})"
     always = rf"\d+\.(self_attn\.({'|'.join(ATTENTION)})|mlp\.gate)"
     model = transformers_model(world, one_by_one)
     return with_lora(model, target_modules=rf".*layers\.({experts_too}|{always})")
 
 
-# name -> (how it is built, our method with as many trained numbers, numbers it has fewer than that)
+# name -> (builder, our method that it matches, trained numbers that it lacks)
 BUILDERS = {
     "peft": (peft_fused, "lora", lambda cfg: len(cfg.moe_layers) * cfg.n_experts * RANK * cfg.dim),
     "peft-v4-lora": (lambda world: peft_v4(world, everywhere(world.cfg)), "lora", lambda cfg: 0),
@@ -181,12 +181,12 @@ BUILDERS = {
 
 
 def plain(world: World) -> Peer:
-    """transformers alone: what merged adapters leave."""
+    """transformers alone, as with merged adapters."""
     return Peer(transformers_model(world, fused)).eval()
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A checkpoint, by transformers' own loader."""
+    """A checkpoint, read by transformers' own loader."""
     transformers.logging.set_verbosity_error()
     straight = (
         {"device_map": str(device)} if device.type == "cuda" and find_spec("accelerate") else {}
@@ -197,5 +197,5 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def release() -> dict[str, str]:
-    """Versions."""
+    """The versions of transformers and PEFT."""
     return {"transformers": transformers.__version__, "peft": peft.__version__}

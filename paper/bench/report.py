@@ -1,16 +1,16 @@
-"""What the benchmark's numbers say: rates, ratios, utilisation; as a table."""
+"""The results of the benchmark: rates, ratios and utilisation, in a table."""
 
 from statistics import median
 
 from paper.studies.tables import printed, ratio
 
-SAMPLE = 200  # tokens of a GSM8K sample, roughly: for samples/s beside the paper's
-PAPER = {  # on two A100
+SAMPLE = 200  # tokens of a GSM8K sample, roughly, to give samples/s as the paper does
+PAPER = {  # on two A100 GPUs
     "samples_per_s": {name: printed("6", name, "samples/s") for name in ("lora", "hellora")},
     "ratio": round(ratio("6", "hellora", "lora", "samples/s"), 2),
 }
-REFERENCES = ("peft", "hellora", "lora")  # the first of them that was measured is 1.00
-REGIMES = {  # name -> LoRA on all experts, on the hot ones
+REFERENCES = ("peft", "hellora", "lora")  # the first one that was measured has the ratio 1.00
+REGIMES = {  # name -> LoRA on all experts, LoRA on the hot ones
     "grouped": ("lora", "hellora"),
     "loop": ("lora-loop", "hellora-loop"),
     "transformers 4 + PEFT": ("peft-v4-lora", "peft-v4-hellora"),
@@ -18,14 +18,14 @@ REGIMES = {  # name -> LoRA on all experts, on the hot ones
 
 
 def ratios(a: dict, b: dict) -> dict[str, float] | None:
-    """How many times faster row b is than a, round by round; None if either was not measured."""
-    # Time may end within a round.
+    """Row b is so many times as fast as row a, round by round. None if one was not measured."""
+    # Time may end in the middle of a round, so one row may have fewer rounds.
     each = [x / y for x, y in zip(a["seconds"], b["seconds"], strict=False)]
     return {"median": median(each), "least": min(each), "most": max(each)} if each else None
 
 
 def summarise(record: dict) -> None:
-    """Add to the record what follows from it, as far as it goes."""
+    """Add the derived numbers to the record, as far as it is complete."""
     rows = record["rows"]
     measured = {name: row for name, row in rows.items() if row["seconds"]}
     reference = next((name for name in (*REFERENCES, *measured) if name in measured), None)
@@ -45,7 +45,7 @@ def summarise(record: dict) -> None:
             operations = pair[0]["operations_a_layer"] / pair[1]["operations_a_layer"]
             record["regimes"][regime] = {"operations": operations, "time": ratios(*pair)}
     losses = [row["loss"] for row in rows.values() if "loss" in row]
-    if losses:  # adapters start as nothing, so all first losses are the base model's
+    if losses:  # adapters start at zero, so each first loss is that of the base model
         record["losses_differ_by"] = (max(losses) - min(losses)) / abs(median(losses))
 
 
@@ -64,27 +64,27 @@ COLUMNS = (  # head, pattern, value of a row
 
 
 def cell(value: float | None, pattern: str) -> str:
-    """A number, or a dash, as wide as the number would be."""
+    """A number, or a dash of the same width."""
     return f"{'-':>{len(pattern.format(0))}}" if value is None else pattern.format(value)
 
 
 def show(record: dict) -> None:
-    """Print everything, the table last."""
-    rows, world, at, settings = (record[name] for name in ("rows", "world", "versions", "settings"))
+    """Print everything, the table at the end."""
+    rows, world, settings = (record[name] for name in ("rows", "world", "settings"))
     show_others(record)
-    where = f"{at['device']}, {record['hardware']}, torch {at['torch']}"
+    versions = record["versions"]
+    where = f"{versions['device']}, {record['hardware']}, torch {versions['torch']}"
     peak = record.get("matmul_flops_per_s", 0) / 1e12
     paper = ", ".join(f"{method} {rate}" for method, rate in PAPER["samples_per_s"].items())
     print(
         "\n"
         f"{settings['model'] or settings['shape']}, {settings['dtype']}, {world['tokens']} "
         f"tokens a step in {world['sequences']} sequences, hot experts get "
-        f"{world['hot_share']:.1%} of the visits; weights {world['weight_bytes'] / 1e9:.2f} GB\n"
-        f"{where}, {record['date'][:10]}; medians of rounds, {record['clock']}\n"
-        f"the best matrix product makes {peak:.3f} TFLOP/s, to which roofline and MFU refer\n"
-        f"ratio: times as fast as {record['reference']}, "
-        f"in the same round; a sample: {SAMPLE} tokens\n"
-        f"(the paper's samples/s, on two A100: {paper})"
+        f"{world['hot_share']:.1%} of the visits, weights {world['weight_bytes'] / 1e9:.2f} GB\n"
+        f"{where}, {record['date'][:10]}, medians of rounds, {record['clock']}\n"
+        f"the fastest matrix product makes {peak:.3f} TFLOP/s: roofline and MFU refer to it\n"
+        f"ratio: times as fast as {record['reference']}, in the same round\n"
+        f"a sample has {SAMPLE} tokens (the paper's samples/s, on two A100: {paper})"
     )
     width = max(map(len, rows))
     print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))
@@ -95,14 +95,14 @@ def show(record: dict) -> None:
 
 
 def show_others(record: dict) -> None:
-    """Print what was decoded and loaded, what follows from the rows, and what failed."""
+    """Print decoding and loading, the ratios of regimes, and failures."""
     decoded, loaded = record.get("generate", {}), record.get("load", {})
     for name, row in decoded.items():
         if row["seconds"]:
             ours = decoded[f"{name.partition(':')[0]}: ours"]
             faster = ratios(row, ours) if row is not ours else None
             rate = f"{row['tokens'] / median(row['seconds']):,.0f} tokens/s"
-            beside = f"; ours {faster['median']:.2f} times that" if faster else ""
+            beside = f" (ours: {faster['median']:.2f} times as fast)" if faster else ""
             print(f"decode, {name}: {rate}{beside}")
     for name, row in loaded.items():
         if row["seconds"]:
@@ -113,7 +113,7 @@ def show_others(record: dict) -> None:
         operations = f"{value['operations']:.2f}x in operations"
         print(f"lora -> hellora, {regime}: {time}{operations} (paper: {PAPER['ratio']}x in time)")
     if "losses_differ_by" in record:
-        print(f"the first losses of all configurations agree to {record['losses_differ_by']:.1e}")
+        print(f"the first losses of all configurations differ by {record['losses_differ_by']:.1e}")
     for name, row in (record["rows"] | decoded | loaded).items():
         if "failed" in row:
             print(f"{name} failed at {row['failed']}")

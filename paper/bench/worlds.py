@@ -1,6 +1,6 @@
-"""What the benchmark runs on: weights, a batch, hot experts; and our methods on them.
+"""What the benchmark runs on: weights, a batch and hot experts. Also our methods on them.
 
-Letters are those of moe_model.py.
+The letters are those of moe_model.py.
 """
 
 import json
@@ -30,13 +30,13 @@ from plumbing.checkpoint import (
 from plumbing.data import TASKS, Encoded, load_examples
 from plumbing.tokenizer import load_tokenizer
 
-LR = 1e-6  # so small that every round does the same work, with the same routing
-LOAD_LAYERS = 2  # of a random model, in the checkpoint whose loading is timed
-BIAS_CHANNEL = 0  # of a random model's hidden state: the same in every token, see draw_weights
+LR = 1e-6  # so small that routing, and so the work, is the same in every round
+LOAD_LAYERS = 2  # layers of a random model in the checkpoint for timing the loaders
+BIAS_CHANNEL = 0  # of a random model's hidden state: equal for all tokens (see draw_weights)
 
 
 class Shape(NamedTuple):
-    """A random model, and the step that it is measured with unless flags say otherwise."""
+    """A random model, and the step in which it is measured by default."""
 
     hub: dict  # its config.json
     tokens: int  # in a step
@@ -65,25 +65,25 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class World:
-    """Weights and a batch, for all configurations the same."""
+    """The weights and the batch. All configurations use the same."""
 
     hub: dict  # config.json
     cfg: MoEConfig
     dtype: torch.dtype
-    base: dict[str, Tensor]  # our parameter's name -> its value
+    base: dict[str, Tensor]  # our name of a parameter -> its value
     batch: list[Encoded]
     hot: dict[int, list[int]]  # {MoE layer: its hot experts, ascending}
-    shares: dict[int, float]  # {MoE layer: the share of its visits that those get}
+    shares: dict[int, float]  # {MoE layer: the share of its visits that its hot experts get}
     device: torch.device
     source: Path | None = None  # the checkpoint's folder
 
     def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """A parameter as the Hub stores it: each of its tensors, which are views, with its name."""
+        """The tensors with which the Hub stores a parameter, each with its name. They are views."""
         names, value = hub_names(name, self.cfg), self.base[name]
         return zip(names, value if len(names) > 1 else [value], strict=True)
 
 
-# ---- random weights and a checkpoint's -----------------------------------------------------------
+# ---- random weights, and a checkpoint's weights --------------------------------------------------
 
 
 def random_world(
@@ -110,11 +110,12 @@ def random_world(
 
 
 def draw_weights(cfg: MoEConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Random weights: norms 1, all else N(0, 1 / in).
+    """Random weights: 1 for norms, N(0, 1 / in) for all others.
 
-    One channel of the hidden state is kept for `skew`: every embedding has 1 there, layers hardly
-    write to it (not at all would be rows of length 0, which DoRA divides by), and no router reads
-    it yet. So the bias that skews the routing needs no parameter that OLMoE does not have.
+    `skew` needs one channel of the hidden state. Every embedding is 1 there, layers write almost
+    nothing to it, and routers do not read it yet. So the bias that skews the routing needs no
+    parameter that OLMoE lacks. (Layers write a little: rows of length 0 would break DoRA, which
+    divides by the length.)
     """
     draw, base = torch.Generator(device).manual_seed(0), {}
     for name, (shape, _) in base_parameters(cfg).items():
@@ -131,9 +132,9 @@ def draw_weights(cfg: MoEConfig, dtype: torch.dtype, device: torch.device) -> di
 
 
 def skew(hot: list[int], share: float, halvings: int = 24) -> Callable:
-    """A forward pre-hook for a MoE: bias the `hot` experts so that they get `share` of visits.
+    """A forward pre-hook for an MoE: a bias gives the `hot` experts the given share of visits.
 
-    The share only grows with the bias, so that is found by halving an interval.
+    The share grows with the bias, so halving an interval finds the bias.
     """
 
     @torch.no_grad()
@@ -154,26 +155,26 @@ def skew(hot: list[int], share: float, halvings: int = 24) -> Callable:
 def world_of(
     model: str, tokens: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> World:
-    """A checkpoint, a batch of text in its own tokens, and the experts that text visits most."""
+    """A checkpoint, a batch of text in its tokens, and the experts that the text visits most."""
     source = locate(model)
     hub = json.loads((source / "config.json").read_text(encoding="utf-8"))
     cfg = parse_config(hub)
-    built = empty_model(cfg, dtype)
-    load_weights(built, Checkpoint(source), device)
+    model_read = empty_model(cfg, dtype)
+    load_weights(model_read, Checkpoint(source), device)
     tokenizer, task = load_tokenizer(source), TASKS["tiny-math"]  # built in
     examples = load_examples("tiny-math", task.train.fetch(), task.template)
     text = chain.from_iterable(tokenizer.encode(e.prompt + e.answer) for e in examples)
     n, length = max(1, tokens // length), min(length, cfg.max_len - 1)
     batch = [Encoded([next(text) for _ in range(length + 1)], 1) for _ in range(n)]
-    visits = count_visits(built, batch, n, "count visits")
+    visits = count_visits(model_read, batch, n, "count visits")
     hot = choose(visits.scores("count"), default_k(cfg), "hot")
     shares = visited_share(visits.scores("count"), hot)
-    base = dict(built.state_dict())
+    base = dict(model_read.state_dict())
     return World(hub, cfg, dtype, base, batch, hot, shares, device, source)
 
 
 def write_checkpoint(world: World, folder: Path) -> Path:
-    """The first LOAD_LAYERS layers of a random world as the Hub stores them; the folder itself."""
+    """Write the first LOAD_LAYERS layers of a random world as the Hub does. Returns the folder."""
     hub = world.hub | {"num_hidden_layers": min(LOAD_LAYERS, world.cfg.n_layers)}
     names = base_parameters(parse_config(hub))
     tensors = {
@@ -190,7 +191,7 @@ def write_checkpoint(world: World, folder: Path) -> Path:
 def frozen(
     world: World, matmul: str = "grouped", base: dict[str, Tensor] | None = None
 ) -> MoEModel:
-    """Our model, without adapters, on the world's very tensors: nothing is copied."""
+    """Our model without adapters, on the tensors of the world itself. Nothing is copied."""
     model = empty_model(world.cfg, world.dtype, matmul)
     model.load_state_dict(base or world.base, assign=True)
     return model.requires_grad_(False)
@@ -204,16 +205,15 @@ def everywhere(cfg: MoEConfig) -> dict[int, list[int]]:
 def ours(world: World, method: str, matmul: str = "grouped", recompute: bool = False) -> MoEModel:
     """Our model, ready to train with `method`.
 
-    fft takes the weights out of the world, and makes fp32 masters of them.
+    fft takes the weights out of the world, and makes fp32 copies of them.
     """
     if method == "fft":
         base = {
             name: world.base.pop(name).to(torch.float32, copy=True) for name in list(world.base)
         }
         model = frozen(world, matmul, base).requires_grad_(True)
-    elif (
-        method == "none"
-    ):  # trains one norm: the backward pass goes through all layers, for input gradients
+    elif method == "none":
+        # It trains one norm, so the backward pass goes through all layers for input gradients.
         model = frozen(world, matmul)
         norm = model.layers[0].attn_norm
         norm.weight = nn.Parameter(norm.weight.detach().clone())
@@ -224,12 +224,12 @@ def ours(world: World, method: str, matmul: str = "grouped", recompute: bool = F
 
 
 def with_adapters(world: World, method: str, matmul: str) -> MoEModel:
-    """Trains the adapters of a METHODS row."""
+    """Our model with the adapters of a METHODS row, ready to train."""
     model, row = frozen(world, matmul), parse_method(method)
     attach(model, row, world.hot if row.chooses else everywhere(world.cfg), RANK, ALPHA)
     init_adapters(model, 0)
     for m in adapters(model).values():
-        if m.lora.mask is not None:  # no D run has earned it: a random one, of the same size
+        if m.lora.mask is not None:  # there is no D run, so draw a random mask of the same size
             draw = torch.Generator(m.lora.mask.device).manual_seed(0)
             m.lora.mask.copy_(torch.empty_like(m.lora.B).uniform_(generator=draw) < row.keep)
     return model

@@ -1,1 +1,1 @@
-"""Many runs of train.py, and what is made of their numbers."""
+"""Many runs of train.py, and the statistics of their results."""

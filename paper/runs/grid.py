@@ -1,8 +1,8 @@
-"""A grid of training runs: what is missing is run, as many at a time as there are cores.
+"""A grid of training runs. Missing runs are run, as many at a time as there are cores.
 
-Each cell is a model: a run of train.py, what it starts from, or several merged. What it showed is
-kept as one small file in docs/results/cells/, so a grid that was stopped goes on where it was, and
-a reader sees every number that a mean is made of.
+Each cell is a model: a run of train.py, the model that it starts from, or several runs merged. Its
+result is one small file in docs/results/cells/. So a stopped grid continues, and a reader can see
+every number behind a mean.
 """
 
 import json
@@ -34,73 +34,74 @@ from settings import SCORED_BY, SCORES, hashes
 
 RESULTS = ROOT / "docs" / "results" / "cells"
 RUNS = ROOT / "runs" / "grid"
-TRIALS = ROOT / "runs" / "trials"  # runs and results of trials
+TRIALS = ROOT / "runs" / "trials"  # the runs and results of trials
 MODEL = "tiny"
-# A seed follows: what tiny.pretrain makes from it, with MODEL's tokenizer.
+# A seed follows. tiny.pretrain makes such a model from that seed, with MODEL's tokenizer.
 BASES = "runs/bases/tiny-s"
-# No task, but scored as one: what a model can still do (studies/forgetting.py).
+# This is not a task, but it is scored as one: what a model still knows (studies/forgetting.py).
 PRETRAINING = "pretraining"
-# Of what can be scored.
+# A task that can be scored -> its kind.
 KINDS = {name: task.kind for name, task in TASKS.items()} | {"humaneval": "code"}
-SHORT = {  # kind of task -> flags that make an evaluation quick, with a limit
+SHORT = {  # kind of task -> flags that make an evaluation with a limit quick
     "math": ("--max-new", "32"),
     "code": ("--max-new", "32", "--n", "1"),  # so pass@5 and pass@10 have no value
     "safety": ("--max-new", "32"),
 }
-# A run's final training loss is the mean over these; its curve has a mean for so many.
+# The final training loss is a mean over the last ten steps. The curve has a mean for each ten.
 LAST_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A model that is made by one command, and what is kept of it. Its kinds: Base, Run, Merged."""
+    """A model that one command makes, and the record of it. Its kinds: Base, Run, Merged."""
 
-    model: str = field(default=MODEL, kw_only=True)  # what --model takes
-    # A folder with files in place of data sets (given).
+    model: str = field(default=MODEL, kw_only=True)  # the value of --model
+    # A folder with files that replace data sets (see `given`).
     data: str | None = field(default=None, kw_only=True)
-    # The first rows to train on, problems to score.
+    # The number of rows to train on, and of problems to score.
     limit: int | None = field(default=None, kw_only=True)
 
-    # each kind has, besides:
-    #   name       its folder and its result file are called so
-    #   finished   whether it is there
+    # Each kind also has:
+    #   name       the name of its folder and of its result file
+    #   finished   whether the model is made
     #   command()  the arguments after "python" that make it
-    #   rests_on() what its numbers rest on if made now; not the code, as few changes move any
+    #   rests_on() what its numbers would depend on if it were made now (the code is left out: few
+    #              changes of it change a number)
     #   record()   what is kept of it besides scores
-    #   seconds    about how long it takes to make it, on a laptop's core
-    SCORE_SECONDS = 20  # and to score it on one task
+    #   seconds    the time to make it on a laptop's core, roughly
+    SCORE_SECONDS = 20  # the time to score it on one task
 
     @property
     def trial(self) -> bool:
-        """Whether anything stands in for the paper's model and data: then it shows no result."""
+        """Whether it has another model, other data or a limit. Then it is not a result."""
         return bool(self.data or self.limit or Path(self.model).is_absolute())
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it is made on the CPU in fp32, with or without a GPU: models of this repository.
+        """Whether it is made on the CPU in fp32, even if there is a GPU: this repository's models.
 
-        So were the numbers that are committed, and a GPU in bf16 gives others.
+        The committed numbers were made so. A GPU in bf16 gives other numbers.
         """
         return self.model == MODEL or self.model.startswith(BASES)
 
     @property
     def stand_ins(self) -> dict[str, str]:
-        """What a trial has in place of the paper's model and data."""
+        """The model and the data that a trial has in place of the paper's."""
         return {"stand_ins": f"{self.model}, {self.data}"} if self.trial else {}
 
     @property
     def cut(self) -> tuple[str, ...]:
-        """What its limit adds to its name."""
+        """The part of its name that gives its limit."""
         return (f"{self.limit}rows",) if self.limit else ()
 
     @property
     def folder(self) -> Path:
-        """Where its scores are, or its run."""
+        """The folder of its scores, or of its run."""
         return (TRIALS if self.trial else RUNS) / self.name
 
     @property
     def result(self) -> Path:
-        """Where what it showed is kept."""
+        """The file that keeps its record and its scores."""
         return (TRIALS / "cells" if self.trial else RESULTS) / f"{self.name}.json"
 
     @property
@@ -109,16 +110,16 @@ class Cell:
         return ROOT / self.model if self.model.startswith(BASES) else locate(self.model)
 
     def given(self, name: str) -> Path | None:
-        """The file `name`.SUFFIX of its data folder, if there is one: TASK-train or TASK-test."""
+        """The file `name`.SUFFIX of its data folder, or None. name: TASK-train or TASK-test."""
         return next(iter(sorted(Path(self.data).glob(f"{name}.*"))), None) if self.data else None
 
     @property
     def scored_as(self) -> str:
-        """How an evaluation is told what to score."""
+        """The flags that tell an evaluation which model to score."""
         return shlex.join(["--model", self.model, "--out", str(self.folder.relative_to(ROOT))])
 
     def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
-        """The command that scores a run on `task` (as in SCORED_BY), and which scores are kept."""
+        """The command that scores it on `task` (as in SCORED_BY), and the scores that are kept."""
         if task == PRETRAINING:
             kept = ("cross_entropy", "arithmetic")
             return "python -m paper.studies.forgetting --run {}", kept
@@ -134,37 +135,37 @@ class Cell:
         return words + (["--limit", str(self.limit), *SHORT[KINDS[task]]] if self.limit else [])
 
     def scores(self, task: str) -> dict:
-        """What results.json has on `task`, {} if nothing.
+        """The entry of results.json for `task`, or {}.
 
-        In a trial, a part of the problems will do.
+        In a trial, an entry for a part of the problems is accepted.
         """
-        found = read_results(self.folder)
-        return found.get(task) or (found.get(f"{task}-part", {}) if self.trial else {})
+        entries = read_results(self.folder)
+        return entries.get(task) or (entries.get(f"{task}-part", {}) if self.trial else {})
 
     def commands(self, tasks: Iterable[str]) -> list[list[str]]:
-        """The arguments after "python" of all that is still to be run for its scores on `tasks`."""
+        """The arguments after "python" of all commands that its scores on `tasks` still need."""
         own = [] if self.finished else [self.command()]
         return own + [self.evaluation(task) for task in sorted(tasks) if not self.scores(task)]
 
     def needs(self) -> list["Cell"]:
-        """The cells that are to be made before."""
+        """The cells that must be made first."""
         return []
 
     def prepare(self) -> None:
         """Write the rows that it is trained on, if they are a part of a data set.
 
-        Not in two threads.
+        Two threads must not do this at once.
         """
 
     def make(self) -> None:
-        """Run its command, or go on with it, unless it is finished."""
+        """Run its command, or continue it, unless it is finished."""
         if not self.finished:
             python(*self.command(), on_cpu=self.on_cpu)
 
 
 @dataclass(frozen=True)
 class Base(Cell):
-    """A model as it is, downloaded or pretrained here."""
+    """A model before training, downloaded or pretrained here."""
 
     seconds = 1200
 
@@ -175,13 +176,13 @@ class Base(Cell):
 
     @property
     def finished(self) -> bool:
-        """Always, but for what is pretrained here (which is saved at its end)."""
+        """True, except for a model of BASES that is not yet saved."""
         return (
             not self.model.startswith(BASES) or (ROOT / self.model / "model.safetensors").exists()
         )
 
     def command(self) -> list[str]:
-        """Of what is pretrained here."""
+        """The command that pretrains a model of BASES."""
         seed = self.model.rpartition("-s")[2]
         return ["-m", "tiny.pretrain", "--seed", seed, "--out", self.model]
 
@@ -194,8 +195,8 @@ class Base(Cell):
     def record(self) -> dict:
         """See Cell."""
         device, _ = compute("cpu" if self.on_cpu else None, None)
-        about = {"model": self.model, "method": "base", **self.stand_ins}
-        return about | {"hashes": {"model": fingerprint(self.source)}, "versions": versions(device)}
+        model = {"model": self.model, "method": "base", **self.stand_ins}
+        return model | {"hashes": {"model": fingerprint(self.source)}, "versions": versions(device)}
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,12 @@ class Run(Cell):
     seconds = 130
 
     method: str
-    lr: float | None  # None: the recipe's
+    lr: float | None  # None: the recipe's rate
     seed: int
     k: int = 8
     task: str = "tiny-math"
-    mask: "Run | None" = None  # the D run that gives a LoRI-S method its mask
-    flags: tuple[str, ...] = ()  # further ones of train.py
+    mask: "Run | None" = None  # for a LoRI-S method: the D run that gives its mask
+    flags: tuple[str, ...] = ()  # more flags of train.py
 
     @property
     def name(self) -> str:
@@ -228,14 +229,14 @@ class Run(Cell):
 
     @property
     def rows(self) -> Path | None:
-        """The file that it is trained on in place of its task's training split."""
+        """The file that replaces its task's training split, or None."""
         if self.limit:
             return (TRIALS / "rows" / f"{self.task}-{self.limit}.jsonl").relative_to(ROOT)
         return self.given(f"{self.task}-train")
 
     @property
     def finished(self) -> bool:
-        """Whether its run is there, to its end."""
+        """Whether its run is there and finished."""
         return (self.folder / "run.json").exists() and read_run(self.folder)["finished"]
 
     def command(self) -> list[str]:
@@ -255,13 +256,13 @@ class Run(Cell):
         ]
 
     def rests_on(self) -> dict[str, str]:
-        """The command, and what is committed of model and data."""
+        """The command, and the hashes of the committed model and data that it uses."""
         here = {"model": self.model == MODEL, "data": not TASKS[self.task].train.is_download}
         known = {name: now_hashes(self.task)[name] for name, committed in here.items() if committed}
         return known | self.stand_ins | {"command": "python " + " ".join(self.command())}
 
     def needs(self) -> list[Cell]:
-        """Its base, if that is pretrained here; and the run that it takes its mask from."""
+        """Its base, if it is pretrained here, and the run that gives its mask."""
         base = [Base(model=self.model)] if self.model.startswith(BASES) else []
         return [*base, *([*self.mask.needs(), self.mask] if self.mask else [])]
 
@@ -275,10 +276,10 @@ class Run(Cell):
         run = read_run(self.folder)
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
-        tens = range(LAST_STEPS, len(losses) + 1, LAST_STEPS)
+        ends = range(LAST_STEPS, len(losses) + 1, LAST_STEPS)
         if self.mask and Path(run["mask_from"]).name != self.mask.name:
             raise ValueError(f"{self.folder} has its mask from {run['mask_from']}, want "
-                             f"{self.mask.name}: take it away, to train it again")  # fmt: skip
+                             f"{self.mask.name}: delete it, to train it again")  # fmt: skip
         return {
             **asdict(self),
             **self.stand_ins,
@@ -286,14 +287,14 @@ class Run(Cell):
             "command": "python " + " ".join(self.command()),
             "first_loss": losses[0],
             "final_loss": mean(losses[-LAST_STEPS:]),
-            "losses": [round(mean(losses[i - LAST_STEPS : i]), 4) for i in tens],
+            "losses": [round(mean(losses[i - LAST_STEPS : i]), 4) for i in ends],
             "date": datetime.now(UTC).date().isoformat(),
             **{name: run[name] for name in ("trained", "stored", "versions", "hashes")},
             **self.hot_experts(),
         }
 
     def hot_experts(self) -> dict:
-        """Its hot experts, and the share of the catcher's visits that they get, by layer."""
+        """Its hot experts, and their share of the catcher's visits, by layer."""
         path = self.folder / "hot_experts.json"
         if not path.exists():
             return {}
@@ -338,11 +339,11 @@ class Merged(Cell):
         ]
 
     def rests_on(self) -> dict:
-        """What the runs rest on."""
+        """What its runs depend on."""
         return {"runs": {run.name: run.rests_on() for run in self.runs}}
 
     def needs(self) -> list[Cell]:
-        """The runs, and what they need."""
+        """The runs, and the cells that they need."""
         return [cell for run in self.runs for cell in (*run.needs(), run)]
 
     @property
@@ -351,7 +352,7 @@ class Merged(Cell):
         return (self.folder / "hub").exists()
 
     def record(self) -> dict:
-        """See Cell. The runs' final losses tell if they are still the same."""
+        """See Cell. The final losses show later whether the runs are still the same."""
         return {
             "method": "merged",
             **self.rests_on(),
@@ -362,15 +363,15 @@ class Merged(Cell):
 
 @cache
 def now_hashes(task: str) -> dict[str, str]:
-    """The hashes that run.json would get now for a run of the embedded model on `task`."""
+    """The hashes that run.json would have now, for a run of the embedded model on `task`."""
     source = locate(MODEL)
     examples = load_examples(task, TASKS[task].train.fetch())
     return hashes(source, encode(examples, load_tokenizer(source), read_config(source).max_len))
 
 
-@cache  # many runs train on the same
+@cache  # many runs train on the same rows
 def write_first(n: int, task: str, given: Path | None, path: Path) -> None:
-    """The first `n` rows of a file of `task`, or of its training split, as a file of their own."""
+    """Write the first `n` rows of a file of `task`, or of its training split, to a new file."""
     rows = islice(read_rows(given or TASKS[task].train.fetch(), FIELDS[KINDS[task]]), n)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,73 +379,73 @@ def write_first(n: int, task: str, given: Path | None, path: Path) -> None:
 
 
 def saved(cell: Cell) -> dict:
-    """What is kept of a cell, {} if nothing is. Raises ValueError if a run would now be another."""
+    """The kept record of a cell, or {}. Raises ValueError if a run would differ from it now."""
     if not cell.result.exists():
         return {}
     kept = read_json(cell.result, "the result of a grid's cell")
-    then = kept | kept.get("hashes", {})
-    if differ := [name for name, value in cell.rests_on().items() if then.get(name) != value]:
+    before = kept | kept.get("hashes", {})
+    if differ := [name for name, value in cell.rests_on().items() if before.get(name) != value]:
         raise ValueError(
             f"{cell.result} was measured with another {' and '.join(differ)} "
-            f"than now: take the file away (and {cell.folder}) to measure it again"
+            f"than now: delete the file (and {cell.folder}) to measure it again"
         )
     return kept
 
 
 def missing_tasks(cell: Cell, tasks: Iterable[str]) -> list[str]:
-    """Those of `tasks` for which no score of the cell is kept."""
+    """The tasks of `tasks` for which the cell has no kept score."""
     return [task for task in tasks if task not in saved(cell).get("problems", {})]
 
 
 def so_far(cell: Cell) -> dict:
-    """Its record now, and the scores that are kept of it.
+    """The record of the cell now, with the scores that are kept.
 
-    Raises ValueError if they are of another run.
+    Raises ValueError if the scores belong to another run.
     """
     kept, now = saved(cell), cell.record()
     if kept.get("final_loss", now.get("final_loss")) != now.get("final_loss"):
         raise ValueError(
-            f"the run in {cell.folder} ends with another loss than that of {cell.result}, "
-            "whose scores cannot be added to: take both away to measure all of them again"
+            f"the run in {cell.folder} ends with another loss than the run of {cell.result}, so "
+            "scores cannot be added: delete both to measure all scores again"
         )
     return now | kept
 
 
 def make(cell: Cell) -> None:
-    """Make it unless it is there. Raises ValueError if scores are kept that are not of this run."""
+    """Make it unless it is there. Raises ValueError if the kept scores belong to another run."""
     cell.make()
     so_far(cell)
 
 
 def run_cell(cell: Cell, tasks: Iterable[str]) -> None:
-    """Make it unless it is there, score it on those of `tasks` that it lacks, keep the scores."""
+    """Make a cell unless it is there, score it on the tasks that it lacks, keep the scores."""
     make(cell)
     for task in missing_tasks(cell, tasks):
         if not cell.scores(task):
             python(*cell.evaluation(task), on_cpu=cell.on_cpu)
         result, (_, scores) = cell.scores(task), cell.scoring(task)
-        shown = so_far(cell)  # again: another process may have added to it meanwhile
-        for score, of in (("problems", "total"), *((name, name) for name in scores)):
-            shown[score] = shown.get(score, {}) | {task: result[of]}
+        shown = so_far(cell)  # read again: another process may have added scores meanwhile
+        for score, entry in (("problems", "total"), *((name, name) for name in scores)):
+            shown[score] = shown.get(score, {}) | {task: result[entry]}
         write_json(cell.result, shown)
 
 
-Wanted = dict[Cell, set[str]]  # cell -> tasks to score it on
+Wanted = dict[Cell, set[str]]  # cell -> the tasks to score it on
 
 
 def missing(wanted: Wanted) -> Wanted:
-    """The cells that lack a score, with the tasks that they lack."""
+    """The cells that lack a score, with the tasks that are missing."""
     lacking = {cell: set(missing_tasks(cell, sorted(tasks))) for cell, tasks in wanted.items()}
     return {cell: tasks for cell, tasks in lacking.items() if tasks}
 
 
 def depth(cell: Cell) -> int:
-    """How many others have to be made before it, one after another."""
+    """The number of cells that must be made before it, one after another."""
     return max((1 + depth(other) for other in cell.needs()), default=0)
 
 
 def commands(wanted: Wanted) -> tuple[list[list[str]], float]:
-    """What `run_cells` runs, as arguments after "python", and about how many seconds it takes."""
+    """The commands of `run_cells`, as arguments after "python", and their seconds, roughly."""
     todo = missing(wanted)
     cells = dict.fromkeys(chain(*(cell.needs() for cell in todo), todo))
     words, seconds = [], 0.0
@@ -459,24 +460,23 @@ def commands(wanted: Wanted) -> tuple[list[list[str]], float]:
 def run_cells(wanted: Wanted, jobs: int) -> None:
     """Make and score what is missing, `jobs` at a time.
 
-    What is done is kept at once, and not done again.
+    Each result is kept at once, and not made again.
 
-    Raises OSError if a command fails, or if there is no writing where results are kept.
+    Raises OSError if a command fails, or if the folder of results cannot be written.
     """
     todo = missing(wanted)
-    needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # once each
-    for place in {cell.result.parent for cell in todo}:
-        place.mkdir(parents=True, exist_ok=True)
-        if not os.access(place, os.W_OK):
-            raise PermissionError(f"{place} cannot be written to, and results are kept there")
+    needs = dict.fromkeys(chain.from_iterable(cell.needs() for cell in todo))  # each cell once
+    for folder in {cell.result.parent for cell in todo}:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written: results are kept there")
     for cell in (*needs, *todo):
         cell.prepare()
     first = {cell for cell in needs if not cell.finished}
     total = len(first) + len(todo)
     with progress(label="runs", unit="run", total=total, keep=True, hidden=not todo) as bar:
-        for _, level in groupby(
-            sorted(needs, key=depth), depth
-        ):  # what is needed may itself need others
+        # A needed cell may itself need other cells.
+        for _, level in groupby(sorted(needs, key=depth), depth):
             for cell in each(make, level, jobs):
                 bar.set_postfix_str(cell.name)
                 bar.update(cell in first)

@@ -1,4 +1,4 @@
-"""Commands of this repository, several at a time. Each has its own process; all stop together."""
+"""Several commands of this repository at once, each in a process of its own. They stop together."""
 
 import os
 import subprocess
@@ -11,24 +11,24 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 ROOT = Path(__file__).parent.parent.parent  # of the repository
-RUNNING: set[subprocess.Popen] = set()  # the commands under way
+RUNNING: set[subprocess.Popen] = set()  # the commands that run now
 
 
 def python(*arguments: str, on_cpu: bool = False) -> None:
-    """Run a command of this repository in a process of its own, on one thread, in the clone's root.
+    """Run a command of this repository in its own process, on one thread, in the root folder.
 
-    One thread each is the most work per core, and makes a cell's numbers independent of the cores
-    there are. on_cpu: hide GPUs from it, so that it computes on the CPU in fp32. Raises OSError
-    with the command and the last line that it printed if it fails.
+    One thread gives the most work per core, and numbers that do not depend on how many cores there
+    are. on_cpu: hide the GPUs, so that it computes on the CPU in fp32. Raises OSError if it fails,
+    with the command and its last line of output.
     """
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
-    how = {"cwd": ROOT, "env": env, "text": True}
+    options = {"cwd": ROOT, "env": env, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, *arguments], **how, **pipes) as child:
+    with subprocess.Popen([sys.executable, *arguments], **options, **pipes) as child:
         RUNNING.add(child)
         try:
             _, errors = child.communicate()
-        except BaseException:  # a signal, if we are the main thread
+        except BaseException:  # a signal, if this is the main thread
             child.terminate()
             raise
         finally:
@@ -44,8 +44,8 @@ def python(*arguments: str, on_cpu: bool = False) -> None:
 def each(call: Callable[[Item], None], items: Iterable[Item], jobs: int) -> Iterator[Item]:
     """Call a function on each item, `jobs` at a time, in threads. Yields an item when it is done.
 
-    The first failure, or a signal, ends all: nothing more is begun, and the commands under way get
-    a SIGTERM, on which train.py saves what it has.
+    The first failure, or a signal, ends all. No new item begins, and the running commands get a
+    SIGTERM. train.py then saves its state.
     """
     waiting: dict[Future, Item] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -56,12 +56,9 @@ def each(call: Callable[[Item], None], items: Iterable[Item], jobs: int) -> Iter
                 yield waiting[done]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(
-                task.done() for task in waiting
-            ):  # one may have been between two commands
-                with suppress(
-                    KeyError
-                ):  # until there is none; a thread may take its own away meanwhile
+            # A thread may be between two commands, so try again until all have ended.
+            while not all(task.done() for task in waiting):
+                with suppress(KeyError):  # RUNNING is empty; threads also remove commands from it
                     while True:
                         RUNNING.pop().terminate()
                 wait(waiting, timeout=0.1)

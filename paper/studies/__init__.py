@@ -1,1 +1,1 @@
-"""What the paper prints, and what the embedded model shows beside it."""
+"""The paper's numbers, and the studies on the embedded model."""

@@ -1,10 +1,10 @@
-"""The paper's tables, and what it leaves out: rows of runs, their spread, their differences.
+"""The paper's tables and further ones: rows of runs, their spread, and their differences.
 
-In miniature the embedded model stands for OLMoE-1B-7B, its tasks for the paper's. A row's runs
-differ in their seed, and in one study in the base they start from. Two rows are compared run by
-run, each with that of the same base and seed. The interval is over seeds; where there are several
-bases it is over these, of each base's mean, as another base may turn a difference around (seeds of
-one base do not tell).
+In miniature the embedded model stands for OLMoE-1B-7B, and its tasks for the paper's tasks. The
+runs of a row differ in their seed. In one study they also differ in the base. Two rows are compared
+run by run: each run with the run of the same base and seed. The interval is over seeds. With
+several bases it is over bases, each with its mean over seeds. Another base can reverse a
+difference, and seeds of one base cannot show that.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from paper.runs.stats import signed, spread
 from paper.studies import tables
 from plumbing.checkpoint import BACKBONES, locate, read_config
 
-Columns = dict[str, tuple[str, str]]  # a table's column -> which score it shows, of which task
+Columns = dict[str, tuple[str, str]]  # a table's column -> (score, task)
 
 
 def columns(math: str, code: str, safety: str) -> Columns:
@@ -32,21 +32,21 @@ def columns(math: str, code: str, safety: str) -> Columns:
     return {"gsm8k": ("accuracy", math), **passes, "refusals": ("refusal_rate", safety)}
 
 
-OURS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # the paper's -> ours
-# The last: ours alone.
+OURS = {"gsm8k": "tiny-math", "code": "tiny-code", "safety": "tiny-safety"}  # paper's task -> ours
+# The paper has no column "harmless".
 COLUMNS = columns(*OURS.values()) | {"harmless": ("harmless_refused", OURS["safety"])}
 TRAINED_ON = {column: scorer.task for column, scorer in tables.SCORERS.items()} | {
     "harmless": "safety"
 }
-ALL = 64  # tables.Number.k of what adapts all of OLMoE's experts
+ALL = 64  # tables.Number.k if all of OLMoE's experts are adapted
 
 
 class Row(NamedTuple):
     """One line of a table."""
 
     name: str
-    runs: dict[str, list[Cell]]  # column -> the runs whose mean it is
-    against: str | None = None  # the row that it is compared with
+    runs: dict[str, list[Cell]]  # column -> the runs behind its mean
+    against: str | None = None  # the name of the row that it is compared with
     printed: dict[str, float] = {}  # column -> the paper's number
     columns: Columns = COLUMNS
 
@@ -58,21 +58,21 @@ class Study(NamedTuple):
     rows: list[Row]
 
     def wanted(self) -> Wanted:
-        """What is to be trained, and scored on what."""
-        found: Wanted = {}
+        """The runs of the table, and the tasks to score them on."""
+        cells: Wanted = {}
         for row in self.rows:
             for column, runs in row.runs.items():
                 for run in runs:
-                    found.setdefault(run, set()).add(row.columns[column][1])
-        return found
+                    cells.setdefault(run, set()).add(row.columns[column][1])
+        return cells
 
 
-# ---- the paper's ---------------------------------------------------------------------------------
+# ---- the paper's tables --------------------------------------------------------------------------
 
-N_SEEDS = {  # table -> seeds of each column
+N_SEEDS = {  # table -> the number of seeds of each column
     "2": dict.fromkeys(COLUMNS, 5),
     "4": {"gsm8k": 5},
-    "5": {"gsm8k": 3},  # HELLoRA has nothing left to gain on the other two tasks
+    "5": {"gsm8k": 3},  # HELLoRA is near 100 % on the other two tasks
     "7": {"gsm8k": 3},
     "8": dict.fromkeys(COLUMNS, 3),
 }
@@ -87,15 +87,15 @@ TITLES = {
 
 
 class Scale(NamedTuple):
-    """What the paper's tables are run on."""
+    """The models and tasks on which the paper's tables are run."""
 
-    says: str  # of it in a title
-    tasks: dict[str, str]  # the paper's task -> the one that is trained on
+    says: str  # the words for it in a title
+    tasks: dict[str, str]  # the paper's task -> the task to train on
     columns: Columns
-    seeds: dict[str, dict[str, int]]  # table -> seeds of each column
-    models: dict[str, str]  # the paper's backbone -> what --model takes
-    settings: dict = {}  # further ones of all cells
-    every: int = ALL  # the k of runs that adapt all experts; it only gives them their name
+    seeds: dict[str, dict[str, int]]  # table -> the number of seeds of each column
+    models: dict[str, str]  # the paper's backbone -> the value of --model
+    settings: dict = {}  # more settings of all cells
+    every: int = ALL  # k of the runs that adapt all experts; it is only a part of their name
 
 
 TINY = Scale(" in miniature", OURS, COLUMNS, N_SEEDS, {tables.OLMOE: MODEL}, every=8)
@@ -107,16 +107,16 @@ def paper_scale(
     limit: int | None = None,
     seeds: int | None = None,
 ) -> Scale:
-    """The paper's backbones, data sets and recipe, or a trial's stand-ins (grid.Cell).
+    """The paper's backbones, data sets and recipe, or a trial with others (see grid.Cell).
 
-    Raises FileNotFoundError if one of the folders is not there, or not a checkpoint's.
+    Raises FileNotFoundError if a folder does not exist, or has no checkpoint.
     """
     for flag, folder in (("--model", model), ("--data", data)):
         if folder and not folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
     if model and not (model / "config.json").exists():
         raise FileNotFoundError(
-            f"--model {model}: there is no config.json in it, want a checkpoint's folder"
+            f"--model {model}: it has no config.json, want a checkpoint's folder"
         )
     seeds = seeds or (1 if limit else tables.N_SEEDS)
     scored = {t.number: [c for c in t.columns if c in tables.SCORERS] for t in tables.TABLES}
@@ -131,7 +131,7 @@ def paper_scale(
 
 
 def against(method: str, k: int, main: int = 8) -> tuple[str, int] | None:
-    """What a (method, k) is compared with: the method less a suffix, or HELLoRA, k = `main`."""
+    """The (method, k) to compare with: the method without its suffix, or HELLoRA, k = `main`."""
     if "_" in method:
         return method.rpartition("_")[0], k
     return None if (method, k) == ("hellora", main) else ("hellora", main)
@@ -140,10 +140,10 @@ def against(method: str, k: int, main: int = 8) -> tuple[str, int] | None:
 def paper_table(number: str, scale: Scale) -> Study:
     """One of the paper's tables of scores.
 
-    What it leaves out of a row of OLMoE-1B-7B stands in Table 2.
+    A row of OLMoE-1B-7B may lack numbers. They are taken from Table 2.
     """
     rows = []
-    elsewhere = next(table for table in tables.TABLES if table.number == "2")
+    table_2 = next(table for table in tables.TABLES if table.number == "2")
     for table in tables.TABLES:
         if table.number == number and table.backbone in scale.models:
             names = {
@@ -154,20 +154,20 @@ def paper_table(number: str, scale: Scale) -> Study:
                     column: runs(table, method, k, column, scale) for column in scale.seeds[number]
                 }
                 other = names.get(against(method, k, 2 if table.backbone == tables.MIXTRAL else 8))
-                printed = elsewhere.printed(method, k) | table.printed(method, k)
+                printed = table_2.printed(method, k) | table.printed(method, k)
                 rows.append(Row(names[method, k], own, other, printed, scale.columns))
     return Study(f"Table {number}{scale.says}: {TITLES[number]}", rows)
 
 
 def row_name(number: str, method: str, k: int, task: str | None) -> str:
-    """What a row is called: whatever differs in its table."""
+    """The name of a row: the setting in which the rows of its table differ."""
     if number == "8":
         return f"after {task}" if task else "before"
     return f"{method}, k = {k}" if number == "7" else method
 
 
 def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) -> list[Cell]:
-    """What stands for a number of the paper: a run for each seed, or the model before."""
+    """The runs for a number of the paper: one for each seed, or the model before training."""
     which = {"model": scale.models[table.backbone], **scale.settings}
     if method == "base":
         return [Base(**which)]
@@ -176,7 +176,7 @@ def runs(table: tables.Table, method: str, k: int, column: str, scale: Scale) ->
     return [rates.cell(method, seed, **which) for seed in range(scale.seeds[table.number][column])]
 
 
-# ---- what the paper does not show ----------------------------------------------------------------
+# ---- comparisons that the paper does not have ----------------------------------------------------
 
 
 def rows_of(
@@ -184,33 +184,37 @@ def rows_of(
 ) -> list[Row]:
     """Rows of runs on tiny-math.
 
-    names: name -> (the row it is compared with, settings of rates.cell).
+    names: name -> (the row that it is compared with, settings of rates.cell).
     """
     return [
         Row(
             name,
-            {"gsm8k": [rates.cell(**how, seed=s, model=m) for m in models for s in range(seeds)]},
+            {
+                "gsm8k": [
+                    rates.cell(**setting, seed=s, model=m) for m in models for s in range(seeds)
+                ]
+            },
             other,
         )
-        for name, (other, how) in names.items()
+        for name, (other, setting) in names.items()
     ]
 
 
 def plain(*names: str) -> dict[str, tuple[str | None, dict]]:
-    """Methods by their own names, each compared with itself without its last suffix."""
+    """Methods under their own names. Each is compared with the method without its last suffix."""
     return {name: (name.rpartition("_")[0] or None, {"method": name}) for name in names}
 
 
 def hellora(*flags: str, k: int = 8) -> dict:
-    """HELLoRA with other flags."""
+    """The settings of HELLoRA with more flags."""
     return {"method": "hellora", "k": k, "flags": flags}
 
 
-# name -> title, rows (as rows_of has them), seeds of each, the bases if there are several
+# name -> (title, the argument `names` of rows_of, the number of seeds, the bases if not MODEL)
 OTHERS = {
     "bases": (
-        "hot, cold and random experts, with attention "
-        "and router adapted and without, from three bases",
+        "hot, cold, random and no experts, with or without attention and router, "
+        "from three bases",
         plain(*(f"hellora{s}" for s in ("", "_c", "_r", "_none", "_pure", "_pure_c", "_pure_r"))),
         2,
         (MODEL, f"{BASES}1", f"{BASES}2"),
@@ -238,15 +242,15 @@ OTHERS = {
 }  # fmt: skip
 
 
-# rows that a quick look leaves out
+# Rows with these words are left out by --quick.
 NOT_QUICK = ("hellori", "_gate", "_r", "k = 4", "k = 16", "P = 0.25", "P = 0.6", "weight")
 
 
 def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
-    """The study of that name, or of that number in the paper; scale: of the latter.
+    """The study of that name, or the paper's table of that number at this scale.
 
-    quick: one seed of one base, word problems alone (Table 8: all tasks), without NOT_QUICK off
-    Table 2.
+    quick: one seed of one base, on word problems alone (Table 8: all tasks). Outside Table 2, the
+    rows of NOT_QUICK are left out.
     """
     if name in scale.seeds:
         full = paper_table(name, scale)
@@ -264,58 +268,58 @@ def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
     return Study(f"{full.title} (quick: the first run of each)", rows)
 
 
-# ---- what came out -------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
-def score(cell: Cell, of: tuple[str, str]) -> float | None:
-    """What is kept of it: which score, of which task. None if it has not been run."""
-    name, task = of
-    if name == "balanced":  # the mean of the harmful refused and the harmless not refused
+def score(cell: Cell, column: tuple[str, str]) -> float | None:
+    """The kept score of a cell. column: (score, task). None if it has not been run."""
+    name, task = column
+    if name == "balanced":  # the mean of two shares: harmful refused, harmless not refused
         refused, harmless = (score(cell, (n, task)) for n in ("refusal_rate", "harmless_refused"))
         return None if refused is None or harmless is None else (refused + 1 - harmless) / 2
     value = saved(cell).get(name, {}).get(task)
-    if value is not None and name == "harmless_refused":  # kept as a count
+    if value is not None and name == "harmless_refused":  # a count
         return value / saved(cell)["harmless_total"][task]
     return value
 
 
-def units(found: dict[Cell, float], planned: list[Cell]) -> list[float]:
-    """The numbers that an interval is over: one a seed, or of several bases each one's mean."""
+def units(values: dict[Cell, float], planned: list[Cell]) -> list[float]:
+    """The numbers behind an interval: a value per seed, or, with several bases, a mean per base."""
     bases = {model: list(cells) for model, cells in groupby(planned, key=lambda cell: cell.model)}
     if len(bases) == 1:
-        return list(found.values())
-    return [mean(map(found.get, cells)) for cells in bases.values() if found.keys() >= set(cells)]
+        return list(values.values())
+    return [mean(map(values.get, cells)) for cells in bases.values() if values.keys() >= set(cells)]
 
 
 def minus(row: Row, other: Row, column: str) -> dict | None:
-    """The mean difference of two rows, run by run, its spread, and how often the first is ahead.
+    """The mean difference of two rows, run by run, with its spread, and how often `row` is ahead.
 
-    None if too few are finished. Raises ValueError if runs on one base started from different
-    weights.
+    None if too few runs are finished. Raises ValueError if two runs on one base started from
+    different weights.
     """
-    planned, of = row.runs[column], row.columns[column]
-    both, started = {}, {}
+    planned, wanted = row.runs[column], row.columns[column]
+    differences, started = {}, {}
     for a, b in zip(planned, other.runs[column], strict=True):
-        ours, theirs = score(a, of), score(b, of)
+        ours, theirs = score(a, wanted), score(b, wanted)
         if None not in (ours, theirs):
             for cell in (a, b):
                 first = started.setdefault(cell.model, cell)
                 if saved(first)["hashes"]["model"] != saved(cell)["hashes"]["model"]:
                     names = f"{first.name} and {cell.name}"
                     raise ValueError(f"{names} started from different weights: run both again here")
-            both[a] = ours - theirs
-    over = units(both, planned)
-    ahead = sum(difference > 0 for difference in both.values())
+            differences[a] = ours - theirs
+    values = units(differences, planned)
+    ahead = sum(difference > 0 for difference in differences.values())
     return (
-        {"row": other.name, "runs": len(both), "ahead": ahead, **spread(over)._asdict()}
-        if over
+        {"row": other.name, "runs": len(differences), "ahead": ahead, **spread(values)._asdict()}
+        if values
         else None
     )
 
 
 @cache
 def with_adapters(model: str, method: str) -> MoEModel:
-    """The shapes of a cell's model with a method's adapters. All tiny bases have the same."""
+    """A cell's model with a method's adapters, as shapes. All tiny bases have the same shapes."""
     source = MODEL if model.startswith(BASES) else model
     cfg = BACKBONES[model].cfg if model in BACKBONES else read_config(locate(source))
     return shapes(cfg, method, 1)
@@ -334,7 +338,7 @@ def cost(cell: Cell, shown: dict) -> float:
 
 
 def facts(cells: list[Cell]) -> dict:
-    """What is trained, the hot experts' mean share of visits, what adapters cost."""
+    """The trained parameters, the hot experts' mean share of visits, and the adapters' FLOPs."""
     kept = {cell: shown for cell in cells if "trained" in (shown := saved(cell))}
     shares = [
         mean(shown["hot_share"].values()) for shown in kept.values() if shown.get("hot_share")
@@ -343,39 +347,39 @@ def facts(cells: list[Cell]) -> dict:
     return {
         "trained": trained[len(trained) // 2] if trained else None,
         "hot_share": mean(shares) if shares else None,
-        "flops": mean(cost(*of) for of in kept.items()) if kept else None,
+        "flops": mean(cost(cell, shown) for cell, shown in kept.items()) if kept else None,
     }
 
 
 def entry(row: Row, other: Row | None, column: str) -> dict:
-    """One number: its runs, their spread, the difference from another row's, the paper's."""
-    of = row.columns[column]
-    ours = {cell: value for cell in row.runs[column] if (value := score(cell, of)) is not None}
-    over = units(ours, row.runs[column])
+    """A number: its runs, their spread, the difference from another row, the paper's number."""
+    wanted = row.columns[column]
+    ours = {cell: value for cell in row.runs[column] if (value := score(cell, wanted)) is not None}
+    values = units(ours, row.runs[column])
     return {
         **facts(row.runs[column]),
         "runs": list(ours.values()),
         "paper": row.printed.get(column),
-        **(spread(over)._asdict() if over else {}),
+        **(spread(values)._asdict() if values else {}),
         "minus": minus(row, other, column) if other else None,
     }
 
 
-def results(of: Study) -> dict:
-    """The table as it stands: of the runs that are finished."""
-    named = {row.name: row for row in of.rows}
+def results(table: Study) -> dict:
+    """The table as far as its runs are finished."""
+    named = {row.name: row for row in table.rows}
     return {
-        "title": of.title,
-        "columns": {column: row.columns[column] for row in of.rows for column in row.runs},
+        "title": table.title,
+        "columns": {column: row.columns[column] for row in table.rows for column in row.runs},
         "rows": {
             row.name: {column: entry(row, named.get(row.against), column) for column in row.runs}
-            for row in of.rows
+            for row in table.rows
         },
     }
 
 
 def show(found: dict) -> None:
-    """A block for each column: percent, points, 95 % intervals."""
+    """Print a block for each column: percent, points, 95 % intervals."""
     print(found["title"])
     for column, (score, task) in found["columns"].items():
         print(
@@ -387,19 +391,20 @@ def show(found: dict) -> None:
             print(line(name, row[column]))
 
 
-def line(name: str, of: dict) -> str:
+def line(name: str, number: dict) -> str:
     """A row of one column."""
-    trained = f"{of['trained']:11,}" if of["trained"] else f"{'-':>11s}"
-    share = "-" if of["hot_share"] is None else f"{of['hot_share']:.3f}"
-    flops = f"{of['flops']:.2f}" if of["flops"] else "-"
-    ours = "-"
-    if of.get("mean") is not None:
-        ours = f"{100 * of['mean']:6.1f}"
-    if of.get("std") is not None:
-        ours += f" +- {100 * of['std']:4.1f}"
-    if of.get("low") is not None:
-        ours += f"  {100 * of['low']:6.1f} to {100 * of['high']:5.1f}"
-    apart = f"{signed(of['minus'], 1, 0.01):>6s} from {of['minus']['row']}" if of["minus"] else ""
-    printed = "" if of["paper"] is None else f"{of['paper']:7.2f}"
+    trained = f"{number['trained']:11,}" if number["trained"] else f"{'-':>11s}"
+    share = "-" if number["hot_share"] is None else f"{number['hot_share']:.3f}"
+    flops = f"{number['flops']:.2f}" if number["flops"] else "-"
+    ours, apart = "-", ""
+    if number.get("mean") is not None:
+        ours = f"{100 * number['mean']:6.1f}"
+    if number.get("std") is not None:
+        ours += f" +- {100 * number['std']:4.1f}"
+    if number.get("low") is not None:
+        ours += f"  {100 * number['low']:6.1f} to {100 * number['high']:5.1f}"
+    if difference := number["minus"]:
+        apart = f"{signed(difference, 1, 0.01):>6s} from {difference['row']}"
+    printed = "" if number["paper"] is None else f"{number['paper']:7.2f}"
     facts = f"{name:31s}{trained}{share:>11s}{flops:>7s}"
-    return f"{facts}{len(of['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
+    return f"{facts}{len(number['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()

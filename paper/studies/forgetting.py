@@ -1,13 +1,13 @@
-"""What tuning on one task costs elsewhere: what pretraining taught, before and after.
+"""How much of its pretraining a model forgets when it is tuned on one task.
 
     python -m paper.studies.forgetting --run DIR              scores a run, into its results.json
     python -m paper.studies.forgetting --run runs/a runs/b    two runs
     python -m paper.studies.forgetting --model tiny           the embedded model itself
     python -m paper.reproduce forgetting                      all methods, over seeds
 
-On the other tasks the embedded model scores nothing before and after, as it has not seen their
-form. So it is asked for what it can do: fresh text of each domain of its pretraining
-(tiny/corpus.py), and arithmetic.
+Before and after tuning, the embedded model scores nothing on the other tasks, because it has not
+seen their form. So this study tests what the model learned in pretraining: fresh text of each
+domain (tiny/corpus.py), and arithmetic.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -35,15 +35,15 @@ from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import LENGTH, VOCAB_SIZE, arithmetic_probe, domain_loss
 
-SEQUENCES, EQUATIONS = 64, 200  # of each domain; of each operator
+SEQUENCES, EQUATIONS = 64, 200  # for each domain, for each operator
 OPERATORS = "+-*/"
-AGAINST = "hellora"  # the method that the others are compared with
+AGAINST = "hellora"  # the method that each other method is compared with
 
 # ---- one model -----------------------------------------------------------------------------------
 
 
 def score(model: MoEModel, tokenizer: Tokenizer) -> dict:
-    """results.json's entry: nats a token of each domain, the share of right equations."""
+    """The entry of results.json: nats per token of each domain, and shares of right equations."""
     losses = {domain: domain_loss(model, tokenizer, domain, SEQUENCES) for domain in MIX}
     return {
         "cross_entropy": {domain: round(loss, 4) for domain, loss in losses.items()},
@@ -70,15 +70,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Score each run, or the model, and print one line for each."""
+    """Score each run, or the model, and print a line for each."""
     args = parse_args()
     for folder in args.run or [None]:
-        place = results_folder(folder, args.out)
+        out = results_folder(folder, args.out)
         source = base_folder(read_run(folder)) if folder else locate(args.model)
         if (size := read_config(source).vocab_size) != VOCAB_SIZE:
             raise ValueError(
-                f"{source} has {size:,} tokens, so it is no model of tiny.pretrain, "
-                f"whose text is read here: want one with {VOCAB_SIZE:,}, or a run on one"
+                f"{source} has a vocabulary of {size:,} tokens, but this study needs a model of "
+                f"tiny.pretrain: want one with {VOCAB_SIZE:,} tokens, or a run on one"
             )
         model = load_run(folder)[0] if folder else MoEModel.from_pretrained(source)
         result = score(model, load_tokenizer(source))
@@ -87,49 +87,52 @@ def main() -> None:
             f"(mean of {len(MIX)} domains, {SEQUENCES * LENGTH:,} tokens each), "
             f"{mean(result['arithmetic'].values()):.1%} of equations right"
         )
-        if place:
-            update_results(place, PRETRAINING, result)
+        if out:
+            update_results(out, PRETRAINING, result)
 
 
 # ---- all methods ---------------------------------------------------------------------------------
 
 
 def wanted() -> Wanted:
-    """What the table rests on."""
+    """The cells and scores behind the table."""
     return {
         c: {PRETRAINING} for c in (Base(), *(cell(name, seed) for name in MAIN for seed in SEEDS))
     }
 
 
-def kept(of: Cell) -> dict:
-    """{"cross_entropy": {domain: nats}, "arithmetic": {operator: share}}; {} if not scored."""
-    shown = saved(of)
+def kept(model: Cell) -> dict:
+    """{"cross_entropy": {domain: nats}, "arithmetic": {operator: share}}, or {} if not scored."""
+    shown = saved(model)
     if PRETRAINING not in shown.get("problems", {}):
         return {}
     return {name: shown[name][PRETRAINING] for name in ("cross_entropy", "arithmetic")}
 
 
 def results() -> dict:
-    """The base, and a row for each method of which runs are scored."""
+    """The scores of the base, and a row for each method that has scored runs."""
     base = kept(Base())
     scored = {
-        name: {seed: one for seed in SEEDS if (one := kept(cell(name, seed)))} for name in MAIN
+        name: {seed: scores for seed in SEEDS if (scores := kept(cell(name, seed)))}
+        for name in MAIN
     }
     rises = {
-        name: {seed: rise(one, base) for seed, one in of.items()}
-        for name, of in scored.items()
+        name: {seed: rise(scores, base) for seed, scores in by_seed.items()}
+        for name, by_seed in scored.items()
         if base
     }
     return {
         "base": base,
         "rows": {
-            name: row(name, scored[name], of, rises[AGAINST]) for name, of in rises.items() if of
+            name: row(name, scored[name], by_seed, rises[AGAINST])
+            for name, by_seed in rises.items()
+            if by_seed
         },
     }
 
 
 def rise(after: dict, before: dict) -> dict[str, float]:
-    """By how much the cross-entropy of each domain has risen."""
+    """How much the cross-entropy of each domain has risen."""
     return {
         domain: loss - before["cross_entropy"][domain]
         for domain, loss in after["cross_entropy"].items()
@@ -137,22 +140,22 @@ def rise(after: dict, before: dict) -> dict[str, float]:
 
 
 def row(name: str, scored: dict[int, dict], rises: dict[int, dict], other: dict[int, dict]) -> dict:
-    """One method. Seed by seed: its scores, their rises, and the rises of what it is beside."""
-    means = {seed: mean(of.values()) for seed, of in rises.items()}
+    """The row of a method. By seed: its scores, their rises, and the rises of AGAINST."""
+    means = {seed: mean(by_domain.values()) for seed, by_domain in rises.items()}
     both = [means[seed] - mean(other[seed].values()) for seed in means if seed in other]
     return {
         "trained": saved(cell(name, min(means)))["trained"],
         "rise": {"runs": list(means.values()), **spread(list(means.values()))._asdict()},
         "minus": spread(both)._asdict() if both and name != AGAINST else None,
-        "domains": {d: mean(of[d] for of in rises.values()) for d in MIX},
+        "domains": {d: mean(by_domain[d] for by_domain in rises.values()) for d in MIX},
         "arithmetic": {
-            op: mean(of["arithmetic"][op] for of in scored.values()) for op in OPERATORS
+            op: mean(scores["arithmetic"][op] for scores in scored.values()) for op in OPERATORS
         },
     }
 
 
 def show(found: dict) -> None:
-    """Rises with 95 % intervals, by domain, and what is left of arithmetic."""
+    """Print rises with 95 % intervals, rises by domain, and shares of right equations."""
     base, rows = found["base"], found["rows"]
     if not base:
         print("the base is not scored yet")
@@ -174,11 +177,9 @@ def show(found: dict) -> None:
         print(f"{name:14s}" + "".join(f"{value:+10.3f}" for value in r["domains"].values()))
 
     print("\nequations that are right, %" + "".join(f"{op:>7s}" for op in OPERATORS))
-    for name, of in {
-        "before": base["arithmetic"],
-        **{n: r["arithmetic"] for n, r in rows.items()},
-    }.items():
-        print(f"{name:27s}" + "".join(f"{100 * share:7.1f}" for share in of.values()))
+    arithmetic = {name: r["arithmetic"] for name, r in rows.items()}
+    for name, shares in {"before": base["arithmetic"], **arithmetic}.items():
+        print(f"{name:27s}" + "".join(f"{100 * share:7.1f}" for share in shares.values()))
 
 
 if __name__ == "__main__":

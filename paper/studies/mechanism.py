@@ -1,14 +1,14 @@
-"""What tuning changes besides the task: hot experts, cold ones, none and all, at equal task loss.
+"""How adapters on hot, cold, no or all experts change a model, at equal loss on the task.
 
     python -m paper.studies.mechanism --run DIR                  measures a run, into its results
-    python -m paper.studies.mechanism --run runs/a --with runs/b    and what it keeps beside runs/b
+    python -m paper.studies.mechanism --run runs/a --with runs/b    and merges runs/b into it
     python -m paper.studies.mechanism --run DIR --data own.jsonl    on other word problems
     python -m paper.reproduce mechanism                          all arms, over rates and seeds
 
-The plan is the last part of placement.md. A method that learns less also forgets less, so each arm
-is run at several learning rates, and what it costs elsewhere is read off where all arms have the
-same task loss. --with names a run on another task, whose update is added to the first one's: it
-shows what each of the two keeps in one model.
+The plan is the last part of placement.md. A method that learns less also forgets less. So each arm
+is run at several learning rates, and the arms are compared where all have the same loss on the
+task. --with names a run on another task. Its update is added to the first run's, and each task is
+scored in the merged model.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -52,38 +52,38 @@ from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
 from tiny.pretrain import LENGTH, Stream
 
-SEQUENCES = 32  # of each domain of pretraining
-N_PROBLEMS = 400  # of each task, for the routing and for what a merged model keeps
-K_HOT = 8  # of a layer
+SEQUENCES = 32  # for each domain of pretraining
+N_PROBLEMS = 400  # of each task, for the routing and for the merged model
+K_HOT = 8  # hot experts of a layer
 MECHANISM = "mechanism"
 ARMS, SEEDS = ("hot", "cold", "none", "all"), range(200, 205)
-CODE_RATE = 1e-2  # of the runs that are merged in, in all arms
+CODE_RATE = 1e-2  # the learning rate of the runs on code, in all arms
 OTHER = "tiny-code"
 
 # ---- one run -------------------------------------------------------------------------------------
 
 
 def texts(tokenizer: Tokenizer, task: str, path: Path, max_len: int) -> dict[str, tuple]:
-    """{domain or the task: (tokens [B, T], real [B, T])}: what routing and losses are read on."""
-    found = {}
+    """{domain or task: (tokens [B, T], real [B, T])}, the texts for routing and losses."""
+    batches = {}
     for domain, documents in MIX.items():
         stream = Stream(Random(f"mechanism {domain}"), tokenizer, documents)
         tokens = torch.tensor([stream.cut(LENGTH + 1) for _ in range(SEQUENCES)])
-        found[domain] = (tokens, torch.ones_like(tokens, dtype=torch.bool))
+        batches[domain] = (tokens, torch.ones_like(tokens, dtype=torch.bool))
     data = encode(load_examples(task, path)[:N_PROBLEMS], tokenizer, max_len)
     batch = collate(data)
-    found[task] = (batch.tokens, batch.real)
-    return found
+    batches[task] = (batch.tokens, batch.real)
+    return batches
 
 
 def mean_loss(model: MoEModel, tokens: Tensor) -> float:
-    """Cross-entropy of each next token [B, T], nats a token."""
+    """The cross-entropy of each next token [B, T], in nats per token."""
     logits, _ = model(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
 def kept_choices(before: Routing, after: Routing, real: Tensor) -> float:
-    """The share of a token's experts that it still visits, over the real tokens of a layer."""
+    """The share of a token's experts that stay the same, over the real tokens of a layer."""
     same = before.expert_ids[..., :, None] == after.expert_ids[..., None, :]  # [B, T, K, K]
     return same.any(-1)[real].float().mean().item()
 
@@ -97,15 +97,15 @@ def counted(routing: dict[int, Routing], real: Tensor) -> dict[int, Tensor]:
 
 
 @torch.no_grad()
-def measure(base: MoEModel, tuned: MoEModel, of: dict[str, tuple], task: str) -> dict:
-    """results.json's entry. All shares are means over layers.
+def measure(base: MoEModel, tuned: MoEModel, batches: dict[str, tuple], task: str) -> dict:
+    """The entry of results.json. All shares are means over layers.
 
-    rise: of the loss on each domain, nats a token. kept: the share of a token's experts that it
-    still visits, on each domain and on the task. hot_before, hot_after: the share of the task's
-    visits that goes to the base's hot experts, in the base and in the tuned model.
+    rise: how much the loss rises on each domain, in nats per token. kept: the share of a token's
+    experts that stay the same, on each domain and on the task. hot_before, hot_after: the share of
+    the task's visits that go to the base's hot experts, in the base and in the tuned model.
     """
     rise, kept, hot = {}, {}, {}
-    for name, (tokens, real) in of.items():
+    for name, (tokens, real) in batches.items():
         before, after = base.trunk(tokens)[1], tuned.trunk(tokens)[1]
         kept[name] = mean(kept_choices(before[i], after[i], real) for i in before)
         if name == task:
@@ -114,25 +114,25 @@ def measure(base: MoEModel, tuned: MoEModel, of: dict[str, tuple], task: str) ->
             hot = {when: mean(visited_share(v, experts).values()) for when, v in visits.items()}
         else:
             rise[name] = mean_loss(tuned, tokens) - mean_loss(base, tokens)
-    return {"rise": rise, "kept": kept, **hot, "total": len(of)}
+    return {"rise": rise, "kept": kept, **hot, "total": len(batches)}
 
 
 @torch.no_grad()
 def add_update(model: MoEModel, other: MoEModel, base: MoEModel) -> None:
-    """Add to `model` by how much `other` differs from the base that both come from."""
+    """Add to `model` the difference between `other` and the base of both."""
     parts = zip(model.parameters(), other.parameters(), base.parameters(), strict=True)
     for weight, tuned, start in parts:
         weight += tuned - start
 
 
 def task_losses(model: MoEModel, tokenizer: Tokenizer, files: dict[str, Path]) -> dict[str, float]:
-    """{task: nats per answer token on its problems}."""
-    found = {}
+    """{task: the loss on its problems, in nats per answer token}."""
+    losses = {}
     for task, path in files.items():
         examples = load_examples(task, path)[:N_PROBLEMS]
         data = encode(examples, tokenizer, model.cfg.max_len)
-        found[task] = measure_loss(model, data, 100)[0]["loss"]
-    return found
+        losses[task] = measure_loss(model, data, 100)[0]["loss"]
+    return losses
 
 
 def parse_args() -> argparse.Namespace:
@@ -146,15 +146,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure a run, print a line, keep it in results.json."""
+    """Measure a run, print a line, and keep the result in results.json."""
     args = parse_args()
     run = read_run(args.run, "hashes")
     source = unchanged_base_folder(run, args.run)
     tokenizer, base = load_tokenizer(source), MoEModel.from_pretrained(source)
     tuned, _, _ = load_run(args.run)
     path = args.data or TASKS[run["task"]].test.fetch()
-    of = texts(tokenizer, run["task"], path, base.cfg.max_len)
-    result = measure(base, tuned, of, run["task"])
+    batches = texts(tokenizer, run["task"], path, base.cfg.max_len)
+    result = measure(base, tuned, batches, run["task"])
     if args.other:
         files = {run["task"]: path, OTHER: TASKS[OTHER].test.fetch()}
         code = load_run(args.other)[0]
@@ -177,13 +177,13 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Measured(Placed):
-    """A run of regime A that is scored, and measured beside a code run of the same arm and seed."""
+    """A run of regime A. It is scored, and merged with a code run of the same arm and seed."""
 
     @property
     def code(self) -> Placed:
         """The run on code whose update is added to it."""
-        about = settings(self.regime, self.arm)
-        return Placed(**about, lr=CODE_RATE, seed=self.seed, task=OTHER)
+        arm = settings(self.regime, self.arm)
+        return Placed(**arm, lr=CODE_RATE, seed=self.seed, task=OTHER)
 
     def needs(self) -> list[Cell]:
         """See Cell."""
@@ -205,18 +205,18 @@ class Measured(Placed):
 
 
 def measured(arm: str, seed: int) -> list[Measured]:
-    """The runs of an arm and seed, at rising learning rates."""
+    """The runs of an arm and seed, by rising learning rate."""
     return [Measured(**settings("A", arm), lr=lr, seed=seed) for lr in FIRST_RATES]
 
 
 def wanted() -> Wanted:
-    """What the table rests on. All arms of a seed together."""
+    """The runs and scores behind the table. All arms of a seed come together."""
     runs = [run for seed in SEEDS for arm in ARMS for run in measured(arm, seed)]
     return {run: {TEST, MECHANISM} for run in runs}
 
 
 def numbers(run: Measured) -> dict[str, float]:
-    """What is compared of a run: {name: number}."""
+    """The numbers of a run that are compared: {name: number}."""
     shown = saved(run)
     rise, kept = shown["rise"][MECHANISM], shown["kept"][MECHANISM]
     alone, merged = shown["alone"][MECHANISM], shown["merged"][MECHANISM]
@@ -231,14 +231,14 @@ def numbers(run: Measured) -> dict[str, float]:
 
 
 def falling(runs: list[Measured]) -> list[tuple[float, dict[str, float]]]:
-    """(log task loss, numbers) of the rates up to the best one, the best first."""
+    """(log task loss, numbers) for each rate from the best down to the lowest."""
     points = [(log(per_token(run, PLAIN)), numbers(run)) for run in runs]
     best = min(range(len(points)), key=lambda i: points[i][0])
     return points[best::-1]
 
 
 def at_loss(points: list[tuple[float, dict[str, float]]], loss: float) -> dict[str, float]:
-    """The numbers at a log task loss, on the line between the two points around it."""
+    """The numbers at a log task loss, interpolated between the two points around it."""
     for (low, better), (high, worse) in pairwise(points):
         if low <= loss <= high:
             part = (loss - low) / (high - low)
@@ -247,40 +247,42 @@ def at_loss(points: list[tuple[float, dict[str, float]]], loss: float) -> dict[s
 
 
 def at_equal_loss(seed: int) -> dict[str, dict[str, float]] | None:
-    """{arm: its numbers} at the best loss of the arm whose best is worst; None if a run is missing.
+    """{arm: its numbers} at the lowest loss that all arms reach. None if a run is missing.
 
-    That is the lowest loss that all arms reach.
+    This is the best loss of the arm whose best loss is the highest.
     """
     runs = {arm: measured(arm, seed) for arm in ARMS}
-    if any(missing_tasks(run, [TEST, MECHANISM]) for of in runs.values() for run in of):
+    if any(missing_tasks(run, [TEST, MECHANISM]) for by_rate in runs.values() for run in by_rate):
         return None
-    points = {arm: falling(of) for arm, of in runs.items()}
-    loss = max(of[0][0] for of in points.values())
-    return {arm: at_loss(of, loss) | {"loss": loss} for arm, of in points.items()}
+    points = {arm: falling(by_rate) for arm, by_rate in runs.items()}
+    loss = max(best_first[0][0] for best_first in points.values())
+    return {arm: at_loss(line, loss) | {"loss": loss} for arm, line in points.items()}
 
 
 def results() -> list[dict]:
-    """A row for each number and arm: its mean over the finished seeds, and how far from hot."""
-    found = [by_arm for seed in SEEDS if (by_arm := at_equal_loss(seed))]
-    if not found:
+    """A row for each number and arm: the mean over finished seeds, and the difference from hot."""
+    seeds = [by_arm for seed in SEEDS if (by_arm := at_equal_loss(seed))]
+    if not seeds:
         return []
     return [
         {
             "number": name,
             "arm": arm,
-            "mean": mean(of[arm][name] for of in found),
-            "seeds": len(found),
-            "minus": spread([of[arm][name] - of["hot"][name] for of in found])._asdict(),
+            "mean": mean(by_arm[arm][name] for by_arm in seeds),
+            "seeds": len(seeds),
+            "minus": spread(
+                [by_arm[arm][name] - by_arm["hot"][name] for by_arm in seeds]
+            )._asdict(),
         }
-        for name in found[0]["hot"]
+        for name in seeds[0]["hot"]
         if name != "loss"
         for arm in ARMS
     ]
 
 
 def show(rows: list[dict]) -> None:
-    """A block for each number."""
-    print("at equal loss on word problems; differences from hot are paired by seed")
+    """Print a block for each number."""
+    print("at equal loss on word problems, with differences from hot paired by seed")
     for r in rows:
         if r["arm"] == ARMS[0]:
             print(f"\n{r['number']}")

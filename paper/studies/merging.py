@@ -1,9 +1,9 @@
-"""Two tasks' adapters in one model, which the paper leaves to future work: what each task keeps.
+"""Adapters of two tasks merged in one model, and what each task keeps. (The paper leaves it open.)
 
 Two runs on one base start from the same weights, so their updates can be added (export.py with two
---run). HELLoRA's are on each task's own hot experts and meet in those that are hot in both, and in
-attention and router; LoRA's meet everywhere. The sum is written in bf16, as the embedded model is;
-a run alone is scored in float32.
+--run). HELLoRA's updates are on the hot experts of each task. They meet on experts that are hot for
+both, on attention and on the router. LoRA's updates meet everywhere. The merged model is written in
+bf16, as the embedded model is. A run alone is scored in float32.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ PAIRS = tuple(combinations(OURS.values(), 2))
 
 
 class Measure(NamedTuple):
-    """A number that tells how well a task is done, and on what."""
+    """A number that says how well a model does a task."""
 
     task: str
     name: str
-    of: Callable[[dict], float]  # a cell's scores on the task -> a share
+    value: Callable[[dict], float]  # a cell's scores on the task -> a share
 
 
-# Of the last, less is better: to refuse everything is no skill.
+# Less is better for the last: refusing everything is not safe behaviour.
 MEASURES = (
     Measure("tiny-math", "accuracy", lambda scores: scores["accuracy"]),
     Measure("tiny-code", "pass@1", lambda scores: scores["pass@1"]),
@@ -40,59 +40,63 @@ MEASURES = (
 
 
 def alone(method: str, task: str, seed: int) -> Run:
-    """One of the runs."""
+    """The run of a method on one task."""
     return cell(method, seed, task=task)
 
 
 def merged(method: str, pair: tuple[str, str], seed: int) -> Merged:
-    """Two of them, of the same seed, in one model."""
+    """The runs on two tasks, with the same seed, merged in one model."""
     return Merged(tuple(alone(method, task, seed) for task in pair))
 
 
 def wanted() -> Wanted:
-    """What the table rests on."""
-    found: Wanted = {
+    """The cells and scores behind the table."""
+    cells: Wanted = {
         alone(m, task, seed): {task} for m in METHODS for task in OURS.values() for seed in SEEDS
     }
-    return found | {
+    return cells | {
         merged(m, pair, seed): set(pair) for pair in PAIRS for m in METHODS for seed in SEEDS
     }
 
 
-def measured(of: Cell, measure: Measure) -> float | None:
-    """None if it has not been scored on that task."""
-    shown, task = saved(of), measure.task
+def measured(model: Cell, measure: Measure) -> float | None:
+    """The measure of a cell, or None if it has not been scored on the task."""
+    shown, task = saved(model), measure.task
     if task not in shown.get("problems", {}):
         return None
-    return measure.of(
+    return measure.value(
         {name: by[task] for name, by in shown.items() if isinstance(by, dict) and task in by}
     )
 
 
 def results() -> list[dict]:
-    """A row for each pair, method and measure, of the seeds that are finished."""
+    """A row for each pair, method and measure, over the finished seeds."""
     return [
-        row(pair, m, one) for pair in PAIRS for m in METHODS for one in MEASURES if one.task in pair
+        row(pair, method, measure)
+        for pair in PAIRS
+        for method in METHODS
+        for measure in MEASURES
+        if measure.task in pair
     ]
 
 
-def row(pair: tuple[str, str], method: str, one: Measure) -> dict:
-    """Each run alone and merged, seed by seed, and by how much that differs."""
-    runs = [(alone(method, one.task, seed), merged(method, pair, seed)) for seed in SEEDS]
-    values = [(measured(a, one), measured(b, one)) for a, b in runs]
+def row(pair: tuple[str, str], method: str, measure: Measure) -> dict:
+    """The measure alone and merged, by seed, and the difference."""
+    runs = [(alone(method, measure.task, seed), merged(method, pair, seed)) for seed in SEEDS]
+    values = [(measured(a, measure), measured(b, measure)) for a, b in runs]
     both = [(a, b) for a, b in values if a is not None and b is not None]
     return {
-        "pair": pair, "method": method, "task": one.task, "measure": one.name,
+        "pair": pair, "method": method, "task": measure.task, "measure": measure.name,
         "alone": [a for a, _ in both], "merged": [b for _, b in both],
         "minus": spread([b - a for a, b in both])._asdict() if both else None,
     }  # fmt: skip
 
 
 def show(rows: list[dict]) -> None:
-    """Percent, points, 95 % intervals."""
+    """Print percent, points, 95 % intervals."""
     print(f"{'merged':26s}method   {'%':31s}runs   alone  merged   difference, points")
     for r in rows:
-        what = f"{' + '.join(r['pair']):26s}{r['method']:9s}{r['measure'] + ' on ' + r['task']:31s}"
-        means = [f"{100 * mean(of):.1f}" if of else "-" for of in (r["alone"], r["merged"])]
+        name = f"{' + '.join(r['pair']):26s}{r['method']:9s}{r['measure'] + ' on ' + r['task']:31s}"
+        means = [f"{100 * mean(x):.1f}" if x else "-" for x in (r["alone"], r["merged"])]
         minus = signed(r["minus"], 1, unit=0.01)
-        print(f"{what}{len(r['alone']):4d}{means[0]:>8s}{means[1]:>8s}   {minus}".rstrip())
+        print(f"{name}{len(r['alone']):4d}{means[0]:>8s}{means[1]:>8s}   {minus}".rstrip())

@@ -1,10 +1,10 @@
-"""Do hot experts matter? Runs that differ in nothing but the experts that get adapters.
+"""Do hot experts matter? These runs differ only in the experts that get adapters.
 
-The plan is paper/studies/placement.md. It was written before the runs, and says what is compared,
-how, and what is said for each outcome. Here are its runs.
+The plan is paper/studies/placement.md. It was written before the runs. It says what is compared,
+how, and what each outcome means. This file has the runs.
 
-The measure is the cross-entropy of the right answers of held-out problems, in nats per token of an
-answer. It tells more of a run than its accuracy does: every token counts, by how likely it was.
+The measure is the cross-entropy of the right answers of held-out problems, in nats per answer
+token. It says more about a run than accuracy, because each token counts with its probability.
 """
 
 import base64
@@ -26,23 +26,23 @@ from plumbing.run_folder import read_results, read_run
 from tiny import tasks
 from tiny.tasks import draw
 
-RUNS = Path("runs/placement")  # below the repository
+RUNS = Path("runs/placement")  # a path in the repository
 RESULTS = ROOT / "docs" / "results" / "placement"
-ROWS_SEED = 1  # of the problems that are scored; seed 0 gave the files of tiny/
+ROWS_SEED = 1  # the seed of the scored problems (seed 0 gave the files of tiny/)
 TASK = "tiny-math"
-GENERATOR = {"tiny-math": "math_problem", "tiny-code": "code_problem"}  # of tiny.tasks
+GENERATOR = {"tiny-math": "math_problem", "tiny-code": "code_problem"}  # functions of tiny.tasks
 DEV, TEST = "placement-dev", "placement-test"
-N_REWORDED = 500  # the last of TEST's problems: in wordings that training never sees
+N_REWORDED = 500  # the last problems of TEST: their wordings are never in training
 N_SCORED = {DEV: 500, TEST: 2000 + N_REWORDED}
 
 
 class Regime(NamedTuple):
     """How much is trained, and on how many rows."""
 
-    n_rows: int  # drawn anew for each seed
+    n_rows: int  # each seed draws its own rows
     epochs: int
-    arms: dict[str, str]  # name of an arm -> its method; hot first, which the others are held to
-    seeds: int  # of the embedded base
+    arms: dict[str, str]  # an arm -> its method; hot is first, and the others are compared with it
+    seeds: int  # for the embedded base
 
 
 WITH_ATTENTION = {
@@ -60,25 +60,25 @@ EXPERTS_ALONE = {
     "model-level": "hellora_pure_m",
     "all": "lora_pure",
 }
-ANSWERS = "answers"  # hot by the visits of the tokens that predict an answer: --count answers
+ANSWERS = "answers"  # hot by the visits of tokens that predict an answer (--count answers)
 REGIMES = {
     "A": Regime(200, 6, WITH_ATTENTION | {ANSWERS: "hellora"}, 20),
     "P": Regime(200, 6, EXPERTS_ALONE | {ANSWERS: "hellora_pure"}, 12),
     "O": Regime(60, 20, WITH_ATTENTION, 28),
 }
 BATCH_SIZE = 16
-TUNING_SEEDS = (100, 101, 102)  # never used again
+TUNING_SEEDS = (100, 101, 102)  # for learning rates only
 OTHER_BASES = tuple(f"{BASES}{seed}" for seed in range(11, 18))  # pretrained for this study
 BASE_ARMS = ("hot", "cold", "random", "none", "all", ANSWERS)  # in regimes A and P
 BASE_SEEDS = 4  # of each other base, and of no second one: see `seeds_of`
 
-# (regime, arm) -> the learning rates that are tried, and the one with the lowest mean loss on DEV.
-# Where that was the lowest or the highest of the four, further ones a factor of two apart were
-# tried.
+# (regime, arm) -> the learning rates that are tried, and the rate with the lowest mean loss on DEV.
+# If the best of the four was the lowest or the highest, more rates were tried, a factor of two
+# apart.
 FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 TRIED = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
 TRIED |= {("P", arm): (*FIRST_RATES, 4e-2) for arm in ("hot", "cold", "model-level", ANSWERS)}
-RATES: dict[tuple[str, str], float] = {  # regime O has none yet
+RATES: dict[tuple[str, str], float] = {  # regime O has no rates yet
     ("A", "hot"): 1e-2,
     ("A", "cold"): 1e-2,
     ("A", "random"): 1e-2,
@@ -100,7 +100,7 @@ RATES: dict[tuple[str, str], float] = {  # regime O has none yet
 
 @dataclass(frozen=True)
 class Placed(Run):
-    """A run of one arm. Its rows are drawn with its seed, so that each seed is a sample of all."""
+    """A run of one arm. Its rows are drawn with its seed, so each seed is another sample."""
 
     regime: str = ""
     arm: str = ""
@@ -133,19 +133,19 @@ class Placed(Run):
         return RUNS / "problems" / name
 
     def drawn(self) -> str:
-        """The rows that it is trained on, as JSON lines."""
+        """The rows to train on, as JSON lines."""
         return as_lines(GENERATOR[self.task], "train", REGIMES[self.regime].n_rows, self.seed)
 
     def prepare(self) -> None:
-        """Write the rows that it is trained on, and the problems that are scored."""
+        """Write the rows to train on, and the problems to score."""
         write_problems(self.rows, self.drawn())
         for task in N_SCORED:
             write_problems(problems_file(task), problems(task))
 
     def rests_on(self) -> dict[str, str]:
         """See Cell."""
-        about = super().rests_on() | {"drawn": digest(self.drawn(), *map(problems, N_SCORED))}
-        return {name: value for name, value in about.items() if name != "data"}
+        inputs = super().rests_on() | {"drawn": digest(self.drawn(), *map(problems, N_SCORED))}
+        return {name: value for name, value in inputs.items() if name != "data"}
 
     def record(self) -> dict:
         """See Cell."""
@@ -153,13 +153,13 @@ class Placed(Run):
         return super().record() | {"drawn": self.rests_on()["drawn"]}
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run in its folder is another one: a name does not say all."""
-        of, run = REGIMES[self.regime], read_run(self.folder)
+        """Raise ValueError if its folder has another run. The name does not hold all settings."""
+        regime, run = REGIMES[self.regime], read_run(self.folder)
         wanted = {"method": self.method, "k": self.k, "lr": self.lr, "seed": self.seed,
-                  "epochs": of.epochs, "batch_size": BATCH_SIZE,
+                  "epochs": regime.epochs, "batch_size": BATCH_SIZE,
                   "count": "answers" if self.arm == ANSWERS else "all"}  # fmt: skip
         if differ := [name for name, value in wanted.items() if run.get(name) != value]:
-            raise ValueError(f"{self.folder} has another {', '.join(differ)}: take it away")
+            raise ValueError(f"{self.folder} has another {', '.join(differ)}: delete it")
 
     def scoring(self, task: str) -> tuple[str, tuple[str, ...]]:
         """See Cell."""
@@ -167,26 +167,27 @@ class Placed(Run):
         return f"{command} --limit {N_SCORED[task]}", ("loss", "exact", "items")
 
     def scores(self, task: str) -> dict:
-        """See Cell. Of each problem too, packed: see `pack`."""
+        """See Cell. With the scores of each problem, packed: see `pack`."""
         return self.packed(N_SCORED[task])
 
     def packed(self, n_problems: int) -> dict:
-        """The last scores of its folder, {} unless they are of so many problems."""
-        found = read_results(self.folder).get(f"{self.task}-loss-part", {})
-        if found.get("total") != n_problems:
+        """The last scores in its folder, or {} if they are of another number of problems."""
+        entry = read_results(self.folder).get(f"{self.task}-loss-part", {})
+        if entry.get("total") != n_problems:
             return {}
         path = self.folder / f"answers-{self.task}-loss-part.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        return found | {"items": pack(records)}
+        return entry | {"items": pack(records)}
 
 
 def settings(regime: str, arm: str) -> dict:
-    """What makes a run one of this arm."""
-    of = REGIMES[regime]
-    flags = ("--epochs", str(of.epochs), "--batch-size", str(BATCH_SIZE))
-    flags += ("--catcher", "forward") if parse_method(of.arms[arm]).chooses else ()
+    """The settings of a run of this arm."""
+    plan = REGIMES[regime]
+    method = plan.arms[arm]
+    flags = ("--epochs", str(plan.epochs), "--batch-size", str(BATCH_SIZE))
+    flags += ("--catcher", "forward") if parse_method(method).chooses else ()
     flags += ("--count", "answers") if arm == ANSWERS else ()
-    return {"method": of.arms[arm], "flags": flags, "regime": regime, "arm": arm}
+    return {"method": method, "flags": flags, "regime": regime, "arm": arm}
 
 
 def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> Placed:
@@ -196,7 +197,7 @@ def placed(regime: str, arm: str, seed: int, lr: float, model: str = MODEL) -> P
 
 @cache
 def as_lines(make: str, split: str, n: int, seed: int) -> str:
-    """Rows by one of tiny.tasks' generators. No problem of a split can stand in another one."""
+    """Rows by a generator of tiny.tasks. A problem of one split is never in another split."""
     rows = draw(getattr(tasks, make), split, n, seed)
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -210,27 +211,27 @@ def problems(task: str) -> str:
 
 
 def digest(*texts: str) -> str:
-    """sha256 of some texts, one after another."""
+    """The sha256 of some texts, one after another."""
     return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def problems_file(task: str) -> Path:
-    """Where they are written for eval_gsm8k.py."""
+    """The file of the problems for eval_gsm8k.py, as a path in the repository."""
     return RUNS / "problems" / f"{task}.jsonl"
 
 
 def write_problems(path: Path, text: str) -> None:
-    """Below the repository. Raises ValueError if the file is there with other problems."""
+    """Write a file in the repository. Raises ValueError if it exists with other problems."""
     path = ROOT / path
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
     elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} has other problems than the study: take it away")
+        raise ValueError(f"{path} has other problems than the study: delete it")
 
 
 def pack(records: list[dict]) -> dict[str, str]:
-    """What --loss says of each problem, small: base64 of its loss as float16, and of bits."""
+    """The results of --loss for each problem, small: base64 of losses as float16, and of bits."""
     losses = np.array([r["loss"] for r in records], "<f2")
     exact = np.packbits([r["exact"] for r in records])
     return {
@@ -240,36 +241,36 @@ def pack(records: list[dict]) -> dict[str, str]:
 
 
 def unpack(items: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each problem: the summed loss of its answer in nats, and whether all of it is exact."""
+    """For each problem: the summed loss of its answer in nats, and whether all of it is exact."""
     losses = np.frombuffer(base64.b64decode(items["loss"]), "<f2").astype(float)
     exact = np.unpackbits(np.frombuffer(base64.b64decode(items["exact"]), np.uint8))
     return losses, exact[: len(losses)].astype(bool)
 
 
-# ---- which runs ----------------------------------------------------------------------------------
+# ---- the list of runs ----------------------------------------------------------------------------
 
 
 def tuning(regime: str, arm: str) -> dict[float, list[Placed]]:
-    """{learning rate: the runs that it is judged by}."""
+    """{learning rate: the runs that test it}."""
     return {
         lr: [placed(regime, arm, seed, lr) for seed in TUNING_SEEDS] for lr in TRIED[regime, arm]
     }
 
 
 def best_rate(regime: str, arm: str) -> float | None:
-    """The learning rate with the lowest mean loss on DEV; None as long as a run is missing.
+    """The learning rate with the lowest mean loss on DEV, or None while a run is missing.
 
-    Raises ValueError if it is the lowest or the highest that was tried.
+    Raises ValueError if it is the lowest or the highest of those tried.
     """
     runs = tuning(regime, arm)
-    if any(missing_tasks(run, [DEV]) for of in runs.values() for run in of):
+    if any(missing_tasks(run, [DEV]) for by_seed in runs.values() for run in by_seed):
         return None
-    means = {lr: np.mean([saved(run)["loss"][DEV] for run in of]) for lr, of in runs.items()}
+    means = {lr: np.mean([saved(r)["loss"][DEV] for r in by_seed]) for lr, by_seed in runs.items()}
     best = min(means, key=means.get)
     if best in (min(means), max(means)):
         raise ValueError(
-            f"regime {regime}, {arm}: {best:g} is the best rate, and the last that was tried on "
-            "that side: add the next one to TRIED in paper/studies/placement_runs.py"
+            f"regime {regime}, {arm}: {best:g} is the best rate, but no rate beyond it was tried: "
+            "add the next one to TRIED in paper/studies/placement_runs.py"
         )
     return best
 
@@ -284,7 +285,7 @@ def seeds_of(model: str) -> range:
 
 
 def test_runs() -> Iterator[Placed]:
-    """The runs that are compared, as far as their rates are known. All arms of a seed together."""
+    """The runs that are compared and whose rates are known. All arms of a seed come together."""
     for seed in range(max(regime.seeds for regime in REGIMES.values())):
         for name, regime in REGIMES.items():
             for arm in regime.arms if seed < regime.seeds else ():
@@ -299,31 +300,31 @@ def test_runs() -> Iterator[Placed]:
 
 
 def tuning_runs() -> list[Placed]:
-    """The runs that learning rates are judged by."""
-    return [run for name, arm in TRIED for of in tuning(name, arm).values() for run in of]
+    """The runs that test learning rates."""
+    return [run for name, arm in TRIED for runs in tuning(name, arm).values() for run in runs]
 
 
 def wanted() -> Wanted:
-    """All runs, those for the learning rates first."""
+    """All runs. Those for the learning rates come first."""
     return {run: {DEV} for run in tuning_runs()} | {run: {TEST} for run in test_runs()}
 
 
-# ---- the same on the paper's model ---------------------------------------------------------------
+# ---- the same study on the paper's model ---------------------------------------------------------
 
 REAL = "olmoe-1b-7b"
 REAL_RATES, REAL_SEEDS = (1e-4, 2e-4, 4e-4, 8e-4), range(5)
 RECIPE_RATE = 4e-4  # Table 1
-REAL_CHOSEN: dict[tuple[str, str], float] = {}  # regime, arm -> the best of REAL_RATES; not known
+REAL_CHOSEN: dict[tuple[str, str], float] = {}  # (regime, arm) -> the best rate; not known yet
 REAL_ARMS = [(name, arm) for name in ("A", "P") for arm in REGIMES[name].arms]
-N_HELD_OUT = 500  # the last rows of GSM8K's training split: DEV; its test split is TEST
+N_HELD_OUT = 500  # DEV is the last 500 rows of GSM8K's training split, and TEST is its test split
 
 
 @dataclass(frozen=True)
 class RealPlaced(Placed):
-    """A run of an arm of regime A or P on OLMoE-1B-7B and GSM8K, by the recipe of Table 1.
+    """A run of an arm of regime A or P on OLMoE-1B-7B and GSM8K, with the recipe of Table 1.
 
-    All training rows but the held-out ones are trained on. The times are what an H100 should need
-    by its memory and arithmetic (docs/scaling.md). None has been run.
+    It trains on all training rows except the held-out ones. The times are estimates for an H100,
+    from its memory and arithmetic (docs/scaling.md). No such run has been made.
     """
 
     seconds = 300
@@ -335,7 +336,7 @@ class RealPlaced(Placed):
         return RUNS / "problems" / "gsm8k-train.jsonl"
 
     def prepare(self) -> None:
-        """Cut the held-out rows off the training split, after a download if need be."""
+        """Cut the held-out rows off the training split. Downloads it if it is not there."""
         split = TASKS[self.task].train.fetch().read_text(encoding="utf-8").splitlines(True)
         write_problems(self.rows, "".join(split[:-N_HELD_OUT]))
         write_problems(problems_file(f"gsm8k-{DEV}"), "".join(split[-N_HELD_OUT:]))
@@ -361,23 +362,23 @@ class RealPlaced(Placed):
 
 def real_placed(regime: str, arm: str, seed: int, lr: float) -> RealPlaced:
     """The run of an arm."""
-    about = settings(regime, arm)
-    flags = tuple(about["flags"][4:])  # epochs and batch size are the recipe's
-    return RealPlaced(**about | {"flags": flags}, lr=lr, seed=seed, model=REAL, task="gsm8k")
+    arm_settings = settings(regime, arm)
+    flags = tuple(arm_settings["flags"][4:])  # epochs and batch size are the recipe's
+    return RealPlaced(**arm_settings | {"flags": flags}, lr=lr, seed=seed, model=REAL, task="gsm8k")
 
 
 def real_wanted() -> Wanted:
-    """All runs, those for the rates first. Until rates are chosen, all have the recipe's."""
+    """All runs. Those for the rates come first. Until rates are chosen, all have the recipe's."""
     return {run: {DEV} for run in real_tuning_runs()} | {run: {TEST} for run in real_test_runs()}
 
 
 def real_tuning_runs() -> list[RealPlaced]:
-    """The runs that learning rates are judged by."""
-    return [real_placed(*of, TUNING_SEEDS[0], lr) for of in REAL_ARMS for lr in REAL_RATES]
+    """The runs that test learning rates."""
+    return [real_placed(*arm, TUNING_SEEDS[0], lr) for arm in REAL_ARMS for lr in REAL_RATES]
 
 
 def real_test_runs() -> Iterator[RealPlaced]:
     """The runs that are compared."""
     for seed in REAL_SEEDS:
-        for of in REAL_ARMS:
-            yield real_placed(*of, seed, REAL_CHOSEN.get(of, RECIPE_RATE))
+        for arm in REAL_ARMS:
+            yield real_placed(*arm, seed, REAL_CHOSEN.get(arm, RECIPE_RATE))

@@ -1,7 +1,8 @@
-"""How stable a hot list is: against its sample, the warm-up's seed, training, and another task.
+"""How stable a hot list is, over samples, seeds of the warm-up, training, and tasks.
 
-Lists are compared by their Jaccard overlap in each layer (catcher.overlap). What was counted is
-kept in docs/results/stability.json; the lists of warm-ups are in the cells of their runs.
+Lists are compared by their Jaccard overlap in each layer (catcher.overlap). The lists that are
+counted here are kept in docs/results/stability.json. The lists of warm-ups are in the cells of
+their runs.
 """
 
 from collections.abc import Iterable
@@ -28,19 +29,19 @@ from plumbing.tokenizer import load_tokenizer
 from tiny.report import hot, visits
 
 RESULT = ROOT / "docs" / "results" / "stability.json"
-SHARES, SAMPLES = (0.01, 0.03, 0.1, 0.3), range(5)  # of the training split; seeds of the samples
-TENTH = 0.1  # what a warm-up trains on
-MIDDLE = 141  # of a run's 282 steps
-Hot = dict[str, list[int]]  # layer -> its most-visited experts, as JSON has it
+SHARES, SAMPLES = (0.01, 0.03, 0.1, 0.3), range(5)  # of the training split, seeds of the samples
+TENTH = 0.1  # the share that a warm-up trains on
+MIDDLE = 141  # a run has 282 steps
+Hot = dict[str, list[int]]  # layer -> its hot experts, as in JSON
 
 
 def runs() -> list[Run]:
-    """HELLoRA as in the other tables, but with saves in the middle and at the end only."""
+    """HELLoRA as in the other tables, but with saves only in the middle and at the end."""
     return [cell("hellora", seed, flags=("--save-every", str(MIDDLE))) for seed in SEEDS]
 
 
 def wanted() -> Wanted:
-    """What the tables rest on."""
+    """The cells and scores behind the tables."""
     return {run: {TASK} for run in (*(cell("hellora", seed) for seed in SAMPLES), *runs())}
 
 
@@ -48,12 +49,12 @@ def wanted() -> Wanted:
 
 
 def measure() -> None:
-    """Count what is not in a run's folder, and keep it, unless it is kept."""
+    """Count the lists that no run has in its folder, and keep them, unless they are kept."""
     if kept():
         return
     torch.set_num_threads(1)
     for run in runs():
-        make(run)  # nothing, if its folder is still there
+        make(run)  # this does nothing if its folder is there
     source = locate(MODEL)
     base = MoEModel.from_pretrained(source)
     data = encode(
@@ -66,29 +67,29 @@ def measure() -> None:
     lists["1"] = [hot_experts(base, data)]
     lists["middle"] = [hot_experts(at_save_before_last(run.folder, MIDDLE), data) for run in runs()]
     lists["end"] = [hot_experts(load_run(run.folder)[0], data) for run in runs()]
-    about = {"rests_on": rests_on(), "versions": versions(torch.device("cpu"))}
-    write_json(RESULT, about | {"lists": lists})
+    inputs = {"rests_on": rests_on(), "versions": versions(torch.device("cpu"))}
+    write_json(RESULT, inputs | {"lists": lists})
 
 
 def hot_experts(model: MoEModel, data: list) -> Hot:
-    """The hot experts of a model as it is."""
+    """The hot experts of a model, without a warm-up."""
     return {str(layer): ids for layer, ids in hot(model, visits(model, data)).items()}
 
 
 def at_save_before_last(folder: Path, step: int) -> MoEModel:
-    """A finished run's merged model as it was after `step` steps.
+    """The merged model of a finished run after `step` steps.
 
-    Raises ValueError if that was not saved.
+    Raises ValueError if there is no save of that step.
     """
     save = saves.read(folder / saves.BEFORE)
     if save.step != step:
         raise ValueError(
-            f"{folder} was saved after step {save.step}, not {step}: it was stopped and "
-            "resumed; take it away, to train it again"
+            f"{folder} was saved after step {save.step}, not {step}, as it was stopped and "
+            "resumed: delete it, to train it again"
         )
     model = MoEModel.from_pretrained(base_folder(read_run(folder)))
     attach_run(model, folder)
-    parts = {tuple(place.split("/", 1)): tensor for place, tensor in save.tensors.items()}
+    parts = {tuple(path.split("/", 1)): tensor for path, tensor in save.tensors.items()}
     weights = {name: tensor for (kind, name), tensor in parts.items() if kind == saves.WEIGHTS}
     saves.fill(adapter_state(model), weights, folder)
     merge(model)
@@ -96,18 +97,18 @@ def at_save_before_last(folder: Path, step: int) -> MoEModel:
 
 
 def rests_on() -> list[dict]:
-    """Of which model, data and runs the lists are."""
+    """The models, data and runs behind the lists."""
     return [run.rests_on() for run in runs()]
 
 
 def kept() -> dict[str, list[Hot]]:
-    """The lists; {} if they were not counted. Raises ValueError if they would now be others."""
+    """The kept lists, or {}. Raises ValueError if counting now would give other lists."""
     if not RESULT.exists():
         return {}
     found = read_json(RESULT, "what paper.reproduce stability counted")
     if found["rests_on"] != rests_on():
         raise ValueError(
-            f"{RESULT} was counted on another model, data or runs: take it away to count again"
+            f"{RESULT} was counted on another model, data or runs: delete it to count again"
         )
     return found["lists"]
 
@@ -116,14 +117,14 @@ def kept() -> dict[str, list[Hot]]:
 
 
 def results() -> dict:
-    """{question: {what is compared: its overlaps}}, as far as there are lists."""
+    """{question: {comparison: its overlaps}}, as far as there are lists."""
     warm = {
         seed: shown["hot_experts"] for seed in SAMPLES if (shown := saved(cell("hellora", seed)))
     }
     cfg = read_config(locate(MODEL))
     return {
         "overlaps": {
-            question: {what: compared(pairs) for what, pairs in rows.items()}
+            question: {name: compared(pairs) for name, pairs in rows.items()}
             for question, rows in questions(kept(), warm).items()
         },
         "by_chance": chance(cfg.top_k, cfg.n_experts),
@@ -131,7 +132,7 @@ def results() -> dict:
 
 
 def questions(lists: dict[str, list[Hot]], warm: dict[int, Hot]) -> dict[str, dict[str, Iterable]]:
-    """The pairs of lists that answer each. warm: seed -> the list of its warm-up."""
+    """{question: {comparison: the pairs of lists}}. warm: seed -> the list of its warm-up."""
     seeds = {"two warm-ups": combinations(warm.values(), 2)}
     if not lists:
         return {"the seed": seeds}
@@ -145,8 +146,10 @@ def questions(lists: dict[str, list[Hot]], warm: dict[int, Hot]) -> dict[str, di
         "the seed (10 % of the data)": {
             "two samples, counted on the base": combinations(tenth, 2),
             **seeds,
-            "warm-up and base, same sample": [(of, tenth[seed]) for seed, of in warm.items()],
-            "warm-up, and base on all data": [(of, full) for of in warm.values()],
+            "warm-up and base, same sample": [
+                (warmed, tenth[seed]) for seed, warmed in warm.items()
+            ],
+            "warm-up, and base on all data": [(warmed, full) for warmed in warm.values()],
         },
         "training (all of the data)": {
             "base and middle": [(full, one) for one in middle],
@@ -161,8 +164,8 @@ def compared(pairs: Iterable[tuple[Hot, Hot]]) -> dict:
     """The overlap of each pair (mean over layers), and of each layer (mean over pairs)."""
     found = [overlap(a, b) for a, b in pairs]
     return {
-        "overlaps": [mean(of.values()) for of in found],
-        "layers": {layer: mean(of[layer] for of in found) for layer in found[0]} if found else {},
+        "overlaps": [mean(by_layer.values()) for by_layer in found],
+        "layers": {n: mean(by_layer[n] for by_layer in found) for n in found[0]} if found else {},
     }
 
 
@@ -172,29 +175,31 @@ def chance(k: int, n: int) -> float:
 
 
 def show(found: dict) -> None:
-    """Means and ranges: pairs share lists, so that they give no interval."""
+    """Print means and ranges. Pairs share lists, so they give no interval."""
     print("Jaccard overlap of hot lists     pairs    mean    range             by layer")
     for question, rows in found["overlaps"].items():
         print(f"against {question}")
-        for what, r in rows.items():
-            of = r["overlaps"]
-            numbers = f"{mean(of):.3f}   {min(of):.3f} to {max(of):.3f}    " if of else "-"
+        for name, r in rows.items():
+            values = r["overlaps"]
+            numbers = "-"
+            if values:
+                numbers = f"{mean(values):.3f}   {min(values):.3f} to {max(values):.3f}    "
             layers = " ".join(f"{value:.3f}" for value in r["layers"].values())
-            print(f"  {what:34s}{len(of):2d}   {numbers}{layers}".rstrip())
+            print(f"  {name:34s}{len(values):2d}   {numbers}{layers}".rstrip())
     print(f"{'two random choices':36s}     {found['by_chance']:.3f}")
 
 
-# ---- other tasks: Figures 4 and 6 of the paper ---------------------------------------------------
+# ---- hot experts of other tasks: Figures 4 and 6 of the paper ------------------------------------
 
 
 def results_of_tasks() -> dict:
-    """What Table 8's runs show besides scores: the overlaps of the tasks' hot experts."""
+    """The overlaps of the tasks' hot experts, from the runs of Table 8."""
     runs = {
         task: [saved(cell("hellora", seed, task=task)) for seed in SEEDS] for task in OURS.values()
     }
     hot = {
-        task: {seed: r["hot_experts"] for seed, r in enumerate(of) if r}
-        for task, of in runs.items()
+        task: {seed: r["hot_experts"] for seed, r in enumerate(kept_runs) if r}
+        for task, kept_runs in runs.items()
     }
     return {
         "overlap": [
@@ -205,17 +210,15 @@ def results_of_tasks() -> dict:
 
 
 def overlap_row(a: str, b: str, hot: dict[str, dict[int, Hot]]) -> dict:
-    """Overlaps of two tasks' hot experts, seed by seed; of a task and itself: of each two seeds."""
+    """The overlaps of two tasks' hot experts, seed by seed. One task: the overlaps of two seeds."""
     other_seeds, same_seed = combinations(hot[a].values(), 2), hot[a].keys() & hot[b]
     pairs = other_seeds if a == b else [(hot[a][seed], hot[b][seed]) for seed in same_seed]
     return {"tasks": [a, b], **compared(pairs)}
 
 
 def show_tasks(found: dict) -> None:
-    """A line for each two tasks: each layer's overlap, and the mean."""
-    print(
-        "\nJaccard overlap of hot experts, by layer (mean over seeds; a task and itself: two seeds)"
-    )
+    """Print a line for each two tasks: the overlap in each layer, and the mean."""
+    print("\nJaccard overlap of hot experts, by layer (mean over seeds; for one task: two seeds)")
     for r in found["overlap"]:
         if r["overlaps"]:
             layers = " ".join(f"{value:.3f}" for value in r["layers"].values())

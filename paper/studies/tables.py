@@ -1,23 +1,23 @@
-"""What the paper prints (HELLoRA, arXiv 2605.18795) as data, and what became of each number here.
+"""The numbers that the paper prints (HELLoRA, arXiv 2605.18795), and the status of each here.
 
-A Number is of a table, with the command that gives ours; a Quote is of the text. Rates, accuracies
-and shares are in percent, as the paper has them. What is not here we have not got: of the figures
-only what the text says, and points read off a picture would be made up. Table 2 has the accuracies
-of the methods that Tables 4 and 5 vary.
+A Number comes from a table, with the command that gives ours. A Quote comes from the text. Rates,
+accuracies and shares are in percent, as in the paper. Of the figures, only numbers in the text are
+here: values read off a picture would be guesses. Tables 4 and 5 vary methods, and Table 2 has the
+accuracies of the methods themselves.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 OLMOE, MIXTRAL, DEEPSEEK = "olmoe-1b-7b", "mixtral-8x7b", "deepseekmoe-16b"
-RANK, ALPHA = 32, 64  # of all adapters; Table 1
+RANK, ALPHA = 32, 64  # for all adapters, from Table 1
 
 
 class Status(NamedTuple):
-    """What became of a number here."""
+    """Whether a number of the paper is reproduced here."""
 
     word: str  # reproduced, contradicted, or out of reach
-    command: str = ""  # gives our number; {names} are fields of Number
+    command: str = ""  # prints our number; {names} are fields of Number
     why: str = ""
 
 
@@ -26,9 +26,9 @@ TRAIN = (
     "python train.py --model {backbone} --task {task} --method {method}{mask} --k {k}{all} "
     "--no-eval --out " + RUN
 )
-# Of its test split: a run is scored on all, not on train.py's 500 (--eval-limit).
+# A run is scored on the whole test split, and not on the 500 problems of train.py (--eval-limit).
 PROBLEMS = {"gsm8k": 1319}
-N_SEEDS = 10  # of each number; Table 1
+N_SEEDS = 10  # for each number, from Table 1
 TOO_LARGE = "needs the real checkpoint and a GPU; in miniature: docs/tables.md"
 DEFAULT = Status("reproduced", TRAIN, "the default of train.py")
 EXACT = Status("reproduced", "python -m paper.reproduce params")
@@ -40,15 +40,15 @@ class Number(NamedTuple):
 
     table: str
     backbone: str
-    method: str  # in hellora.parse_method's notation; "base" is not tuned
+    method: str  # in hellora.parse_method's notation; "base": not tuned
     k: int  # adapted experts of a layer
-    task: str | None  # what the model was tuned on; None for what no task changes
+    task: str | None  # the task of the tuning; None if the number does not depend on it
     metric: str
     printed: float
     status: Status
 
     def command(self) -> str:
-        """What gives our number. A LoRI-S method takes its mask from the D run beside it."""
+        """The command for our number. A LoRI-S method takes its mask from the D run beside it."""
         names = self._asdict() | {"mask": "", "all": ""}
         if "-s" in self.method:
             d_run = RUN.format(**names | {"method": self.method.replace("-s", "-d", 1)})
@@ -61,12 +61,12 @@ class Number(NamedTuple):
 class Metric(NamedTuple):
     """A column of the tables."""
 
-    task: str | None  # what the model was tuned on, where the table does not say
+    task: str | None  # the task of the tuning, if the table does not give it
     status: Status
 
 
 class Scorer(NamedTuple):
-    """What scores a column: after which task, and by which command."""
+    """The score of a column: the task of the tuning, and the command."""
 
     task: str
     command: str
@@ -83,7 +83,7 @@ SCORERS = {
 RECIPE = ("lr", "epochs", "batch_size", "rank", "alpha")
 METRICS = {
     **dict.fromkeys(RECIPE, Metric(None, DEFAULT)),
-    "params": Metric(None, EXACT),  # trained / stored, the adapters in both
+    "params": Metric(None, EXACT),  # trained / stored; both count the adapters
     "samples/s": Metric("gsm8k", SPEED),
     **{
         name: Metric(
@@ -92,7 +92,7 @@ METRICS = {
         for name, by in SCORERS.items()
     },
 }
-OVERRIDES = {  # (table, method, k, metric) -> in place of the metric's status
+OVERRIDES = {  # (table, method, k, metric) -> a status that replaces the metric's
     ("2", "dora", 64, "params"): Status(
         "contradicted",
         EXACT.command,
@@ -115,13 +115,13 @@ class Table(NamedTuple):
 
     number: str
     columns: tuple[str, ...]  # of METRICS
-    # (method, k) -> values. None: empty, or not known.
+    # (method, k) -> values. None: the cell is empty, or the value is not known.
     rows: dict[tuple[str, int], tuple[float | None, ...]]
     backbone: str = OLMOE
-    task: str | None = None  # None: each column's own; "": not tuned
+    task: str | None = None  # None: each column has its own; "": not tuned
 
     def printed(self, method: str, k: int) -> dict[str, float]:
-        """{column: value} of a row, {} if it has none such."""
+        """{column: value} of a row, or {} if there is no such row."""
         values = self.rows.get((method, k), (None,) * len(self.columns))
         return {c: v for c, v in zip(self.columns, values, strict=True) if v is not None}
 
@@ -130,7 +130,7 @@ SCORES = tuple(SCORERS)
 UNKNOWN = (None,) * len(SCORES)
 TABLES = (
     *(
-        # and the other methods
+        # "hellora" stands for all methods with adapters.
         Table("1", RECIPE, {("fft", 64): full, ("hellora", 8): adapters}, task=task)
         for task, full, adapters in (
             ("gsm8k", (4e-5, 3, 256, None, None), (4e-4, 3, 128, 32, 64)),
@@ -188,7 +188,7 @@ TABLES = (
         ("hellori-s", 8): (19.07,), ("hellori-s_pure", 8): (19.45,),
         ("hellori-s_gate", 8): (19.02,),
     }),
-    # the paper has the labels of the last two swapped
+    # The paper has swapped the labels of the last two rows.
     Table("7", ("params", "gsm8k", "samples/s"), {
         ("hellora", 2): (0.27, 26.72, 20.99),
         ("hellora", 4): (0.41, 26.97, 20.98),
@@ -204,7 +204,7 @@ TABLES = (
 
 
 def numbers() -> list[Number]:
-    """All of TABLES, in their order."""
+    """All numbers of TABLES, in the same order."""
     found = []
     for table in TABLES:
         for method, k in table.rows:
@@ -221,7 +221,7 @@ NUMBERS = numbers()
 
 
 def printed(table: str, method: str, metric: str) -> float:
-    """One number. Raises ValueError if there is none, or two that differ."""
+    """The number that the paper prints. Raises ValueError if there is none, or two that differ."""
     (value,) = {
         c.printed for c in NUMBERS if (c.table, c.method, c.metric) == (table, method, metric)
     }
@@ -229,12 +229,12 @@ def printed(table: str, method: str, metric: str) -> float:
 
 
 def ratio(table: str, method: str, below: str, metric: str) -> float:
-    """One method's number / another's."""
+    """The number of `method`, divided by the number of `below`."""
     return printed(table, method, metric) / printed(table, below, metric)
 
 
 def wins(method: str, over: str) -> int:
-    """On how many of Table 2's scores a method matches or exceeds another."""
+    """The number of Table 2's scores on which `method` matches or exceeds `over`."""
     return sum(ratio("2", method, over, metric) >= 1 for metric in SCORES)
 
 
@@ -245,7 +245,7 @@ class Quote(NamedTuple):
     says: str
     value: float
     status: Status
-    # What the paper's own tables give for it, if they do.
+    # The value that the paper's own tables give, if they give one.
     from_tables: Callable[[], float] | None = None
 
 
@@ -295,7 +295,8 @@ TEXT = (
           Status("out of reach", REPORT,
                  "as above; in the other 5 layers one expert of 8 differs")),
 )  # fmt: skip
-FIGURES = {  # number -> what it shows. The text has no values of them but those in TEXT and Table 6
+# Number -> content. The text gives no values of the figures, except those in TEXT and Table 6.
+FIGURES = {
     "1": "share of visits by expert and layer",
     "3": "Jaccard overlap of hot experts by layer",
     "4": "hot experts by layer and task (its caption and the text name different layers)",
