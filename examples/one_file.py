@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     model.adapt(hot)
     train(model, problems, n_steps, decay=True)
 
-    # Merge. So the model has its old size and speed again. See what it has learned.
+    # Merge. The model has its old size and speed again. Then see what it has learned.
     for linear in model.linear.values():
         linear.merge()
     score(model, tests, "after")

@@ -240,7 +240,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     max_new = args.max_new or MAX_NEW[task]
     print(
         f"{args.n} samples of each of {len(chosen)} problems ({args.n * len(chosen):,}), of up to "
-        f"{max_new} tokens. The progress tells the time left. For fewer samples, give --limit or --n."
+        f"{max_new} tokens. Progress shows the time left. For fewer samples, give --limit or --n."
     )
     model, tokenizer = load_model(folder, run, args)
     samples = draw_samples(model, tokenizer, chosen, max_new, args)

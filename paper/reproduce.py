@@ -93,7 +93,7 @@ def sizes(backbone: str, method: str, k: int) -> dict[str, int]:
 
 
 def params() -> list[dict]:
-    """The rows of PERCENTS with our counts. Percent: trained / stored; both count adapters."""
+    """The rows of PERCENTS with our counts. percent: trained / stored (both count adapters)."""
     rows = [dict(zip(FIELDS, cell, strict=True)) for cell in PERCENTS]
     rows = [row | sizes(row["backbone"], row["method"], row["k"]) for row in rows]
     return [row | {"percent": 100 * row["trained"] / row["stored"]} for row in rows]
@@ -356,7 +356,7 @@ def run_missing(wanted: Wanted, args: argparse.Namespace, asked: str, jobs: int)
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run what is missing, all of it at once; then show each part."""
+    """Run all missing runs together, and then show each part."""
     args = parse_args(words)
     jobs = args.jobs or (os.cpu_count() if args.scale == "tiny" else 1)
     known, asked = parts(args), args.what or args.table

@@ -258,7 +258,7 @@ def has_fields(row: object, fields: tuple[str, ...]) -> bool:
 
 
 def own_fields(row: object) -> tuple[str, ...] | None:
-    """The entry of FORMS that a row fits; None if it fits none."""
+    """The entry of FORMS that a row fits, or None."""
     return next((fields for fields in FORMS if has_fields(row, fields)), None)
 
 

@@ -13,7 +13,7 @@ import torch
 from plumbing import ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the choices of --dtype
-LARGE = 1_000_000_000  # parameters; a model of that many is too slow for most on a CPU
+LARGE = 1_000_000_000  # parameters: from this size on, a model is slow on a CPU
 # The variables with which a user may have chosen how PyTorch keeps a GPU's memory.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 

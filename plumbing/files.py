@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)  # safetensors' own error has none
         kind = PermissionError if number in (errno.EACCES, errno.EPERM, errno.EROFS) else OSError
         space = ""
-        with suppress(OSError):  # the number does not always tell a full disk, so say what is free
+        with suppress(OSError):  # an error may come from a full disk without saying so
             space = f", with {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB free on its disk"
         raise kind(f"{path} could not be written ({error}){space}") from error
 
@@ -171,7 +171,7 @@ def unmet(value: object, hint: Any) -> str:  # noqa: ANN401
     origin = get_origin(hint)
     if origin is Literal:
         good, words = value in get_args(hint), " or ".join(map(repr, get_args(hint)))
-    elif origin is Annotated or hint is int:  # type() below: a bool is no int here
+    elif origin is Annotated or hint is int:  # type() below does not count a bool as an int
         span = COUNTS if hint is int else hint.__metadata__[0]
         good = type(value) is int and value in span
         words = f"an integer from {span[0]} to {span[-1]}"

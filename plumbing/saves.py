@@ -119,7 +119,7 @@ def read(path: Path) -> Save:
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for values that no run writes. All are finite; fp32, or boolean (masks)."""
+    """Raise ValueError unless all values are finite, and in fp32 or boolean (masks)."""
     for name, t in tensors.items():
         if t.dtype not in (torch.float32, torch.bool):
             raise ValueError(f"{name} is {t.dtype}, want torch.float32")

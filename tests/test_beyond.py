@@ -246,5 +246,5 @@ def test_lists_of_other_runs_are_refused(tmp_path, monkeypatch):
         grid.write_json(stability.RESULT, {"rests_on": rests_on, "lists": {"1": []}})
         if rests_on:
             assert stability.kept() == {"1": []}
-    with pytest.raises(ValueError, match="counted on another model, data or runs: take it away"):
+    with pytest.raises(ValueError, match="counted on another model, data or runs"):
         stability.kept()

@@ -278,7 +278,7 @@ def test_where_nothing_can_be_written_a_result_is_shown_all_the_same(tmp_path, c
     run_folder.keep_results(tmp_path, "a", {"accuracy": 1.0}, [])
     assert f"not kept: {tmp_path / 'results.json'}" in capsys.readouterr().err
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="MB left"):
+    with pytest.raises(OSError, match="MB free"):
         run_folder.keep_results(tmp_path, "a", {"accuracy": 1.0}, [])
 
 
