@@ -114,16 +114,20 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
+def safety_task(run: dict) -> str:
+    """The task of a run if it is one of safety, else the one that fits the model."""
+    if run["task"] in TASKS and TASKS[run["task"]].kind == "safety":
+        return run["task"]
+    return "tiny-safety" if run["model"] == "tiny" else "safety"
+
+
 def score(args: argparse.Namespace, run: dict, folder: Path | None) -> tuple[str, dict, list[dict]]:
     """The task, the entry of results.json, and a record of each prompt.
 
     Without a `folder`, the base is scored.
     """
     began = time.perf_counter()
-    of_safety = run["task"] in TASKS and TASKS[run["task"]].kind == "safety"
-    task = args.task or (
-        run["task"] if of_safety else "tiny-safety" if run["model"] == "tiny" else "safety"
-    )
+    task = args.task or safety_task(run)
     # The flags of the training hold only for the task of the training.
     own = run if task == run["task"] else {}
     template = args.template or own.get("template") or TASKS[task].template

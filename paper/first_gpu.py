@@ -371,7 +371,9 @@ def beside_peft(found: dict[str, dict]) -> float | None:
 
 def mark(found: dict) -> str:
     """A word for the result of a part."""
-    return "failed" if "failed" in found else "good" if found.get("ok", True) else "look at it"
+    if "failed" in found:
+        return "failed"
+    return "good" if found.get("ok", True) else "look at it"
 
 
 def run(folder: Path, rehearse: bool) -> list[str]:

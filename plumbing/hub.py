@@ -70,7 +70,7 @@ def snapshot(
             if not is_whole(path):
                 path.resolve().unlink()
                 path.unlink()
-                raise OSError(f"{name} of {repo} came twice with a wrong checksum: try again later")
+                raise OSError(f"{name} of {repo} came twice with a wrong checksum")
     return folder
 
 

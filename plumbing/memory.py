@@ -29,7 +29,7 @@ STAY = PARTS[:3]  # from the first step to the last
 def shapes(
     cfg: MoEConfig, method: Method, k: int, rank: int, alpha: float, dtype: torch.dtype
 ) -> MoEModel:
-    """The model as `method` trains it, without memory. Frozen weights are in `dtype`."""
+    """The model as `method` trains it, without memory. Frozen weights have the compute `dtype`."""
     model = empty_model(cfg, dtype).to(torch.float32 if method.train_base else dtype)
     experts = list(range(cfg.n_experts if method.rule == "all" else k))
     hellora.attach(model, method, dict.fromkeys(cfg.moe_layers, experts), rank, alpha)

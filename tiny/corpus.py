@@ -39,11 +39,8 @@ def fact(rng: Random, operator: str) -> tuple[int, int, int]:
     """x, y and x operator y, in the range of the word problems."""
     if operator == "+":
         x = rng.randint(1, rng.choice((99, HIGHEST_RESULT - 1)))
-        y = (
-            rng.randint(1, min(99, HIGHEST_RESULT - x))
-            if rng.random() < 0.8
-            else rng.randint(1, HIGHEST_RESULT - x)
-        )
+        rest = HIGHEST_RESULT - x
+        y = rng.randint(1, min(99, rest) if rng.random() < 0.8 else rest)
         return x, y, x + y
     if operator == "-":
         x = rng.randint(2, rng.choice((99, HIGHEST_RESULT)))

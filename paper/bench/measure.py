@@ -44,11 +44,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, tries: int = 6) -> flo
     size, times = (8192, 10) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.mm(a, b)
-    return (
-        2
-        * size**3
-        / min(timed(device, lambda: torch.mm(a, b, out=out), times) for _ in range(tries))
-    )
+    seconds = min(timed(device, lambda: torch.mm(a, b, out=out), times) for _ in range(tries))
+    return 2 * size**3 / seconds
 
 
 # ---- FLOPs and operations ------------------------------------------------------------------------
@@ -172,9 +169,8 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)
     )
     tensors = chain(model.parameters(), model.buffers(), state)
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def cuda_peak(

@@ -33,9 +33,8 @@ class Peer(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """The module with the layers."""
-        return (
-            self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        ).model
+        with_adapters = hasattr(self.model, "get_base_model")
+        return (self.model.get_base_model() if with_adapters else self.model).model
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict]:
         """tokens, targets [B, T] -> the sum of the cross-entropies, and an empty routing."""
@@ -188,12 +187,10 @@ def plain(world: World) -> Peer:
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A checkpoint, read by transformers' own loader."""
     transformers.logging.set_verbosity_error()
-    straight = (
-        {"device_map": str(device)} if device.type == "cuda" and find_spec("accelerate") else {}
-    )
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **straight).to(
-        device
-    )
+    straight = device.type == "cuda" and find_spec("accelerate")  # read onto the GPU at once
+    options = {"device_map": str(device)} if straight else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return model.to(device)
 
 
 def release() -> dict[str, str]:

@@ -45,11 +45,9 @@ def rate(method: str, task: str = TASK) -> float | None:
     """The rate of a method, or else of the method it varies. None for a task that is not tiny."""
     if not task.startswith("tiny"):
         return None
-    return (
-        RATES[method][0]
-        if method in RATES or "_" not in method
-        else rate(method.rpartition("_")[0])
-    )
+    if method in RATES or "_" not in method:
+        return RATES[method][0]
+    return rate(method.rpartition("_")[0])
 
 
 def cell(

@@ -310,11 +310,9 @@ def minus(row: Row, other: Row, column: str) -> dict | None:
             differences[a] = ours - theirs
     values = units(differences, planned)
     ahead = sum(difference > 0 for difference in differences.values())
-    return (
-        {"row": other.name, "runs": len(differences), "ahead": ahead, **spread(values)._asdict()}
-        if values
-        else None
-    )
+    if not values:
+        return None
+    return {"row": other.name, "runs": len(differences), "ahead": ahead, **spread(values)._asdict()}
 
 
 @cache
@@ -329,12 +327,9 @@ def cost(cell: Cell, shown: dict) -> float:
     """The FLOPs of a run's adapters, as a share of those of LoRA on all experts."""
     lora = with_adapters(cell.model, "lora")
     everywhere = dict.fromkeys(lora.cfg.moe_layers, 1.0)
-    shares = {
-        int(layer): share for layer, share in shown.get("hot_share", {}).items()
-    } or everywhere
-    return adapter_flops(with_adapters(cell.model, shown["method"]), shares) / adapter_flops(
-        lora, everywhere
-    )
+    shares = {int(layer): share for layer, share in shown.get("hot_share", {}).items()}
+    ours = adapter_flops(with_adapters(cell.model, shown["method"]), shares or everywhere)
+    return ours / adapter_flops(lora, everywhere)
 
 
 def facts(cells: list[Cell]) -> dict:
