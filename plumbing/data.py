@@ -400,7 +400,7 @@ def check_ends(ids: list[int], ends: frozenset[int], tokenizer: Tokenizer, place
     """Raise ValueError if a text has one of the tokens `ends`. They would end it too early."""
     if found := ends.intersection(ids):
         raise ValueError(
-            f"{place} has {tokenizer.decode(found)!r} in it, which ends a text of this model: "
+            f"{place} spells out {tokenizer.decode(found)!r}, which ends a text of this model: "
             "take it out, or write it in another way"
         )
 
@@ -515,7 +515,7 @@ def idle_ranks(n_examples: int, size: int) -> str:
     if n_groups >= ranks.world() or size <= even:
         return ""
     return (
-        f"--micro-batch {size} cuts a step's {n_examples} examples into {n_groups} parts for "
-        f"{ranks.world()} ranks, so some ranks compute only padding: --micro-batch {even} gives "
-        "more ranks a part"
+        f"--micro-batch {size} cuts a step's {n_examples} examples into parts for {n_groups} of "
+        f"{ranks.world()} ranks, so the other ranks compute only padding: --micro-batch {even} "
+        "gives more ranks a part"
     )

@@ -179,7 +179,7 @@ def test_rows_beyond_the_context_are_counted_and_left_out_if_asked(capsys):
         f"{fits} tokens",
         "row 2 ",
         "row 4 ",
-        f"{sizes[3]};",
+        f"with {sizes[3]}",
         "--drop-long",
     ):
         assert said in str(refused.value)
