@@ -1,12 +1,12 @@
-"""Fills in the blocks of README.md and docs/ that say where their text comes from.
+"""Fills in the blocks of README.md and docs/ whose text comes from commands or results.
 
     python -m paper.pages
 
-A block "```text python -m paper.reproduce ..." has what that command prints, one
-"```text docs/results/FILE.json" the table of that benchmark. A part from "<!-- NAME -->" to
-"<!-- end of NAME -->" has what the function of that name in PARTS writes: "findings" in README.md,
-"claims" in docs/claims.md. Its numbers and verdicts are made from results. A figure gets the words
-that paper/figures.py has for those who do not see it. A test holds the pages to all of this.
+A block "```text python -m paper.reproduce ..." has the output of that command. A block
+"```text docs/results/FILE.json" has the table of that benchmark. A part from "<!-- NAME -->" to
+"<!-- end of NAME -->" has the text of the function with that name in PARTS: "findings" in
+README.md, "claims" in docs/claims.md. Its numbers and verdicts come from results. A figure has the
+alt text of paper/figures.py. A test compares the pages with all of this.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -42,9 +42,9 @@ BLOCK = re.compile(
 PART = re.compile(r"^(<!-- (\w+) -->\n).*?^(<!-- end of \2 -->)$", re.M | re.S)
 IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 
-# ---- what the project found, in words ------------------------------------------------------------
+# ---- the findings, in words ----------------------------------------------------------------------
 
-SAYS = {  # the verdict on a claim -> what is said of the first of the two
+SAYS = {  # the verdict on a claim -> the words for the first of the two
     "holds": "{} is better",
     "fails": "{} is worse",
     "holds unadjusted": "{} is better, unadjusted",
@@ -53,7 +53,7 @@ SAYS = {  # the verdict on a claim -> what is said of the first of the two
     "undecided": "undecided",
     "not finished": "not measured yet",
 }
-LOSSES = {  # the verdict on "hot is better" -> what is said of hot experts
+LOSSES = {  # the verdict on "hot is better" -> the words for hot experts
     "holds": "hot is better",
     "fails": "hot is worse",
     "holds unadjusted": "hot is better, unadjusted",
@@ -77,7 +77,7 @@ def said(claim: dict, first: str = "HELLoRA") -> str:
 
 
 def placed(regime: str) -> str:
-    """What the placement study says of a regime, on all bases or on one; "" if not all have run."""
+    """The placement study's result for a regime, on all bases or one. "" if runs are missing."""
     arms = [arm for arm in placement.REGIMES[regime].arms if arm != "hot"]
     primary = [arm for arm in arms if arm in placement.PRIMARY]
     for bases in (placement.MANY, placement.ONE):
@@ -95,7 +95,7 @@ def placed(regime: str) -> str:
 
 
 def loss_of(arm: str, test: placement.Comparison, corrected: float) -> str:
-    """An arm's loss relative to that of hot experts, with the verdict."""
+    """The loss of an arm relative to that of hot experts, with the verdict."""
     middle, low, high = (f"{100 * (exp(at) - 1):+.1f}" for at in (test.mean, test.low, test.high))
     return f"{ARMS[arm]}: {middle} % ({low} to {high}), {LOSSES[verdict(test, corrected)]}"
 
@@ -136,7 +136,7 @@ def lora_found(claim: dict[str, dict]) -> str:
 
 
 def parts_found(claim: dict[str, dict]) -> str:
-    """What attention and router add."""
+    """The gain from adapters on attention and router."""
     both = said(claim["HELLoRA: attention and router add to the experts"])
     router = said(claim["HELLoRA: the router adds to the experts"], "the router")
     return (
@@ -158,7 +158,7 @@ def kept_found(claim: dict[str, dict]) -> str:
 
 
 def speed_found() -> str:
-    """Times as fast as LoRA, PEFT's and ours."""
+    """The speed relative to LoRA, PEFT's and ours."""
     found = []
     for tokens in (1024, 48):
         record = json.loads((ROOT / f"docs/results/speed-{tokens}-tokens.json").read_text())
@@ -184,7 +184,7 @@ def parameters_found() -> str:
 
 
 def findings() -> str:
-    """The list, a line or some for each finding, and a figure."""
+    """The list, with some lines for each finding, and a figure."""
     claim = {row["says"]: row for row in claims.results()}
     found = [
         lora_found(claim),
@@ -194,14 +194,14 @@ def findings() -> str:
         speed_found(),
         parameters_found(),
     ]
-    drawn = ("placement", "accuracy")  # the first of these that is there is shown
+    drawn = ("placement", "accuracy")  # the first of these that exists is shown
     name = next(name for name in drawn if (ROOT / f"docs/figures/{name}.png").exists())
     listed = "".join(f"{wrapped(text)}\n" for text in found)
     return f"{listed}\n![](docs/figures/{name}.png)\n"
 
 
 def wrapped(text: str) -> str:
-    """An entry of a list, 100 columns wide; each line after the first is an entry below it."""
+    """An entry of a list, 100 columns wide. Each further line of the text is an entry below it."""
     first, *below = text.split("\n")
     lines = [("- ", first), *(("  - ", line) for line in below)]
     return "\n".join(
@@ -218,7 +218,7 @@ def wrapped(text: str) -> str:
 
 # ---- each claim, in tables -----------------------------------------------------------------------
 
-HEADINGS = {  # where a claim stands in the paper, or the study that asks it -> a heading
+HEADINGS = {  # a table of the paper, or a study -> the heading of its claims
     "2": "Methods (Table 2)",
     "4": "Which experts (Table 4)",
     "5": "Attention and router (Table 5)",
@@ -231,7 +231,7 @@ HEADINGS = {  # where a claim stands in the paper, or the study that asks it -> 
 
 
 def claims_in_tables() -> str:
-    """A table of its claims for each study."""
+    """A table of claims for each study."""
     found = claims.results()
     tables = []
     for study, heading in HEADINGS.items():
@@ -244,7 +244,7 @@ def claims_in_tables() -> str:
 
 
 def claim_row(claim: dict) -> str:
-    """One line of such a table."""
+    """A row of the table: one claim."""
     paper = "" if claim["paper"] is None else f"{claim['paper']:+.2f}"
     ours, cells = claim["ours"], ["", "", ""]
     if ours:
@@ -273,7 +273,7 @@ def printed(source: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A page with its blocks as they are now."""
+    """The page, with its blocks filled in now."""
     text = BLOCK.sub(lambda block: f"{block[1]}{printed(block[2])}```", text)
     text = PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]()}{part[3]}", text)
     return IMAGE.sub(lambda image: textwrap.fill(f"![{ALT[image[2]]}]({image[1]})", 100), text)
