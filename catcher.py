@@ -167,7 +167,7 @@ def default_k(cfg: MoEConfig) -> int:
     """The paper's k: as many experts as a token visits (8 for OLMoE, 2 for Mixtral).
 
     For DeepSeekMoE, the one backbone with shared experts, it is 12 of 64. Only this number gives
-    the paper's 23.2 % of LoRA's parameters there (README).
+    the paper's 23.2 % of LoRA's parameters there (docs/choices.md).
     """
     return 12 if cfg.n_shared else cfg.top_k
 

@@ -2,7 +2,7 @@
 
     python examples/numpy_port.py
 
-It follows README's "Port it": count, choose, add adapters, train one step, merge. Each forward
+It follows docs/porting.md: count, choose, add adapters, train one step, merge. Each forward
 function returns its result and a function `back`. `back` takes the gradient of the result, and
 returns the gradient of the input. On its way it adds the gradients of adapters to `grads`. The port
 computes in float64, one example and one expert at a time, so that it is easy to read.

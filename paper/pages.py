@@ -23,14 +23,13 @@ import textwrap
 from contextlib import redirect_stdout
 from io import StringIO
 from math import exp
-from statistics import mean
 
 from paper import reproduce
 from paper.bench import report
 from paper.figures import ALT
 from paper.runs.parallel import ROOT
 from paper.runs.stats import verdict
-from paper.studies import claims, comparison, placement
+from paper.studies import claims, placement
 from paper.studies.tables import OLMOE
 from plumbing.cli import Parser, command
 
@@ -53,16 +52,21 @@ SAYS = {  # the verdict on a claim -> the words for the first of the two
     "undecided": "undecided",
     "not finished": "not measured yet",
 }
-LOSSES = {  # the verdict on "hot is better" -> the words for hot experts
-    "holds": "hot is better",
-    "fails": "hot is worse",
-    "holds unadjusted": "hot is better, unadjusted",
-    "fails unadjusted": "hot is worse, unadjusted",
-    "equivalent": f"equivalent within {exp(placement.MARGIN) - 1:.0%}",
-    "undecided": "undecided",
+WITHIN = f"{exp(placement.MARGIN) - 1:.0%}".replace("%", " %")
+LOSSES = {  # the verdict on "hot is better" -> a sentence about the arms with this verdict
+    "holds": "Hot experts are better than {}.",
+    "fails": "Hot experts are worse than {}.",
+    "holds unadjusted": "Without correction they are better than {}.",
+    "fails unadjusted": "Without correction they are worse than {}.",
+    "equivalent": f"Hot experts are equivalent, within {WITHIN} of the loss, to {{}}.",
+    "undecided": "Undecided: {}.",
 }
-REGIMES = {"A": "Attention, router and experts adapted", "P": "Experts alone adapted"}
-ARMS = {"cold": "Cold", "random": "Random", "none": "None", "all": "All (LoRA)"}
+REGIMES = {
+    "A": "Attention, router and experts adapted, as in the paper",
+    "P": "Experts alone adapted",
+    "O": "As in the paper, trained on few rows until it overfits",
+}
+ARMS = {"cold": "cold ones", "random": "random ones", "none": "no experts", "all": "all (LoRA)"}
 
 
 def said(claim: dict, first: str = "HELLoRA") -> str:
@@ -76,8 +80,11 @@ def said(claim: dict, first: str = "HELLoRA") -> str:
     return f"{words} ({middle}{unit}, {low} to {high})"
 
 
-def placed(regime: str) -> str:
-    """The placement study's result for a regime, on all bases or one. "" if runs are missing."""
+def placed(regime: str) -> tuple[str, str]:
+    """The placement study on a regime: its bases and seeds, and the verdicts.
+
+    On all bases if their runs are there, else on one. Twice "" if runs are missing.
+    """
     arms = [arm for arm in placement.REGIMES[regime].arms if arm != "hot"]
     primary = [arm for arm in arms if arm in placement.PRIMARY]
     for bases in (placement.MANY, placement.ONE):
@@ -87,50 +94,42 @@ def placed(regime: str) -> str:
             continue
         tests = placement.compare_arms(some, bases, placement.PLAIN)
         if set(primary) <= tests.keys():
-            n = len({pair.model for pair in some[primary[0]]})
-            on = "one base" if n == 1 else f"{n} bases"
-            found = ". ".join(loss_of(arm, *tests[arm]) for arm in primary)
-            return f"{REGIMES[regime]}, {on}. {found}."
-    return ""
+            n_bases = len({pair.model for pair in some[primary[0]]})
+            several = f"{n_bases} bases, {len(some[primary[0]])} seeds"
+            on = f"one base, {len(some[primary[0]])} seeds" if n_bases == 1 else several
+            return f" ({on})", in_sentences({arm: tests[arm] for arm in primary})
+    return "", ""
 
 
-def loss_of(arm: str, test: placement.Comparison, corrected: float) -> str:
-    """The loss of an arm relative to that of hot experts, with the verdict."""
-    middle, low, high = (f"{100 * (exp(at) - 1):+.1f}" for at in (test.mean, test.low, test.high))
-    return f"{ARMS[arm]}: {middle} % ({low} to {high}), {LOSSES[verdict(test, corrected)]}"
+def in_sentences(tests: dict[str, tuple[placement.Comparison, float]]) -> str:
+    """A sentence for each verdict, about the arms that have it: {arm: (comparison, Holm's p)}."""
+    arms_by_verdict = {}
+    for arm, (test, corrected) in tests.items():
+        middle, low, high = (f"{100 * (exp(x) - 1):+.1f}" for x in (test.mean, test.low, test.high))
+        numbers = f"({middle} %, {low} to {high})"
+        arms_by_verdict.setdefault(verdict(test, corrected), []).append(f"{ARMS[arm]} {numbers}")
+    return " ".join(
+        LOSSES[v].format(listed(arms_by_verdict[v])) for v in LOSSES if v in arms_by_verdict
+    )
 
 
-def experts_found(claim: dict[str, dict]) -> str:
-    """Hot experts against others: by accuracy, then by the loss of the placement study."""
-    asked = [
-        f"three bases{only}: hot{experts} beat {other} ones"
-        for other in ("random", "cold")
-        for only, experts in (("", " experts"), (", experts alone", ""))
-    ]
-    solved = [100 * mean(scores) for scores in word_problems()]
-    studied = {regime: placed(regime) for regime in REGIMES}
-    plan = "Its runs are not finished."
-    if any(studied.values()):
-        plan = "The loss with other experts, relative to that with hot ones:"
-        plan += "".join(f"\n{of or f'{REGIMES[x]}: not finished.'}" for x, of in studied.items())
-    return (
-        "**Hot experts against random ones**, in accuracy: {}. If experts alone are adapted: {}. "
-        "**Against cold ones**: {}. If experts alone are adapted: {}. Every method solves {:.0f} "
-        "to {:.0f} % of the word problems, so accuracy tells little here. The placement study "
-        "(`paper/studies/placement.md`) compares losses instead. {}"
-    ).format(*(said(claim[says], "hot") for says in asked), min(solved), max(solved), plan)
+def listed(parts: list[str]) -> str:
+    """Words in a row: a, b and c."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def word_problems() -> list[list[float]]:
-    """The accuracy of each method's runs on word problems."""
-    rows = comparison.study("2").rows
-    return [[comparison.score(c, r.columns["gsm8k"]) for c in r.runs["gsm8k"]] for r in rows]
+def experts_found() -> list[str]:
+    """An entry for each regime of the placement study: the loss with hot experts and others."""
+    entries = []
+    for regime, name in REGIMES.items():
+        on, found = placed(regime)
+        entries.append(f"**{name}**{on}. {found}" if found else f"**{name}**: not finished.")
+    return entries
 
 
 def lora_found(claim: dict[str, dict]) -> str:
     """HELLoRA against LoRA on all experts."""
-    on = {"Word problems": "word problems", "Code": "code", "Code in ten tries": "code, pass@10"}
-    on |= {"Refusals": "safety"}
+    on = {"Word problems": "word problems", "Code": "code", "Refusals": "safety"}
     found = (f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items())
     return f"**HELLoRA against LoRA**, in accuracy. {' '.join(found)}"
 
@@ -187,33 +186,19 @@ def findings() -> str:
     """The list, with some lines for each finding, and a figure."""
     claim = {row["says"]: row for row in claims.results()}
     found = [
+        *experts_found(),
         lora_found(claim),
-        experts_found(claim),
         parts_found(claim),
         kept_found(claim),
         speed_found(),
         parameters_found(),
     ]
-    drawn = ("placement", "accuracy")  # the first of these that exists is shown
-    name = next(name for name in drawn if (ROOT / f"docs/figures/{name}.png").exists())
-    listed = "".join(f"{wrapped(text)}\n" for text in found)
-    return f"{listed}\n![](docs/figures/{name}.png)\n"
+    return "".join(f"{wrapped(text)}\n" for text in found) + "\n![](docs/figures/placement.png)\n"
 
 
 def wrapped(text: str) -> str:
-    """An entry of a list, 100 columns wide. Each further line of the text is an entry below it."""
-    first, *below = text.split("\n")
-    lines = [("- ", first), *(("  - ", line) for line in below)]
-    return "\n".join(
-        textwrap.fill(
-            line,
-            100,
-            initial_indent=mark,
-            subsequent_indent=" " * len(mark),
-            break_on_hyphens=False,
-        )
-        for mark, line in lines
-    )
+    """An entry of a list, 100 columns wide."""
+    return textwrap.fill(f"- {text}", 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 # ---- each claim, in tables -----------------------------------------------------------------------

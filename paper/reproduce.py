@@ -81,7 +81,7 @@ PERCENTS = [
         if c.metric == "params"
     ),
     ("abstract", tables.DEEPSEEK, "lora", 64, None, "the paper prints only the ratio, 23.2 %"),
-    ("abstract", tables.DEEPSEEK, "hellora", 12, None, "k = 12 is our reading (README)"),
+    ("abstract", tables.DEEPSEEK, "hellora", 12, None, "k = 12 is our reading (choices.md)"),
 ]
 
 

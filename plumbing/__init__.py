@@ -1,14 +1,21 @@
-"""What knows no adapter: a reader of the method can leave all of this closed.
+"""Files that know no adapter. A reader of the method can leave all of them closed.
 
-ranks        one process or several (FSDP2): who does what, and how parts come together
-checkpoint   a model as the Hub stores it: config.json, tensor names, safetensors
+checkpoint   a model as the Hub stores it
 tokenizer    text to token ids and back, on tiktoken
-downloads    where a data set comes from, and whether it is the right one
-data         tasks, prompts, and the batch of step n
-answer_loss  how likely the given answers of a task are to a model
-files        files that are either whole or absent; JSON that is checked when it is read
-base_model   which model a run was trained on, and whether it has changed
-run_folder   a run's folder: its lock, run.json, metrics, results
-saves        what a stopped run resumes from
-cli          how a command starts, ends, and reads its flags
+bpe          byte-pair encodings of model files, as ranks of tiktoken
+rows         files of rows, in many forms
+data         tasks, prompts, batches
+downloads    where a data set comes from
+hub          downloads from the Hub, and why one failed
+answer_loss  the loss of given answers
+ranks        several processes (FSDP2)
+device       what CUDA is told, and what memory is free
+memory       what a run takes, by its shapes
+base_model   which model a run is on
+run_folder   a run's folder, its lock, its results
+saves        what a run resumes from
+files        files that are whole or absent
+flags        the flags of the six commands
+cli          how a command starts and ends, and its progress
+quiet        signals and progress bars, before torch is imported
 """
