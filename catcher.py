@@ -58,7 +58,7 @@ class Catcher:
 
     @torch.no_grad()
     def add(self, routing: dict[int, Routing], counted: Tensor) -> None:
-        """Count one forward pass. counted [B, T]: see Batch.counted. No host waits here."""
+        """Count one forward pass. counted [B, T]: see Batch.counted. The host waits for no GPU."""
         self.n_tokens = self.n_tokens + counted.sum()
         for layer, decided in routing.items():
             if layer not in self.counts:
@@ -69,9 +69,9 @@ class Catcher:
             # A token that is not counted adds 0. To leave it out, the host would have to wait for
             # the number of the others.
             ids = decided.expert_ids.flatten()  # [B*T*K]
-            ones = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
-            self.counts[layer].index_add_(0, ids, ones.long())
-            self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * ones).double())
+            weight = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
+            self.counts[layer].index_add_(0, ids, weight.long())
+            self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * weight).double())
 
     def gather(self) -> "Catcher":
         """Add up what all ranks have counted, on every rank. Returns itself."""

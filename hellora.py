@@ -59,7 +59,11 @@ class Method:
 
     @property
     def chooses(self) -> bool:
-        """Whether the catcher must count before this method can start."""
+        """Whether it adapts a choice of experts. Then the catcher counts first.
+
+        Random experts do not need the counts. They are counted too, so that the list shows their
+        share of the visits.
+        """
         return self.rule not in (None, "all")
 
 
@@ -264,8 +268,8 @@ class LoRAGroupedLinear(nn.Module):
         y = rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)  # W x
         if not isinstance(rows, AdaptedRows):
             return y
-        # An adapted expert that no row visits takes part as well, so that its gradient is zero and
-        # not None. AdamW skips None, but moves a parameter of gradient zero by its momentum.
+        # A and B of all k experts are one parameter each. So an expert that no row visits has a
+        # gradient of zero and not None. AdamW moves it by its momentum, where it would skip None.
         ends = ends_of(self.adapted, rows.ends)  # of k experts: the others have no rows here
         a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
         low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
@@ -439,11 +443,11 @@ def detach(model: MoEModel) -> None:
 
 
 def lori_masks(trained_b: dict[str, Tensor], keep: float, scope: str) -> dict[str, Tensor]:
-    """Mark the `keep` share of largest |B| entries of a trained D run: {module name: bool like B}.
+    """Mark the `keep` share of largest |B| entries of a trained D run: {tensor name: bool like B}.
 
-    trained_b: {module name: B [*stack, out, r]}. scope: the entries compete within the whole
+    trained_b: {tensor name: B [*stack, out, r]}. scope: the entries compete within the whole
     "model", within a "layer", or within a "matrix" (each expert has its own). Of equal entries the
-    first wins, with the modules in the order of their names. Source: LoRI's extract_mask.py,
+    first wins, with the tensors in the order of their names. Source: LoRI's extract_mask.py,
     get_model_mask (which keeps all of equal entries, and rounds down).
     """
     if scope == "matrix":

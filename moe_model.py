@@ -98,7 +98,11 @@ class MLP(nn.Module):
 
 
 class Ends:
-    """Where each expert's rows end, in rows that are sorted by expert."""
+    """Where each expert's rows end, in rows that are sorted by expert (see Rows).
+
+    The host is the program on the CPU. It starts work on a GPU without waiting for it, but it has
+    to wait whenever it reads a number from there.
+    """
 
     def __init__(self, tensor: Tensor, sizes: list[int] | None = None):
         """sizes: how many rows each expert has, if the host knows it already."""
@@ -122,7 +126,7 @@ def looped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     x [n, in], in E segments that end at `ends`, and weight [E, in, out] -> [n, out].
     """
     if len(x) == 0:
-        return x @ weight[0]  # [0, out], but weight gets a gradient of zero
+        return x @ weight[0]  # [0, out]. So weight gets a gradient of zero, and not None
     parts = zip(x.split(ends.sizes), weight.unbind(0), strict=True)
     return torch.cat([part @ w for part, w in parts if len(part)])
 
@@ -179,10 +183,13 @@ def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Ends]:
 
 def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
     """Rows [n, D] and the slots they serve [n] -> the sum of the rows of each token [M, D]."""
+    # The slots of token t are t * K to t * K + K - 1, so in order of slots its rows are neighbours.
     in_order, row = slot.sort()  # [n] the rows, token by token
     tokens = torch.arange(n_tokens, device=slot.device)  # [M]
     first = torch.searchsorted(in_order, top_k * tokens)  # [M] where each token's rows begin
-    return F.embedding_bag(row, y, first, mode="sum")  # index_add would need atomics on a GPU
+    # This sums y[row] between one token's first row and the next one's. index_add would do as well,
+    # but on a GPU it adds in an order that is not fixed.
+    return F.embedding_bag(row, y, first, mode="sum")
 
 
 class GroupedLinear(nn.Module):

@@ -71,7 +71,8 @@ def train_step(
     Returns the mean loss per target token before the step, and the gradient's norm before clipping.
     They do not depend on the split into micro-batches and over ranks. (The balancing term is a mean
     over micro-batches. It depends on their size, but not on the ranks.) A step whose loss or
-    gradient is not finite changes nothing. The caller has to look at the two numbers.
+    gradient is not finite changes no weight (its visits are counted). The caller has to look at the
+    two numbers.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # Every rank gets all examples of the step, so these numbers hold for all ranks together.
@@ -87,7 +88,9 @@ def train_step(
         loss += part.detach()
         if balance and group:  # a rank without work in this micro-batch has an empty group
             part = part + balance / n_groups * load_balancing_loss(routing, batch.real)
-        ranks.backward(part, model)  # gradients of all micro-batches add up
+        # Gradients of all micro-batches add up. This is part.backward(), with a factor if the model
+        # is cut up: FSDP takes the mean over ranks, where a sum is needed.
+        ranks.backward(part, model)
         catcher.add(routing, batch.counted(catcher.which_tokens))
     ranks.finish_gradients(trained, model)
 

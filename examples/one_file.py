@@ -179,11 +179,9 @@ def read_tokenizer() -> tiktoken.Encoding:
     """Byte-pair encoding. The file writes a token with one printable character for each byte."""
     file = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = file["model"]["vocab"]  # a token's spelling -> its id
-    byte = {spelled: i for spelled, i in vocab.items() if i < 256}  # these are the single bytes
+    byte = {spelled: i for spelled, i in vocab.items() if i < 256}  # the id is the byte itself
     ids = {bytes(byte[c] for c in spelled): i for spelled, i in vocab.items() if i != END}
-    words = file["pre_tokenizer"]["pretokenizers"][0]["pattern"][
-        "Regex"
-    ]  # tokens stay inside words
+    words = file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]  # no token leaves a word
     return tiktoken.Encoding("", pat_str=words, mergeable_ranks=ids, special_tokens={"<end>": END})
 
 

@@ -46,27 +46,34 @@ IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 SAYS = {  # the verdict on a claim -> the words for the first of the two
     "holds": "{} is better",
     "fails": "{} is worse",
-    "holds unadjusted": "{} is better, unadjusted",
-    "fails unadjusted": "{} is worse, unadjusted",
+    "holds unadjusted": "{} is better before correction",
+    "fails unadjusted": "{} is worse before correction",
     "equivalent": "equivalent",
     "undecided": "undecided",
     "not finished": "not measured yet",
 }
 WITHIN = f"{exp(placement.MARGIN) - 1:.0%}".replace("%", " %")
-LOSSES = {  # the verdict on "hot is better" -> a sentence about the arms with this verdict
-    "holds": "Hot experts are better than {}.",
-    "fails": "Hot experts are worse than {}.",
-    "holds unadjusted": "Without correction they are better than {}.",
-    "fails unadjusted": "Without correction they are worse than {}.",
-    "equivalent": f"Hot experts are equivalent, within {WITHIN} of the loss, to {{}}.",
-    "undecided": "Undecided: {}.",
+LOSSES = {  # the verdict on "hot is better" -> a sentence about the choices that have this verdict
+    "holds": "The loss is higher with {}.",
+    "fails": "The loss is lower with {}.",
+    "holds unadjusted": "Before correction, the loss is higher with {}.",
+    "fails unadjusted": "Before correction, the loss is lower with {}.",
+    "equivalent": f"The loss is the same within {WITHIN} with {{}}.",
+    "undecided": "It is undecided with {}.",
 }
 REGIMES = {
-    "A": "Attention, router and experts adapted, as in the paper",
-    "P": "Experts alone adapted",
-    "O": "As in the paper, trained on few rows until it overfits",
+    "A": "Hot experts, attention and router adapted",
+    "P": "Hot experts alone adapted",
+    "O": "Hot experts, attention and router adapted, overfitted",
 }
-ARMS = {"cold": "cold ones", "random": "random ones", "none": "no experts", "all": "all (LoRA)"}
+ARMS = {
+    "cold": "cold experts",
+    "random": "random experts",
+    "none": "no experts",
+    "all": "all experts (LoRA)",
+    "model-level": "model-level hot experts",
+    "answers": "experts that answer tokens visit",
+}
 
 
 def said(claim: dict, first: str = "HELLoRA") -> str:
@@ -81,11 +88,12 @@ def said(claim: dict, first: str = "HELLoRA") -> str:
 
 
 def placed(regime: str) -> tuple[str, str]:
-    """The placement study on a regime: its bases and seeds, and the verdicts.
+    """The placement study on a regime: how many runs, and what they show.
 
     On all bases if their runs are there, else on one. Twice "" if runs are missing.
     """
-    arms = [arm for arm in placement.REGIMES[regime].arms if arm != "hot"]
+    about = placement.REGIMES[regime]
+    arms = [arm for arm in about.arms if arm != "hot"]
     primary = [arm for arm in arms if arm in placement.PRIMARY]
     for bases in (placement.MANY, placement.ONE):
         some = {arm: placement.pairs(placement.TINY, regime, arm, bases) for arm in arms}
@@ -94,23 +102,51 @@ def placed(regime: str) -> tuple[str, str]:
             continue
         tests = placement.compare_arms(some, bases, placement.PLAIN)
         if set(primary) <= tests.keys():
-            n_bases = len({pair.model for pair in some[primary[0]]})
-            several = f"{n_bases} bases, {len(some[primary[0]])} seeds"
-            on = f"one base, {len(some[primary[0]])} seeds" if n_bases == 1 else several
-            return f" ({on})", in_sentences({arm: tests[arm] for arm in primary})
+            n_runs, n_bases = len(some[primary[0]]), len({p.model for p in some[primary[0]]})
+            on = "one base" if n_bases == 1 else f"{n_bases} bases"
+            texts = [in_sentences({arm: tests[arm] for arm in primary})]
+            texts += [against_paper(tests["cold"][0], regime)]
+            texts += [reworded(placement.compare_arms(some, bases, placement.REWORDED))]
+            return f" ({about.n_rows} rows, {on}, {n_runs} seeds)", " ".join(filter(None, texts))
     return "", ""
 
 
 def in_sentences(tests: dict[str, tuple[placement.Comparison, float]]) -> str:
-    """A sentence for each verdict, about the arms that have it: {arm: (comparison, Holm's p)}."""
+    """A sentence for each verdict, about the arms that have it. tests: {arm: (comparison, p)}."""
     arms_by_verdict = {}
-    for arm, (test, corrected) in tests.items():
-        middle, low, high = (f"{100 * (exp(x) - 1):+.1f}" for x in (test.mean, test.low, test.high))
-        numbers = f"({middle} %, {low} to {high})"
-        arms_by_verdict.setdefault(verdict(test, corrected), []).append(f"{ARMS[arm]} {numbers}")
+    for arm, (test, p) in tests.items():
+        arms_by_verdict.setdefault(verdict(test, p), []).append(with_numbers(arm, test))
+    outcomes = [outcome for outcome in LOSSES if outcome in arms_by_verdict]
     return " ".join(
-        LOSSES[v].format(listed(arms_by_verdict[v])) for v in LOSSES if v in arms_by_verdict
+        LOSSES[outcome].format(listed(arms_by_verdict[outcome])) for outcome in outcomes
     )
+
+
+def with_numbers(arm: str, test: placement.Comparison) -> str:
+    """An arm with its loss relative to that of hot experts: difference and 95 % interval."""
+    middle, low, high = (f"{100 * (exp(x) - 1):+.1f}" for x in (test.mean, test.low, test.high))
+    return f"{ARMS[arm]} ({middle} %, {low} to {high})"
+
+
+def against_paper(cold: placement.Comparison, regime: str) -> str:
+    """Whether the paper's difference between hot and cold experts is possible here."""
+    effect = placement.papers_effect(placement.TINY, regime)
+    if effect is None:
+        return ""
+    size = f"(about {100 * (exp(effect['log_ratio']) - 1):+.0f} % on this scale)"
+    if cold.high < effect["log_ratio"]:
+        return f"A difference between cold and hot as large as the paper's {size} is excluded."
+    if cold.low > effect["log_ratio"]:
+        return f"The difference between cold and hot is larger than the paper's {size}."
+    return f"A difference between cold and hot as large as the paper's {size} is possible."
+
+
+def reworded(tests: dict[str, tuple[placement.Comparison, float]]) -> str:
+    """The same on problems in wordings that training never sees. It is not corrected."""
+    found = [with_numbers(arm, test) for arm, (test, p) in tests.items() if p < 0.05]
+    if not found:
+        return "On reworded problems no difference is significant."
+    return f"On reworded problems these differ, before correction: {listed(found)}."
 
 
 def listed(parts: list[str]) -> str:
@@ -130,18 +166,16 @@ def experts_found() -> list[str]:
 def lora_found(claim: dict[str, dict]) -> str:
     """HELLoRA against LoRA on all experts."""
     on = {"Word problems": "word problems", "Code": "code", "Refusals": "safety"}
-    found = (f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items())
-    return f"**HELLoRA against LoRA**, in accuracy. {' '.join(found)}"
+    texts = [f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items()]
+    balanced = said(claim["... harmful and harmless balanced"])
+    texts += [f"Refusals of harmful requests and answers to harmless ones, balanced: {balanced}."]
+    return f"**HELLoRA against LoRA on all experts**, in accuracy. {' '.join(texts)}"
 
 
 def parts_found(claim: dict[str, dict]) -> str:
     """The gain from adapters on attention and router."""
-    both = said(claim["HELLoRA: attention and router add to the experts"])
-    router = said(claim["HELLoRA: the router adds to the experts"], "the router")
-    return (
-        f"**HELLoRA against adapters on experts alone**: {both}. Experts and router against "
-        f"experts alone: {router}."
-    )
+    both = said(claim["HELLoRA: attention and router add to the experts"], "HELLoRA")
+    return f"**HELLoRA against adapters on its experts alone**, on word problems: {both}."
 
 
 def kept_found(claim: dict[str, dict]) -> str:
@@ -150,9 +184,10 @@ def kept_found(claim: dict[str, dict]) -> str:
     lora = said(claim["HELLoRA forgets less of its pretraining than LoRA"])
     merged = said(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
     return (
-        f"**What is kept of pretraining**, against full fine-tuning: {full}. Against LoRA: {lora}. "
-        "**What is kept of word problems** after a merge with a run on code, against LoRA: "
-        f"{merged}."
+        f"**Forgetting**, by the loss on pretraining text. Against full fine-tuning: {full}. "
+        f"Against LoRA: {lora}. **Merging** a run on word problems with a run on code, by the "
+        f"accuracy on word problems that is kept. Against LoRA: {merged}. (The runs do not have "
+        "the same task loss.)"
     )
 
 
@@ -166,8 +201,8 @@ def speed_found() -> str:
         found += [f"{peft:.2f}", f"{own:.2f}"]
     return (
         "**Speed.** On one CPU core HELLoRA trains {0} times as fast as PEFT's LoRA in "
-        "steps of 1,024 tokens, and {2} times as fast in steps of 48. It is {1} and {3} times as "
-        "fast as LoRA in this repository. The paper reports {4:.2f} on two A100 GPUs."
+        "steps of 1,024 tokens, and {2} times as fast in steps of 48. Against LoRA in this "
+        "repository it is {1} and {3} times as fast. The paper reports {4:.2f} on two A100 GPUs."
     ).format(*found, report.PAPER["ratio"])
 
 
@@ -176,9 +211,9 @@ def parameters_found() -> str:
     rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
     hot, lora = rows[OLMOE, "hellora", 8], rows[OLMOE, "lora", 64]
     return (
-        f"**Trained parameters.** Of OLMoE-1B-7B {hot['percent']:.2f} % with HELLoRA (k = 8), and "
-        f"{lora['percent']:.2f} % with LoRA on all experts. The paper prints {hot['printed']} and "
-        f"{lora['printed']} %."
+        f"**Trained parameters.** HELLoRA (k = 8) trains {hot['percent']:.2f} % of OLMoE-1B-7B's "
+        f"parameters, and LoRA on all experts {lora['percent']:.2f} %. The paper prints "
+        f"{hot['printed']} and {lora['printed']} %."
     )
 
 
@@ -222,7 +257,8 @@ def claims_in_tables() -> str:
     for study, heading in HEADINGS.items():
         rows = [claim_row(claim) for claim in found if claim["study"] == study]
         head = (
-            "| claim | paper | verdict | ours, 95 % interval | MDE | p |\n|---|--:|---|--:|--:|--:|"
+            "| claim | paper | verdict | ours, 95 % interval | MDE | df | p | corrected |\n"
+            "|---|--:|---|--:|--:|--:|--:|--:|"
         )
         tables.append("\n".join([f"### {heading}\n", head, *rows]))
     return "\n" + "\n\n".join(tables) + "\n\n"
@@ -231,15 +267,23 @@ def claims_in_tables() -> str:
 def claim_row(claim: dict) -> str:
     """A row of the table: one claim."""
     paper = "" if claim["paper"] is None else f"{claim['paper']:+.2f}"
-    ours, cells = claim["ours"], ["", "", ""]
+    ours, cells, says = claim["ours"], ["", "", "", "", ""], claim["verdict"]
     if ours:
         digits = 1 if claim["unit"] == claims.POINTS.name else 3
         middle, low, high, mde = (f"{ours[x]:+.{digits}f}" for x in ("mean", "low", "high", "mde"))
         unit = "" if claim["unit"] == claims.POINTS.name else f" {claim['unit']}"
-        p = "<.001" if ours["p"] < 0.0005 else f"{ours['p']:.3f}".lstrip("0")
-        cells = [f"{middle}{unit} ({low} to {high})", mde.lstrip("+"), p]
-    says = claim["says"].removeprefix("three bases: ").removeprefix("three bases, ")
-    return f"| {says} | {paper} | {claim['verdict']} | {' | '.join(cells)} |"
+        p, corrected = map(short_p, (ours["p"], claim["p_corrected"]))
+        interval = f"{middle}{unit} ({low} to {high})"
+        cells = [interval, mde.lstrip("+"), str(ours["df"]), p, corrected]
+        if paper and not ours["low"] <= claim["paper"] <= ours["high"]:
+            says += ", above the paper" if ours["low"] > claim["paper"] else ", below the paper"
+    name = claim["says"].removeprefix("three bases: ").removeprefix("three bases, ")
+    return f"| {name} | {paper} | {says} | {' | '.join(cells)} |"
+
+
+def short_p(p: float) -> str:
+    """A p-value with three digits."""
+    return "<.001" if p < 0.0005 else f"{p:.3f}".removeprefix("0")
 
 
 PARTS = {"findings": findings, "claims": claims_in_tables}

@@ -65,7 +65,7 @@ def pairs_of(ratio, n=12):
     return [placement.Pair("tiny", *both) for both in zip(hot * ratio * noise, hot, strict=True)]
 
 
-@pytest.mark.parametrize(("ratio", "says"), [(1.3, "better"), (0.7, "worse"), (1.0, "equivalent")])
+@pytest.mark.parametrize(("ratio", "says"), [(1.3, "higher"), (0.7, "lower"), (1.0, "the same")])
 def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, monkeypatch):
     monkeypatch.setattr(placement, "planned", lambda *_: 12)
     monkeypatch.setattr(
@@ -73,12 +73,15 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
         "pairs",
         lambda on, regime, arm, bases: pairs_of(ratio) if bases == placement.ONE else [],
     )
+    effect = {"log_ratio": 0.1}
+    monkeypatch.setattr(placement, "papers_effect", lambda *_: effect)
     on, found = pages.placed("P")
-    assert on == " (one base, 12 seeds)"
-    assert re.search(f"are {says}.*cold .*random .*all", found)
-    assert found.count(".") == 1 + 9  # one sentence, and three arms of three numbers
+    assert on == " (200 rows, one base, 12 seeds)"
+    assert re.match(f"The loss is {says} .*cold .*random .*all", found)
+    assert (" excluded" in found) == (ratio < 1.1) and (" larger than" in found) == (ratio > 1.1)
+    assert ("no difference" in found) == (ratio == 1)
     assert found in " ".join(pages.findings().split())
-    shown = float(re.search(r"random ones \(([+-][\d.]+) %", found)[1])
+    shown = float(re.search(r"random experts \(([+-][\d.]+) %", found)[1])
     assert shown == pytest.approx(100 * (ratio - 1), abs=1)  # 1 % of noise a run
 
 
@@ -86,7 +89,7 @@ def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
     monkeypatch.setattr(placement, "planned", lambda *_: 12)
     monkeypatch.setattr(placement, "pairs", lambda *_: pairs_of(1.3, n=11))
     assert pages.placed("A") == ("", "")
-    assert "as in the paper**: not finished" in " ".join(pages.findings().split())
+    assert "router adapted**: not finished" in " ".join(pages.findings().split())
 
 
 def test_the_output_to_expect_is_that_of_a_committed_run():

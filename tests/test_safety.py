@@ -143,7 +143,7 @@ def test_training_names_the_command_that_scores_it_and_the_catcher_counts(
         "safety": "python -m paper.eval_safety --run",
         "code": "python -m paper.eval_humaneval --run",
     }[task.removeprefix("tiny-")]
-    assert f"nothing is scored in training; afterwards: {wanted} DIR" in said
+    assert f"{wanted} DIR" in said
     assert f"{wanted} {tmp_path / 'r'}" in said.strip().splitlines()[-1]
     assert ("--allow-code-execution" in said) == ("code" in task)
     assert not any(word in said for word in PRIVATE)
