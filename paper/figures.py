@@ -530,7 +530,7 @@ ALT = {  # what a page says of each to those who do not see it
     "losses": "Training loss by step. With attention and router, full fine-tuning, LoRA and "
     "HELLoRA fall alike. With experts alone, hot fall fastest, random later, cold hardly.",
     "placement": "Forest plot of held-out loss with other choices of experts, compared with hot "
-    "ones: cold, random, none, all, model-level, by answer tokens; in three regimes, on one "
+    "ones: cold, random, none, all, model-level, by answer tokens, in three regimes, on one "
     "base and on several, with a band of 10 % and the paper's effect marked.",
 }
 
