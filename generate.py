@@ -265,6 +265,8 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer, lead: str = "") -> Itera
     text, shown = "", 0
     for token in chain(tokens, [None]):
         text += whole.decode(tokenizer.token_bytes.get(token, b""), final=token is None)
+        if token is not None and len(text) < len(lead) and lead.startswith(text):
+            continue  # so far this is a part of the lead, which is not shown
         answer = text.removeprefix(lead)
         yield answer[shown:]
         shown = len(answer)

@@ -573,6 +573,9 @@ def after_training(folder: Path) -> str:
     """
     try:
         write_page([folder], folder / "report.html")
+    except KeyboardInterrupt as interrupt:
+        page = f"the run is finished. For its page: python report.py --run {folder}"
+        raise type(interrupt)(page) from None
     except Exception as error:  # any: the run is finished, and must not fail for its page
         return f"no report ({error!r:.300}); to try again: python report.py --run {folder}"
     return f"report: {folder / 'report.html'}, a page for the browser"

@@ -440,13 +440,13 @@ def run_job(job: Job, folder: Path) -> None:
 def main() -> None:
     """Check the command line, claim the folder, run."""
     args = flags.train(__doc__)
-    job = prepare(args)
-    with run_folder.lock(job.folder):
-        try:
+    try:
+        job = prepare(args)
+        with run_folder.lock(job.folder):
             run_job(job, job.folder)
-        except KeyboardInterrupt as interrupt:  # one after a save has a text of its own
-            again = "the same command goes on from what is kept"
-            raise type(interrupt)(str(interrupt) or again) from None
+    except KeyboardInterrupt as interrupt:  # one after a save has a text of its own
+        again = "the same command starts, or goes on from what is kept"
+        raise type(interrupt)(str(interrupt) or again) from None
     print(ranks.once(lambda: report.after_training(job.folder)))
     scored_by = to_type(SCORED_BY[TASKS[job.settings["task"]].kind], job.folder)
     if job.own_rows:

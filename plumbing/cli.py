@@ -28,7 +28,7 @@ LOST = (
     "another rank has ended or does not answer: its own lines say why; start all ranks again with "
     "the same command, which goes on from the last save"
 )
-ANEW = "the same command starts from the beginning"
+AGAIN = "type the same command to start again"
 PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
 HERE = Path(__file__).parent.parent  # the folder of the project
 LONGEST_LINE = 2000  # characters of an error: a file may have any text where a name should be
@@ -51,11 +51,12 @@ def command(main: Callable[[], None]) -> NoReturn:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     before = raise_signals(alone)
     if alone:
+        at_start = getattr(sys.modules.get("plumbing.quiet"), "end", None)
         try:
             sys.exit(outcome(main))
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # at_start would say that nothing was written
+                signal.signal(number, signal.SIG_DFL if handler is at_start else handler)
     try:
         code = outcome(main)
     except SystemExit as end:  # --help
@@ -73,12 +74,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def raise_signals(alone: bool) -> dict[int, object]:
-    """Have SIGINT and SIGTERM raise KeyboardInterrupt from now on; the handlers before.
+    """Have SIGINT and SIGTERM raise KeyboardInterrupt from now on. Returns the handlers before.
 
-    Of several ranks SIGTERM ends each at once: one that waits for the others runs no Python.
+    A second signal ends the process at once. With several ranks SIGTERM ends each of them at once
+    and without a line, because a rank that waits for the others runs no Python.
     """
 
     def stop(number: int, _frame: object) -> NoReturn:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop if alone else signal.SIG_DFL}
@@ -119,7 +123,7 @@ def outcome(main: Callable[[], None]) -> int:
         return _fail(OSError(LOST))
     except KeyboardInterrupt as interrupt:
         line_end = "\n" * sys.stderr.isatty()  # a terminal shows ^C, and perhaps a bar
-        print(f"{line_end}stopped: {str(interrupt) or ANEW}", file=sys.stderr)
+        print(f"{line_end}stopped: {str(interrupt) or AGAIN}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
 
@@ -169,7 +173,11 @@ def deferred_stop() -> Iterator[list[int]]:
         asked.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN  # see quiet.py
+    }
     try:
         yield asked
     except KeyboardInterrupt as interrupt:

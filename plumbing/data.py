@@ -332,7 +332,7 @@ def question(
             row = json.loads(text)
         except ValueError:
             row = None
-        if not has_fields(row, fields):
+        if not isinstance(row, dict) or not row.keys() >= set(fields):
             wanted = json.dumps(dict.fromkeys(fields, "..."), ensure_ascii=False)
             raise ValueError(f"the prompt lacks fields of {template}: want {wanted}, or --raw")
         return Example(*show(row), row)

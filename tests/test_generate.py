@@ -87,8 +87,20 @@ def test_a_stream_refuses_what_a_batch_refuses(olmoe):
             next(stream(model, prompt, 1, ()))
 
 
-@pytest.mark.parametrize("lead", ["", " "])
-@pytest.mark.parametrize("text", [" a word", "é, 🙂🙂 and 中文\n", "", "  two blanks", "e\u0301"])
+@pytest.mark.parametrize("lead", ["", " ", "Solution: ", "### "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        " a word",
+        "Solution: 48+17=65",
+        "### forty",
+        "Sol",
+        "é, 🙂🙂 and 中文\n",
+        "",
+        "  two blanks",
+        "e\u0301",
+    ],
+)
 def test_pieces_are_the_text_in_whole_characters(text, lead):
     tokenizer = load_tokenizer(ROOT / "tiny")
     ids = tokenizer.encode(text)

@@ -299,12 +299,14 @@ def test_simulated_cells_give_the_same_with_both(keep, n_rows, tmp_path, monkeyp
 
 
 def test_the_sides_of_the_papers_effect_are_told_apart():
-    row, effect = {"problems": "plain", "low": -0.1, "high": 0.1}, {"log_ratio": 0.05}
+    row = {"arm": "cold", "problems": "plain", "low": -0.1, "high": 0.1}
+    effect = {"log_ratio": 0.05}
     assert placement.beside(row, effect) == "around"
     assert placement.beside(row, {"log_ratio": 0.2}) == "below"
     assert placement.beside(row, {"log_ratio": -0.2}) == "above"
     assert placement.beside(row, None) is None
     assert placement.beside(row | {"problems": "reworded"}, effect) is None
+    assert placement.beside(row | {"arm": "random"}, effect) is None  # it is hot - cold
     words = [
         placement.says({"verdict": v, "p_equivalent": p, "mde": 0.1, "papers_effect": e})
         for v, p, e in (("holds", 0.01, "below"), ("undecided", 0.9, "around"))

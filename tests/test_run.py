@@ -403,3 +403,35 @@ def test_a_command_in_the_background_of_a_shell_still_ignores_ctrl_c():
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code], cwd=ROOT
     )
     assert done.returncode == 0
+
+
+SIGNALS = {
+    # what runs, and the exit code: SIGTERM ends the process at once where it is the second signal,
+    # or where the command is done
+    "a second signal": ("try: kill(INT)\n  finally: kill(TERM)", -signal.SIGTERM),
+    "one at the exit": ("atexit.register(kill, TERM)", -signal.SIGTERM),
+    "one in a step": ("with cli.deferred_stop() as asked: kill(TERM)\n  assert asked == [TERM]", 0),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_a_signal_at_an_odd_moment_ends_without_a_traceback_or_an_untrue_line(case):
+    body, code = SIGNALS[case]
+    script = (
+        "import plumbing.quiet, atexit, os, time\n"
+        "from signal import SIGINT as INT, SIGTERM as TERM\n"
+        "from plumbing import cli\n"
+        "def kill(number): os.kill(os.getpid(), number); time.sleep(0.1)\n"
+        f"def main():\n  {body}\n"
+        "cli.command(main)\n"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_step_does_not_note_a_signal_that_the_shell_has_ignored():
+    code = "import os, signal; from plumbing.cli import deferred_stop\n"
+    code += "with deferred_stop() as asked: os.kill(os.getpid(), signal.SIGINT)\nassert not asked"
+    words = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code]
+    assert subprocess.run(words, cwd=ROOT).returncode == 0

@@ -292,12 +292,12 @@ def results(on: Scale = TINY) -> dict:
 
 
 def beside(row: dict, effect: dict | None) -> str | None:
-    """Where an interval lies beside the paper's effect: "below", "around" or "above" it.
+    """Where an interval lies beside the paper's hot - cold: "below", "around" or "above" it.
 
-    "below": hot is not as much better as in the paper. None where that effect is not known: it is
-    measured on the plain problems.
+    "below": hot is not as much better than cold as in the paper. None for other arms, and where the
+    effect is not known: it is measured on the plain problems.
     """
-    if effect is None or row["problems"] != "plain":
+    if effect is None or row["problems"] != "plain" or row["arm"] != "cold":
         return None
     if row["high"] < effect["log_ratio"]:
         return "below"
