@@ -75,9 +75,9 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     )
     effect = {"log_ratio": 0.1}
     monkeypatch.setattr(placement, "papers_effect", lambda *_: effect)
-    on, found = pages.placed("P")
+    on, found = pages.placed("A")
     assert on == " (200 rows, one base, 12 seeds)"
-    assert re.match(f"The loss is {says} .*cold .*random .*all", found)
+    assert re.match(f"The loss is {says} .*cold .*random .*no experts .*all", found)
     assert (" excluded" in found) == (ratio < 1.1) and (" larger than" in found) == (ratio > 1.1)
     assert ("no difference" in found) == (ratio == 1)
     assert found in " ".join(pages.findings().split())
