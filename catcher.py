@@ -246,14 +246,14 @@ class HotList:
                 fields[name] = saved[name]
 
         layers = {str(layer) for layer in cfg.moe_layers}
+        if layers - saved["experts"].keys():
+            raise ValueError(f"{path} lacks experts of a layer: want a list made for this model")
         for name in ("counts", "gates"):  # a list from elsewhere may have none
             scores = fields.pop(name, {})
             wrong_size = any(len(values) != cfg.n_experts for values in scores.values())
             wrong_layers = scores and scores.keys() != layers
-            if saved["experts"].keys() < layers or wrong_layers or wrong_size:
-                raise ValueError(
-                    f"{path} lacks experts or visits of a layer: want a list made for this model"
-                )
+            if wrong_layers or wrong_size:
+                raise ValueError(f"{path} lacks visits of a layer: want a list made for this model")
             fields[name] = {int(layer): values for layer, values in scores.items()}
         fields["experts"] = by_layer(cfg, saved["experts"], path)
         return cls(**fields)

@@ -286,7 +286,10 @@ class LoRAGroupedLinear(nn.Module):
 
 
 class LoRAExperts(Experts):
-    """The experts of a layer. k of them carry updates. Rows of the others pay nothing for them."""
+    """The experts of a layer. k of them carry updates. Rows of the others pay nothing for them.
+
+    Both kinds of rows go through the same `mlp`. Their type tells its three maps which kind it is.
+    """
 
     def __init__(self, base: Experts, adapted: list[int], method: Method, rank: int, alpha: float):
         super().__init__(
@@ -320,7 +323,7 @@ class LoRAExperts(Experts):
 
 
 def ends_of(experts: list[int], ends: Ends) -> Ends:
-    """The ends of these experts [k], ascending, in rows that visit no other expert."""
+    """For rows that visit no expert but `experts` [k], ascending: where each one's rows end [k]."""
     if len(experts) == len(ends.tensor):
         return ends  # LoRA: of all
     index = as_index(experts, ends.tensor.device)
@@ -328,7 +331,10 @@ def ends_of(experts: list[int], ends: Ends) -> Ends:
 
 
 def as_index(ids: Iterable[int], device: torch.device) -> Tensor:
-    """Ids as a tensor on `device`. It is made once, because the host waits for a copy to a GPU."""
+    """Ids as a tensor on `device`. It is made once, because the host waits for a copy to a GPU.
+
+    (A buffer would have no values: models are made without memory, and filled from a checkpoint.)
+    """
     return _as_index(tuple(ids), device)
 
 
@@ -351,15 +357,15 @@ def attach(
     """
     model.requires_grad_(method.train_base)  # freeze all that is there; the adapters come after
     for i, layer in enumerate(model.layers):
-        for site in sites(layer, method, model.cfg.linear_router):
+        for site in sites_in(layer, method, model.cfg.linear_router):
             base = layer.get_submodule(site)
             layer.set_submodule(site, LoRALinear(base, method, rank, alpha))
         if method.rule and adapted.get(i):
             layer.moe.experts = LoRAExperts(layer.moe.experts, adapted[i], method, rank, alpha)
 
 
-def sites(layer: Block, method: Method, linear_router: bool) -> list[str]:
-    """Names of the plain linear maps of `layer` that `method` adapts.
+def sites_in(layer: Block, method: Method, linear_router: bool) -> list[str]:
+    """Names of the plain linear maps of `layer` that `method` adapts, of those that the layer has.
 
     A method that adapts experts also adapts the maps that every token visits. A router that is a
     bare parameter on the Hub is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.

@@ -462,8 +462,8 @@ class MoEModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """tokens [B, T] -> last hidden states [B, T, D] and {MoE layer: Routing}.
 
-        Routing is returned, and not recorded in the modules. `recompute` runs a layer twice, so
-        that a record would have its visits twice.
+        Routing is returned, and not recorded in the modules: `recompute` runs a layer twice, and a
+        record would count it twice.
         """
         at = positions(self.cfg, tokens.shape[1], cache, tokens.device)
         x = self.embed(tokens).to(self.dtype)
