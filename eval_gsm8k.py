@@ -10,7 +10,7 @@ settings than the run's, are kept in results.json as TASK-part.
 
 Prompts, --shots, where an answer ends, and what counts as its number are lm-evaluation-harness'
 (tasks/gsm8k/gsm8k.yaml at 4e7e0d4; tests/peers/compare_gsm8k.py compares them). What differs: it
-shows 5 solved problems and generates 256 tokens by default (--shots 5 --max-new 256); here it is
+shows 5 solved problems and generates 256 tokens by default (--shots 5 --max-new 256). Here it is
 none, and the task's number, 512 for gsm8k. A prompt too long for the context loses its beginning
 there, and is refused here.
 
@@ -54,14 +54,14 @@ from plumbing.device import compute, warn_of_slow_cpu
 from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
-STRICT = {  # template -> where its answers put the number; the first match counts
+STRICT = {  # template -> where its answers put the number. The first match counts
     "plain": re.compile(r"#### (\-?[0-9\.\,]+)"),
     "lori": re.compile(r"The final answer is: +(\-?[0-9\.\,]+)"),
 }
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # the last match counts
 # Where an answer has ended, whatever follows: a new question, or the end of a text spelt out.
 UNTIL = ("Question:", "</s>", "<|im_end|>")
-SHOTS_SEED = 1234  # of the solved problems; lm-evaluation-harness' fewshot_random_seed
+SHOTS_SEED = 1234  # of the solved problems: lm-evaluation-harness' fewshot_random_seed
 Scored = tuple[str, dict, list[dict]]  # a line to show, results.json's entry, a record of each
 
 
@@ -71,7 +71,7 @@ def normalise(number: str) -> str:
 
 
 def extract(text: str, template: str = "plain") -> tuple[str | None, str | None]:
-    """The strict and the flexible answer of a generated text; None where there is none."""
+    """The strict and the flexible answer of a generated text. None where there is none."""
     for mark in UNTIL:
         text = text.split(mark)[0]
     strict = STRICT.get(template, STRICT["plain"]).search(text)  # a file's is in the plain form
@@ -205,7 +205,7 @@ def check_task(task: str, loss: bool, data: Path | None) -> None:
 def load_model(
     folder: Path | None, run: dict, args: argparse.Namespace, merged: bool = True
 ) -> tuple[MoEModel, Tokenizer]:
-    """The model of a run, and its tokenizer; without a `folder`, those of run["model"].
+    """The model of a run, and its tokenizer. Without a `folder`, those of run["model"].
 
     args: with device and dtype. merged: fold the run's adapters into the weights.
     """
@@ -264,7 +264,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
     """Score one run, or the base model that `run` names, and print one line.
 
     run: run.json, or the same keys for a model without adapters, which has no folder. kept: where
-    the results are kept; None: nowhere.
+    the results are kept. None: nowhere.
     """
     asked = what_is_asked(args, run, folder)
 

@@ -92,7 +92,7 @@ def write_hub(folders: list[Path], out: Path) -> None:
 
     A changed tensor is computed in fp32 and rounded once, to the dtype that it had. All others are
     copied. One shard is in memory at a time. Experts that were stacked get a tensor each, as the
-    Hub has them; what is no weight is left out.
+    Hub has them. What is no weight is left out.
     """
     source = base_folder(read_run(folders[0]))
     in_full = parse_method(read_run(folders[0])["method"]).train_base
@@ -313,7 +313,7 @@ def beside(source: Path) -> list[Path]:
 
 
 def show_scoring(folders: list[Path], out: Path) -> None:
-    """Print the commands that score an export as its runs are scored; of math tasks alone."""
+    """Print the commands that score an export as its runs are scored. Only for math tasks."""
     for run in map(read_run, folders):
         if run["task"] in TASKS and TASKS[run["task"]].kind == "math":
             flags = ["--task", run["task"], "--template", run.get("template") or "plain"]
@@ -323,7 +323,7 @@ def show_scoring(folders: list[Path], out: Path) -> None:
 
 
 def main() -> None:
-    """Check, write, read back; the folder gets its name only then."""
+    """Check, write, read back. Only then the folder gets its name."""
     args = flags.export(__doc__)
     device, _ = compute(args.device, None)
     out = args.out or args.run[0] / args.format

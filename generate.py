@@ -5,13 +5,13 @@
     python generate.py --run runs/DIR --file questions.txt        one prompt on each line
     python generate.py --model tiny "Once there was a" --temperature 0.8
 
-Without a prompt, the lines of standard input are asked; in a terminal you are asked for them, until
+Without a prompt, the lines of standard input are asked. In a terminal you are asked for them, until
 Ctrl-D. Each prompt is asked by itself: the model is told nothing of those before it.
 
 What is sent. A run knows the form of its training: a run on math gets your text as "Question: TEXT"
 and a line "Answer:". A run on chats gets it as the user's turn. A run with --template FILE gets it
-in that file's prompt; if the prompt has several fields, the text is a JSON object with them. Text
-that has the form already does not get it twice. A model gets the text as it is; --task tiny-math
+in that file's prompt. If the prompt has several fields, the text is a JSON object with them. Text
+that has the form already does not get it twice. A model gets the text as it is. --task tiny-math
 gives it that task's form, as a Hub export of such a run wants it. --raw sends the text as it is in
 any case. The command says on standard error what it sends. A token that the model puts before each
 text (bos) stands first, as in training.
@@ -278,12 +278,12 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer, lead: str = "") -> Itera
 class Marked(NamedTuple):
     """The experts that `show_experts` marks: those that a run adapts."""
 
-    word: str  # what they are: "hot", "cold", "random"; "adapted", where all are
+    word: str  # what they are: "hot", "cold", "random". "adapted", where all are
     experts: dict[int, list[int]]  # layer -> ids
 
     @classmethod
     def of(cls, run: dict) -> "Marked":
-        """Those of a run.json; none of {}, which stands for a model."""
+        """The marked experts of a run.json. None of {}, which stands for a model."""
         rule = parse_method(run["method"]).rule if run else None
         word = {"all": "adapted", "global-hot": "hot"}.get(rule, rule)
         return cls(word, {int(layer): ids for layer, ids in run.get("adapted", {}).items()})
@@ -340,7 +340,7 @@ class Question(NamedTuple):
 
 
 def given_prompts(args: argparse.Namespace) -> list[tuple[str, str]] | None:
-    """(place, text) of each prompt; None if they will be typed in a terminal.
+    """(place, text) of each prompt. None if they will be typed in a terminal.
 
     Raises FileNotFoundError or ValueError for a file that is not there, or has no text.
     """
@@ -396,7 +396,7 @@ def prepare(
 
 
 def resolve(args: argparse.Namespace, run: dict, source: Path) -> Form | None:
-    """Fill in task, template and max_new, and say what is sent. The form; None: the text as it is.
+    """Fill in task, template and max_new, and say what is sent. Returns the form, or None: no form.
 
     run: run.json, or {} of a model. source: the model's folder. Raises ValueError for a task or a
     template that is not known.
@@ -472,7 +472,7 @@ def answer(
 
 
 def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> list[int]:
-    """Print the text of `tokens` as they come; the tokens."""
+    """Print the text of `tokens` as they come. Returns the tokens."""
     said = []
 
     def kept() -> Iterator[int]:

@@ -64,7 +64,7 @@ def keep_visits(folder: Path, visits: Catcher, first: int, last: int) -> None:
 def keep_routing(job: Job, model: MoEModel, folder: Path, records: list[dict]) -> None:
     """routing.jsonl: which experts the tokens of a few texts visit in the trained model.
 
-    records: what the model answered, as evaluate returns it; empty if nothing was scored. Every
+    records: what the model answered, as evaluate returns it. Empty if nothing was scored. Every
     rank must take part.
     """
     lines = []
@@ -155,7 +155,7 @@ class AnswerLine:
 
 
 def read_lines(path: Path, schema: object) -> list[dict]:
-    """The objects in a file of JSON lines; none if there is no file.
+    """The objects in a file of JSON lines. None if there is no file.
 
     Raises ValueError for a damaged line.
     """
@@ -236,7 +236,7 @@ def of_layers(lists: dict[str, list], cfg: MoEConfig, path: Path) -> list[list]:
 
 
 def loss_curve(folder: Path) -> dict:
-    """The loss of each step; of a long run, means over `every` steps. None: not finite."""
+    """The loss of each step. For a long run, means over `every` steps. None: not finite."""
     steps = [json.loads(line) for line in lines_up_to(folder / "metrics.jsonl", 2**53)]
     losses = [step.get("loss", math.nan) for step in steps]
     every = max(1, math.ceil(len(losses) / N_POINTS))
@@ -372,7 +372,7 @@ def costs(cfg: MoEConfig, method: Method, run: dict) -> dict:
 
 
 def texts_of(folder: Path, run: dict, n_runs: int) -> list[dict]:
-    """The texts of routing.jsonl, [layer][token][choice]; gates in whole percent.
+    """The texts of routing.jsonl, [layer][token][choice]. Gates are in whole percent.
 
     Long ones are cut, so that the page stays small.
     """
@@ -403,7 +403,7 @@ def texts_of(folder: Path, run: dict, n_runs: int) -> list[dict]:
 
 
 def answers_of(folder: Path, run: dict) -> tuple[list[dict], list[dict]]:
-    """What the base answered and what the run answered; of other tasks than math, nothing."""
+    """What the base answered and what the run answered. Nothing for other tasks than math."""
     if kind_of(run) != "math":
         return [], []
     found = []
@@ -537,7 +537,7 @@ def setting_rows(records: list[dict]) -> list[dict]:
 
 
 def in_words(value: object) -> str:
-    """A setting's value as the page shows it; of a checksum the start."""
+    """A setting's value as the page shows it. Only the start of a checksum."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     text = str(value)
@@ -557,7 +557,7 @@ def page(data: dict) -> str:
 
 
 def write_page(folders: list[Path], out: Path) -> int:
-    """Write the page of the runs in `folders`; its size in bytes."""
+    """Write the page of the runs in `folders`. Returns its size in bytes."""
     text = page(collect(folders))
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: want a file, such as {out / 'report.html'}")
@@ -567,7 +567,7 @@ def write_page(folders: list[Path], out: Path) -> int:
 
 
 def after_training(folder: Path) -> str:
-    """Write the page of a run that has just ended; a line that says where it is, or why not.
+    """Write the page of a run that has just ended. Returns a line: where it is, or why not.
 
     Nothing is raised: the run is whole without its page.
     """

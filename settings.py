@@ -67,10 +67,10 @@ class Recipe:
     batch_size: int = 128
     rank: int = 32
     alpha: float = 64
-    decay: bool = False  # the lr falls linearly to 0; else it is constant, as in LoRI's scripts
+    decay: bool = False  # the lr falls linearly to 0. Else it is constant, as in LoRI's scripts
 
 
-# (task, full fine-tuning?) -> Table 1 of the paper; the tiny tasks' were chosen on their dev splits
+# (task, full fine-tuning?) -> Table 1 of the paper. The tiny tasks' were chosen on their dev splits
 RECIPES = {
     ("gsm8k", False): Recipe(lr=4e-4, epochs=3),
     ("gsm8k", True): Recipe(lr=4e-5, epochs=3, batch_size=256),
@@ -214,8 +214,8 @@ class Job:
     own_rows: tuple[str, ...]  # the fields of --data's rows, if these have another form
     n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
-    eval_batch: int | None  # of these, decoded together; None: as many as fit
-    dev: list[Encoded]  # whose loss is taken every settings["dev_every"] steps; empty: none is
+    eval_batch: int | None  # of these, decoded together. None: as many as fit
+    dev: list[Encoded]  # whose loss is taken every settings["dev_every"] steps. Empty: none is
     log: str | None  # "tensorboard"
     start: dict[str, Tensor]  # values that adapters take over from another run (LoRI's mask and A)
     micro_batch: int
@@ -259,7 +259,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_rank(args.rank, method, cfg)
     if args.hot_experts:
         hot = HotList.read(args.hot_experts, cfg)
-        if args.k is None and not args.coverage:  # the list says how many; its layers may differ
+        if args.k is None and not args.coverage:  # the list says how many. Its layers may differ
             settings["k"] = check_k(max(map(len, hot.experts.values())), cfg.n_experts)
         check_hot_list(hot, args, settings)
         settings["count"] = hot.count  # of the list, not of this run
@@ -581,7 +581,7 @@ def continued(saved: dict, new: dict, settings: dict) -> dict:
 def other_conditions(saved: dict, new: dict) -> list[str]:
     """What may move a resumed run's last bits: another machine, split, or state of the code.
 
-    One "name: saved -> now" each; nothing for what an older run does not say.
+    One "name: saved -> now" each. Nothing for what an older run does not say.
     """
     differ = []
     for part in ("hashes", "compute", "versions"):
