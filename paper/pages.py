@@ -54,12 +54,12 @@ SAYS = {  # the verdict on a claim -> the words for the first of the two
 }
 WITHIN = f"{exp(placement.MARGIN) - 1:.0%}".replace("%", " %")
 LOSSES = {  # the verdict on "hot is better" -> a sentence about the choices that have this verdict
-    "holds": "The loss is higher with {}.",
-    "fails": "The loss is lower with {}.",
-    "holds unadjusted": "Before correction, the loss is higher with {}.",
-    "fails unadjusted": "Before correction, the loss is lower with {}.",
-    "equivalent": f"The loss is the same within {WITHIN} with {{}}.",
-    "undecided": "It is undecided with {}.",
+    "holds": "The loss with {} is higher than with hot experts.",
+    "fails": "The loss with {} is lower than with hot experts.",
+    "holds unadjusted": "Before correction, the loss with {} is higher than with hot experts.",
+    "fails unadjusted": "Before correction, the loss with {} is lower than with hot experts.",
+    "equivalent": f"The loss with {{}} is within {WITHIN} of that with hot experts.",
+    "undecided": "Undecided: {}.",
 }
 REGIMES = {
     "A": "Hot experts, attention and router adapted",
@@ -71,7 +71,7 @@ ARMS = {
     "random": "random experts",
     "none": "no experts",
     "all": "all experts (LoRA)",
-    "model-level": "model-level hot experts",
+    "model-level": "the experts that are hot over all layers together",
     "answers": "experts that answer tokens visit",
 }
 
@@ -102,9 +102,9 @@ def placed(regime: str) -> tuple[str, str]:
             on = "one base" if n_bases == 1 else f"{n_bases} bases"
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
             texts = [in_sentences(primary)]
+            texts += [reworded(finished_tests(regime, bases, placement.REWORDED))]
             if "none" in tests:  # attention and router are adapted, as in the paper
                 texts += [against_paper(tests["cold"][0], regime)]
-            texts += [reworded(finished_tests(regime, bases, placement.REWORDED))]
             n_rows = placement.REGIMES[regime].n_rows
             on = f" ({n_rows} rows, {on}, {len(pairs)} seeds)"
             return on, " ".join(filter(None, texts))
@@ -150,18 +150,22 @@ def against_paper(cold: placement.Comparison, regime: str) -> str:
         return ""
     size = f"(about {100 * (exp(effect['log_ratio']) - 1):+.0f} % on this scale)"
     if cold.high < effect["log_ratio"]:
-        return f"A difference between cold and hot as large as the paper's {size} is excluded."
+        return f"The paper's difference between cold and hot {size} is excluded here."
     if cold.low > effect["log_ratio"]:
         return f"The difference between cold and hot is larger than the paper's {size}."
-    return f"A difference between cold and hot as large as the paper's {size} is possible."
+    return f"The paper's difference between cold and hot {size} is possible here."
 
 
 def reworded(tests: Tests) -> str:
     """The same on problems in wordings that training never sees. It is not corrected."""
-    found = [with_numbers(arm, test) for arm, (test, p) in tests.items() if p < 0.05]
-    if not found:
+    differ = [(arm, test) for arm, (test, p) in tests.items() if p < 0.05]
+    if not differ:
         return "On reworded problems no difference is significant."
-    return f"On reworded problems these differ, before correction: {listed(found)}."
+    higher = [with_numbers(arm, test) for arm, test in differ if test.mean > 0]
+    lower = [with_numbers(arm, test) for arm, test in differ if test.mean < 0]
+    parts = [f"{word} with {listed(arms)}" for word, arms in
+             (("higher", higher), ("lower", lower)) if arms]  # fmt: skip
+    return f"On reworded problems, before correction, the loss is {listed(parts)}."
 
 
 def listed(parts: list[str]) -> str:
@@ -184,8 +188,9 @@ def experts_found() -> list[str]:
     if makes_up and verdicts.get(("P", "cold")) == verdicts.get(("P", "random")) == "holds":
         entries.insert(  # in the words that the plan has for this outcome
             0,
-            "**The choice of experts matters where experts are all that is trained. Attention and "
-            "router make up for a bad choice.** This is for one embedded base and word problems.",
+            "**If only experts are trained, the choice of experts matters. If attention and router "
+            "are trained too, they make up for a bad choice.** This was measured on one base (the "
+            "embedded model) and on word problems.",
         )
     return entries
 
@@ -195,7 +200,7 @@ def lora_found(claim: dict[str, dict]) -> str:
     on = {"Word problems": "word problems", "Code": "code", "Refusals": "safety"}
     texts = [f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items()]
     balanced = said(claim["... harmful and harmless balanced"])
-    texts += [f"Refusals of harmful requests and answers to harmless ones, balanced: {balanced}."]
+    texts += [f"Mean of harmful requests refused and harmless ones answered: {balanced}."]
     return f"**HELLoRA against LoRA on all experts**, in accuracy. {' '.join(texts)}"
 
 
@@ -212,9 +217,9 @@ def kept_found(claim: dict[str, dict]) -> str:
     merged = said(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
     return (
         f"**Forgetting**, by the loss on pretraining text. Against full fine-tuning: {full}. "
-        f"Against LoRA: {lora}. **Merging** a run on word problems with a run on code, by the "
-        f"accuracy on word problems that is kept. Against LoRA: {merged}. (The runs do not have "
-        "the same task loss.)"
+        f"Against LoRA: {lora}. **Merging**: a run on word problems is merged with a run on code. "
+        f"How much accuracy on word problems is kept, against LoRA: {merged}. (The runs compared "
+        "in this entry do not have the same loss on their own task.)"
     )
 
 
