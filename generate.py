@@ -455,18 +455,24 @@ def answer(
     marked: Marked,
     titles: bool,
 ) -> None:
-    """Ask each of the models, and print the answers. titles: print the prompts above them."""
+    """Ask each of the models, and print the answers. titles: print the prompts above them.
+
+    The tables of experts come after the answers of all models, which one wants to compare.
+    """
     answers = {label: answers_of(m, some, tokenizer, args) for label, m in models.items()}
     for at, asked in enumerate(some):
         if titles:
             say(f"> {asked.text.strip()}")
-        for label, model in models.items():
+        said = {}
+        for label in models:
             if len(models) > 1:
                 print(f"{label}:")
-            said = print_answer(answers[label][at], tokenizer, asked.lead)
-            if args.show_experts:
-                ids = asked.ids + said
-                print(*show_experts(model, tokenizer, ids, marked, has_colors()), sep="\n")
+            said[label] = print_answer(answers[label][at], tokenizer, asked.lead)
+        for label, model in models.items() if args.show_experts else ():
+            if len(models) > 1:
+                print(f"the experts of {label}:")
+            ids = asked.ids + said[label]
+            print(*show_experts(model, tokenizer, ids, marked, has_colors()), sep="\n")
         if titles:
             print(flush=True)
 

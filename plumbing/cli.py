@@ -299,7 +299,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: object):
-        super().__init__(usage=argparse.SUPPRESS, **options)
+        # A flag that is cut off is a mistake, and not another spelling.
+        super().__init__(usage=argparse.SUPPRESS, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

@@ -218,7 +218,10 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """
     path, last = folder / ADAPTER, folder / LAST
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: want the folder of a finished run")
+        raise FileNotFoundError(
+            f"{path} is missing: want a finished run. If this one was stopped, the command that "
+            "began it goes on with it"
+        )
     checksum = (read_run(folder).get("hashes") or {}).get("adapter")
     for file, prefix in ((path, ""), (last, f"{WEIGHTS}/")):
         try:

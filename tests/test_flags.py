@@ -32,6 +32,13 @@ def test_help_and_a_wrong_flag_need_no_torch(command):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
+def test_a_flag_that_is_cut_off_is_a_mistake():
+    for words in (["generate.py", "--run", "r", "--compar", "x"], ["train.py", "--meth", "lora"]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert words[-2] in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_misspelt_method_and_task_need_no_torch():
     for words in (["--method", "helora"], ["--method", "hellora_hot"], ["--task", "tiny-maths"]):
         done = without_torch("train.py", *words)
