@@ -78,7 +78,8 @@ BASE_SEEDS = 4  # of each other base, and of no second one: see `seeds_of`
 FIRST_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 TRIED = {(name, arm): FIRST_RATES for name, regime in REGIMES.items() for arm in regime.arms}
 TRIED |= {("P", arm): (*FIRST_RATES, 4e-2) for arm in ("hot", "cold", "model-level", ANSWERS)}
-RATES: dict[tuple[str, str], float] = {  # regime O has no rates yet
+TRIED["O", "all"] = (1.25e-3, *FIRST_RATES)
+RATES: dict[tuple[str, str], float] = {
     ("A", "hot"): 1e-2,
     ("A", "cold"): 1e-2,
     ("A", "random"): 1e-2,
@@ -92,6 +93,12 @@ RATES: dict[tuple[str, str], float] = {  # regime O has no rates yet
     ("P", "model-level"): 2e-2,
     ("P", "all"): 1e-2,
     ("P", ANSWERS): 2e-2,
+    ("O", "hot"): 5e-3,
+    ("O", "cold"): 1e-2,
+    ("O", "random"): 5e-3,
+    ("O", "model-level"): 5e-3,
+    ("O", "none"): 5e-3,
+    ("O", "all"): 2.5e-3,
 }
 
 
