@@ -131,7 +131,7 @@ def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
                 f"{path}, row {n} has {len(line)} cells, but the header {len(columns)}: "
                 f'want double quotes around a text with "{separator}" in it'
             )
-        if any(line):
+        if any(line):  # it may be shorter than the header, or end in empty cells
             yield n, {name: cell for name, cell in zip(columns, line, strict=False) if name}
 
 
