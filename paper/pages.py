@@ -5,8 +5,8 @@
 A block "```text python -m paper.reproduce ..." has the output of that command. A block
 "```text docs/results/FILE.json" has the table of that benchmark. A part from "<!-- NAME -->" to
 "<!-- end of NAME -->" has the text of the function with that name in PARTS: "findings" in
-README.md, "claims" in docs/claims.md. Its numbers and verdicts come from results. A figure has the
-alt text of paper/figures.py. A test compares the pages with all of this.
+README.md, "study" and "claims" in docs/claims.md. Its numbers and verdicts come from results. A
+figure has the alt text of paper/figures.py. A test compares the pages with all of this.
 """
 
 if not __package__:  # started as a file: Python would find no other file of the project
@@ -20,6 +20,7 @@ import json
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from math import exp
@@ -39,6 +40,7 @@ BLOCK = re.compile(
     r"^(```text (docs/results/\S+|python -m paper\.reproduce [^\n]*)\n)(.*?)^```$", re.M | re.S
 )
 PART = re.compile(r"^(<!-- (\w+) -->\n).*?^(<!-- end of \2 -->)$", re.M | re.S)
+NO_BREAK = "\u00a0"  # a space at which no line is broken
 IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 
 # ---- the findings, in words ----------------------------------------------------------------------
@@ -62,9 +64,9 @@ LOSSES = {  # the verdict on "hot is better" -> a sentence about the choices tha
     "undecided": "Undecided: {}.",
 }
 REGIMES = {
-    "A": "Hot experts, attention and router adapted",
-    "P": "Hot experts alone adapted",
-    "O": "Hot experts, attention and router adapted, overfitted",
+    "A": "Experts, attention and router adapted",
+    "P": "Experts alone adapted",
+    "O": "Experts, attention and router adapted, overfitted",
 }
 ARMS = {
     "cold": "cold experts",
@@ -101,7 +103,7 @@ def placed(regime: str) -> tuple[str, str]:
             n_bases = len({pair.model for pair in pairs})
             on = "one base" if n_bases == 1 else f"{n_bases} bases"
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
-            texts = [in_sentences(primary)]
+            texts = [in_sentences(primary, with_numbers)]
             texts += [reworded(finished_tests(regime, bases, placement.REWORDED))]
             if "none" in tests:  # attention and router are adapted, as in the paper
                 texts += [against_paper(tests["cold"][0], regime)]
@@ -123,11 +125,11 @@ def finished_tests(regime: str, bases: str, problems: slice = placement.PLAIN) -
     return tests if set(primary) <= tests.keys() else {}
 
 
-def in_sentences(tests: Tests) -> str:
-    """A sentence for each verdict, about the arms that have it."""
+def in_sentences(tests: Tests, described: Callable[[str, placement.Comparison], str]) -> str:
+    """A sentence for each verdict, about the arms that have it, each `described`."""
     arms_by_verdict = {}
     for arm, (test, p) in tests.items():
-        arms_by_verdict.setdefault(verdict(test, p), []).append(with_numbers(arm, test))
+        arms_by_verdict.setdefault(verdict(test, p), []).append(described(arm, test))
     outcomes = [outcome for outcome in LOSSES if outcome in arms_by_verdict]
     return " ".join(
         LOSSES[outcome].format(listed(arms_by_verdict[outcome])) for outcome in outcomes
@@ -173,99 +175,104 @@ def listed(parts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def experts_found() -> list[str]:
-    """An entry for each regime of the placement study: the loss with hot experts and others."""
-    entries = []
-    for regime, name in REGIMES.items():
-        on, found = placed(regime)
-        entries.append(f"**{name}**{on}. {found}" if found else f"**{name}**: not finished.")
+def headline() -> list[str]:
+    """What regimes A and P say together on the embedded base: one entry, or none."""
     verdicts = {
         (regime, arm): verdict(*test)
         for regime in ("A", "P")
         for arm, test in finished_tests(regime, placement.ONE).items()
     }
     makes_up = verdicts.get(("A", "cold")) == verdicts.get(("A", "none")) == "equivalent"
-    if makes_up and verdicts.get(("P", "cold")) == verdicts.get(("P", "random")) == "holds":
-        entries.insert(  # in the words that the plan has for this outcome
-            0,
-            "**If only experts are trained, the choice of experts matters. If attention and router "
-            "are trained too, they make up for a bad choice.** This was measured on one base (the "
-            "embedded model) and on word problems.",
-        )
+    if not makes_up or not verdicts.get(("P", "cold")) == verdicts.get(("P", "random")) == "holds":
+        return []
+    return [  # in the words that the plan has for this outcome
+        "**If only experts are trained, the choice of experts matters. If attention and router "
+        "are trained too, they make up for a bad choice.** This was measured on the embedded "
+        "model and on word problems."
+    ]
+
+
+def experts_found() -> list[str]:
+    """An entry for each regime of the placement study: the loss with hot experts and others."""
+    entries = []
+    for regime, name in REGIMES.items():
+        on, found = placed(regime)
+        entries.append(f"**{name}**{on}. {found}" if found else f"**{name}**: not measured yet.")
     return entries
+
+
+def study() -> str:
+    """The placement study in full: an entry for each regime, and a figure."""
+    return as_list([*headline(), *experts_found()]) + "\n![](figures/placement.png)\n"
+
+
+def short(regime: str) -> str:
+    """A sentence for each verdict of a regime, without intervals: on all bases or else on one."""
+    for bases in (placement.MANY, placement.ONE):
+        if tests := finished_tests(regime, bases):
+            primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
+            return in_sentences(primary, size)
+    return "Not measured yet."
+
+
+def size(arm: str, test: placement.Comparison) -> str:
+    """An arm with its loss relative to that of hot experts."""
+    ratio = exp(test.mean)
+    number = f"{ratio:.1f} times" if ratio > 2 else f"{100 * (ratio - 1):+.0f} %"
+    return f"{ARMS[arm]} ({number})"
 
 
 def lora_found(claim: dict[str, dict]) -> str:
     """HELLoRA against LoRA on all experts."""
     on = {"Word problems": "word problems", "Code": "code", "Refusals": "safety"}
     texts = [f"{where}: {said(claim[f'HELLoRA beats LoRA on {x}'])}." for where, x in on.items()]
-    balanced = said(claim["... harmful and harmless balanced"])
-    texts += [f"Mean of harmful requests refused and harmless ones answered: {balanced}."]
-    return f"**HELLoRA against LoRA on all experts**, in accuracy. {' '.join(texts)}"
+    return f"**HELLoRA against LoRA on all experts**, in points of accuracy. {' '.join(texts)}"
 
 
 def parts_found(claim: dict[str, dict]) -> str:
     """The gain from adapters on attention and router."""
     both = said(claim["HELLoRA: attention and router add to the experts"], "HELLoRA")
-    return f"**HELLoRA against adapters on its experts alone**, on word problems: {both}."
+    return f"**HELLoRA against adapters on the hot experts alone**, on word problems: {both}."
 
 
-def kept_found(claim: dict[str, dict]) -> str:
-    """Forgetting and merging."""
-    full = said(claim["HELLoRA forgets less of its pretraining than full fine-tuning"])
-    lora = said(claim["HELLoRA forgets less of its pretraining than LoRA"])
-    merged = said(claim["merged with code, HELLoRA keeps more of word problems than LoRA"])
-    return (
-        f"**Forgetting**, by the loss on pretraining text. Against full fine-tuning: {full}. "
-        f"Against LoRA: {lora}. **Merging**: a run on word problems is merged with a run on code. "
-        f"How much accuracy on word problems is kept, against LoRA: {merged}. (The runs compared "
-        "in this entry do not have the same loss on their own task.)"
-    )
-
-
-def speed_found() -> str:
-    """The speed relative to LoRA, PEFT's and ours."""
-    found = []
+def cost_found() -> str:
+    """The speed relative to PEFT's LoRA, and the share of OLMoE-1B-7B's parameters trained."""
+    faster = []
     for tokens in (1024, 48):
         record = json.loads((ROOT / f"docs/results/speed-{tokens}-tokens.json").read_text())
-        peft = record["rows"]["hellora"]["faster"]["median"]
-        own = record["regimes"]["grouped"]["time"]["median"]
-        found += [f"{peft:.2f}", f"{own:.2f}"]
-    return (
-        "**Speed.** On one CPU core HELLoRA trains {0} times as fast as PEFT's LoRA in "
-        "steps of 1,024 tokens, and {2} times as fast in steps of 48. Against LoRA in this "
-        "repository it is {1} and {3} times as fast. The paper reports {4:.2f} on two A100 GPUs."
-    ).format(*found, report.PAPER["ratio"])
-
-
-def parameters_found() -> str:
-    """The share of OLMoE-1B-7B's parameters that is trained."""
+        faster += [record["rows"]["hellora"]["faster"]["median"]]
     rows = {(r["backbone"], r["method"], r["k"]): r for r in reproduce.params()}
     hot, lora = rows[OLMOE, "hellora", 8], rows[OLMOE, "lora", 64]
     return (
-        f"**Trained parameters.** HELLoRA (k = 8) trains {hot['percent']:.2f} % of OLMoE-1B-7B's "
-        f"parameters, and LoRA on all experts {lora['percent']:.2f} %. The paper prints "
-        f"{hot['printed']} and {lora['printed']} %."
+        f"**Cost.** On one CPU core HELLoRA trains {faster[0]:.2f} times as fast as PEFT's LoRA in "
+        f"steps of 1,024 tokens, and {faster[1]:.2f} times in steps of 48. It trains "
+        f"{hot['percent']:.2f} % of OLMoE-1B-7B's parameters, LoRA {lora['percent']:.2f} %."
     )
 
 
 def findings() -> str:
-    """The list, with some lines for each finding, and a figure."""
+    """The list of README.md, with a figure."""
     claim = {row["says"]: row for row in claims.results()}
     found = [
-        *experts_found(),
+        *headline(),
+        *(f"**{REGIMES[regime]}.** {short(regime)}" for regime in ("P", "A", "O")),
         lora_found(claim),
         parts_found(claim),
-        kept_found(claim),
-        speed_found(),
-        parameters_found(),
+        cost_found(),
     ]
-    return "".join(f"{wrapped(text)}\n" for text in found) + "\n![](docs/figures/placement.png)\n"
+    return as_list(found) + "\n![](docs/figures/placement.png)\n"
+
+
+def as_list(entries: list[str]) -> str:
+    """The entries of a list, a line or more each."""
+    return "".join(f"{wrapped(text)}\n" for text in entries)
 
 
 def wrapped(text: str) -> str:
-    """An entry of a list, 100 columns wide."""
-    return textwrap.fill(f"- {text}", 100, subsequent_indent="  ", break_on_hyphens=False)
+    """An entry of a list, 100 columns wide. A number stays on the line of its percent sign."""
+    joined = f"- {text}".replace(" %", NO_BREAK + "%")
+    lines = textwrap.fill(joined, 100, subsequent_indent="  ", break_on_hyphens=False)
+    return lines.replace(NO_BREAK, " ")
 
 
 # ---- each claim, in tables -----------------------------------------------------------------------
@@ -318,7 +325,7 @@ def short_p(p: float) -> str:
     return "<.001" if p < 0.0005 else f"{p:.3f}".removeprefix("0")
 
 
-PARTS = {"findings": findings, "claims": claims_in_tables}
+PARTS = {"findings": findings, "study": study, "claims": claims_in_tables}
 
 # ---- blocks --------------------------------------------------------------------------------------
 

@@ -80,7 +80,13 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     assert re.match(f"The loss with cold .*random .*no experts .*all .* {says}", found)
     assert (" excluded" in found) == (ratio < 1.1) and (" larger than" in found) == (ratio > 1.1)
     assert ("no difference" in found) == (ratio == 1)
-    assert found in " ".join(pages.findings().split())
+    assert found in " ".join(pages.study().split())
+    primary = found.partition(" On reworded")[0]
+    shorter = re.sub(
+        r" \(([+-][\d.]+) %, .*?\)", r" (\1 %)", primary
+    )  # no interval, whole percents
+    shorter = re.sub(r"[+-][\d.]+ %\)", lambda n: f"{float(n[0][:-3]):+.0f} %)", shorter)
+    assert shorter in " ".join(pages.findings().split())
     shown = float(re.search(r"random experts \(([+-][\d.]+) %", found)[1])
     assert shown == pytest.approx(100 * (ratio - 1), abs=1)  # 1 % of noise a run
 
@@ -89,7 +95,8 @@ def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
     monkeypatch.setattr(placement, "planned", lambda *_: 12)
     monkeypatch.setattr(placement, "pairs", lambda *_: pairs_of(1.3, n=11))
     assert pages.placed("A") == ("", "")
-    assert "router adapted**: not finished" in " ".join(pages.findings().split())
+    assert "router adapted**: not measured" in " ".join(pages.study().split())
+    assert "router adapted.** Not measured" in " ".join(pages.findings().split())
 
 
 def test_the_output_to_expect_is_that_of_a_committed_run():
@@ -130,6 +137,10 @@ def test_the_ratios_on_the_page_of_speed_are_those_of_the_committed_measurements
     assert f"in {memory:.2f} of its memory, and {faster[1]} times as fast in steps of 48" in page
     says = "it gains {median:.2f} (in five rounds {least:.2f} to {most:.2f})".format(**gain[0])
     assert says + " and {median:.2f} (in nine {least:.2f} to {most:.2f})".format(**gain[1]) in page
+    dora = [
+        "{:.2f}".format(record["rows"]["dora"]["faster"]["median"]) for record in (large, small)
+    ]
+    assert "DoRA here is {} and {} times as fast as PEFT's LoRA".format(*dora) in page
     assert [len(record["rows"]["hellora"]["seconds"]) for record in (large, small)] == [5, 9]
 
 
