@@ -231,12 +231,37 @@ def compare(steps: Steps, hub: dict, folder: Path, ids: list[int]) -> None:
         return
     work = partial(logits, folder, ids, True)
     theirs = steps.here("the same: transformers", work)
-    same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    rms = float((ours - theirs).norm() / theirs.norm())
-    steps.record["transformers"] = {"tokens": len(ids), "same_argmax": same, "rms": rms}
+    agreement = agree(ours, theirs)
+    steps.record["transformers"] = agreement
     print(
-        f"argmax as in transformers: {same} of {len(ids)} tokens, logits differ by {rms:.2%} (rms)"
+        "argmax as in transformers: {same_argmax} of {tokens} tokens, logits differ by {rms:.2%} "
+        "(rms)".format(**agreement)
     )
+    if agreement["same_argmax"] < len(ids):
+        print(
+            "where it differs, transformers' logits of the two choices differ by at most "
+            "{gap:.4f}, and the logits of the two models by {distance:.4f} (rms)".format(
+                **agreement
+            )
+        )
+
+
+def agree(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+    """How far two models agree, by their logits [T, V] of the same tokens.
+
+    Where the argmax differs, `gap` says how much transformers prefers its own choice, in logits.
+    If that is about `distance`, the two choices are a tie within the rounding of bf16.
+    """
+    own, other = ours.argmax(-1), theirs.argmax(-1)  # [T]
+    difference = ours - theirs
+    preferred = theirs.gather(-1, other[:, None]) - theirs.gather(-1, own[:, None])  # [T, 1]
+    return {
+        "tokens": len(own),
+        "same_argmax": int((own == other).sum()),
+        "rms": float(difference.norm() / theirs.norm()),
+        "distance": float(difference.square().mean().sqrt()),
+        "gap": float(preferred.max()),
+    }
 
 
 def work_in(folder: Path, args: argparse.Namespace, hub: dict) -> None:
