@@ -55,13 +55,13 @@ SAYS = {  # the verdict on a claim -> the words for the first of the two
     "not finished": "not measured yet",
 }
 WITHIN = f"{exp(placement.MARGIN) - 1:.0%}".replace("%", " %")
-LOSSES = {  # the verdict on "hot is better" -> a sentence about the choices that have this verdict
-    "holds": "The loss with {} is higher than with hot experts.",
-    "fails": "The loss with {} is lower than with hot experts.",
-    "holds unadjusted": "Before correction, the loss with {} is higher than with hot experts.",
-    "fails unadjusted": "Before correction, the loss with {} is lower than with hot experts.",
-    "equivalent": f"The loss with {{}} is within {WITHIN} of that with hot experts.",
-    "undecided": "Undecided: {}.",
+LOSSES = {  # the verdict on "hot is better" -> where the loss lies with these choices of experts
+    "holds": "higher with {}",
+    "fails": "lower with {}",
+    "holds unadjusted": "higher before correction with {}",
+    "fails unadjusted": "lower before correction with {}",
+    "equivalent": f"within {WITHIN} with {{}}",
+    "undecided": "undecided with {}",
 }
 REGIMES = {
     "A": "Experts, attention and router adapted",
@@ -72,7 +72,7 @@ ARMS = {
     "cold": "cold experts",
     "random": "random experts",
     "none": "no experts",
-    "all": "all experts (LoRA)",
+    "all": "all experts",
     "model-level": "the experts that are hot over all layers together",
     "answers": "experts that answer tokens visit",
 }
@@ -103,7 +103,7 @@ def placed(regime: str) -> tuple[str, str]:
             n_bases = len({pair.model for pair in pairs})
             on = "one base" if n_bases == 1 else f"{n_bases} bases"
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
-            texts = [in_sentences(primary, with_numbers)]
+            texts = [in_words(primary, with_numbers)]
             texts += [reworded(finished_tests(regime, bases, placement.REWORDED))]
             if "none" in tests:  # attention and router are adapted, as in the paper
                 texts += [against_paper(tests["cold"][0], regime)]
@@ -125,15 +125,17 @@ def finished_tests(regime: str, bases: str, problems: slice = placement.PLAIN) -
     return tests if set(primary) <= tests.keys() else {}
 
 
-def in_sentences(tests: Tests, described: Callable[[str, placement.Comparison], str]) -> str:
-    """A sentence for each verdict, about the arms that have it, each `described`."""
+def in_words(tests: Tests, described: Callable[[str, placement.Comparison], str]) -> str:
+    """A sentence that goes through the verdicts and lists the arms of each, as `described`."""
     arms_by_verdict = {}
     for arm, (test, p) in tests.items():
         arms_by_verdict.setdefault(verdict(test, p), []).append(described(arm, test))
-    outcomes = [outcome for outcome in LOSSES if outcome in arms_by_verdict]
-    return " ".join(
-        LOSSES[outcome].format(listed(arms_by_verdict[outcome])) for outcome in outcomes
-    )
+    parts = [
+        where.format(listed(arms_by_verdict[outcome]))
+        for outcome, where in LOSSES.items()
+        if outcome in arms_by_verdict
+    ]
+    return f"Compared with hot experts, the loss is {', and '.join(parts)}."
 
 
 def with_numbers(arm: str, test: placement.Comparison) -> str:
@@ -207,11 +209,11 @@ def study() -> str:
 
 
 def short(regime: str) -> str:
-    """A sentence for each verdict of a regime, without intervals: on all bases or else on one."""
+    """What a regime shows, without intervals: on all bases, or else on one."""
     for bases in (placement.MANY, placement.ONE):
         if tests := finished_tests(regime, bases):
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
-            return in_sentences(primary, size)
+            return in_words(primary, size)
     return "Not measured yet."
 
 

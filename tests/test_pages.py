@@ -77,7 +77,7 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     monkeypatch.setattr(placement, "papers_effect", lambda *_: effect)
     on, found = pages.placed("A")
     assert on == " (200 rows, one base, 12 seeds)"
-    assert re.match(f"The loss with cold .*random .*no experts .*all .* {says}", found)
+    assert re.match(f"Compared .* is {says} with cold .*random .*no experts .*all experts", found)
     assert (" excluded" in found) == (ratio < 1.1) and (" larger than" in found) == (ratio > 1.1)
     assert ("no difference" in found) == (ratio == 1)
     assert found in " ".join(pages.study().split())
