@@ -505,7 +505,8 @@ class MoEModel(nn.Module):
 
         Only target positions meet the head, LOSS_CHUNK at a time. Their logits are not kept, but
         made again in the backward pass. Those of a whole batch would be the largest tensor of the
-        step.
+        step. The logits of the last chunk are kept. The backward pass begins with them, so this
+        saves time and costs no memory at the peak.
         """
 
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:  # [n, D], [n] -> scalar
@@ -513,7 +514,8 @@ class MoEModel(nn.Module):
 
         wanted = (targets != IGNORE).nonzero(as_tuple=True)  # the host waits for their number
         chunks = zip(x[wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True)
-        return sum(recomputed(chunk_loss, *chunk) for chunk in chunks)
+        *earlier, last = chunks  # without any target there is one chunk, and it is empty
+        return sum(recomputed(chunk_loss, *chunk) for chunk in earlier) + chunk_loss(*last)
 
     @classmethod
     def from_pretrained(
