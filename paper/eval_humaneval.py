@@ -55,8 +55,9 @@ from plumbing.tokenizer import Tokenizer
 KS = (1, 5, 10)
 # The way samples are drawn, for results.json. n: samples of each problem.
 DRAWN = {"n": 20, "temperature": 0.2, "top_p": 0.95}
-SOURCES = {"humaneval": HUMANEVAL, "tiny-code": TASKS["tiny-code"].test}
-MAX_NEW = {"humaneval": 512, "tiny-code": TASKS["tiny-code"].max_new}
+TINY = ("tiny-code", "tiny-code-dev")
+SOURCES = {"humaneval": HUMANEVAL} | {task: TASKS[task].test for task in TINY}
+MAX_NEW = {"humaneval": 512} | {task: TASKS[task].max_new for task in TINY}
 # Text that cannot belong to the function.
 ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 END = re.compile("|".join(map(re.escape, ENDS)))
@@ -72,7 +73,7 @@ class Problem(NamedTuple):
 
 
 def load_problems(task: str, path: Path, template: str | None = None) -> dict[str, Problem]:
-    """{task_id: problem}. template: for tiny-code.
+    """{task_id: problem}. template: for a task of TINY.
 
     Raises ValueError for rows that cannot be tested.
     """
@@ -102,6 +103,13 @@ def load_problems(task: str, path: Path, template: str | None = None) -> dict[st
         check = Check(name, test, called(test))
         problems[name] = Problem(name, example.prompt, "", check)
     return problems
+
+
+def task_of(name: str) -> str:
+    """The task of scoring that fits a name: a run's task, or what stands before / in a task_id."""
+    if name in TINY:
+        return name
+    return "tiny-code" if name.startswith("tiny") else "humaneval"
 
 
 def whole_part(prompt: str) -> str:
@@ -230,7 +238,7 @@ def write_samples(folder: Path | None, args: argparse.Namespace) -> tuple[Path, 
     out = results_folder(folder, args.out)
     base = {"model": args.model, "task": default_task(args.model)}
     run = read_run(folder) if folder else base
-    task = args.task or ("tiny-code" if run["task"].startswith("tiny") else "humaneval")
+    task = args.task or task_of(run["task"])
     template = run.get("template") if run["task"] == task else None
     problems = load_problems(task, args.data or SOURCES[task].fetch(), template)
     chosen = list(problems.values())[: args.limit]
@@ -266,11 +274,7 @@ def score_file(path: Path, task: str | None, args: argparse.Namespace) -> None:
                 "it counts as failed"
             )
         samples.append(sample)
-    task = (
-        task
-        or args.task
-        or ("tiny-code" if samples[0]["task_id"].startswith("tiny") else "humaneval")
-    )
+    task = task or args.task or task_of(samples[0]["task_id"].rpartition("/")[0])
     problems = load_problems(task, args.data or SOURCES[task].fetch())
     if unknown := {s["task_id"] for s in samples} - problems.keys():
         given = args.data or task
@@ -311,7 +315,9 @@ def parse_args() -> argparse.Namespace:
     add("--allow-code-execution", action="store_true", help="run the programs, in bubblewrap")
     rare("--no-isolation", action="store_true",
          help="run them without bubblewrap: only in a container that is thrown away afterwards")
-    add("--task", choices=SOURCES, help="default: tiny-code for what is tiny, else humaneval")
+    add("--task", choices=SOURCES,
+        help="default: the run's, if it is one of these; else tiny-code for what is tiny, or "
+        "humaneval")
     add("--data", type=Path, metavar="FILE",
         help="problems in place of the task's, .jsonl or .jsonl.gz")
     add("--limit", type=COUNT, metavar="N", help="the first N problems (default: all)")
@@ -321,7 +327,7 @@ def parse_args() -> argparse.Namespace:
     rare("--top-p", type=SHARE, help="draw from this share of each choice (default 0.95)")
     add("--seed", type=SEED, default=0, help="of the samples (default 0)")
     rare("--max-new", type=COUNT,
-         help="tokens of a completion at most (default: 512; tiny-code 96)")
+         help="tokens of a completion at most (default: 512; of a tiny task 96)")
     rare("--batch-size", type=COUNT,
          help="samples decoded together (default 100, on a GPU as many of them as fit)")
     rare("--seconds", type=number(float, above=0, high=3600), default=SECONDS,

@@ -97,7 +97,7 @@ def cells() -> dict[str, list[dict]]:
     """{method: its finished runs at its chosen rate}, of methods whose rates were all tried."""
     found = {}
     for method in RATES:
-        if not any(missing_tasks(run, [DEV]) for run in tried(method)):
+        if not any(missing_tasks(run, [DEV[TASK]]) for run in tried(method)):
             runs = [cell(method, seed) for seed in range(MOST_SEEDS)]
             found[method] = [saved(run) for run in runs if not missing_tasks(run, [TASK])]
     if not any(found.values()):

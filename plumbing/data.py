@@ -102,8 +102,14 @@ TASKS = {
     "tiny-code": Task(
         "code", Source("tiny/code-train.jsonl"), Source("tiny/code-test.jsonl"), "bare", 96
     ),
+    "tiny-code-dev": Task(
+        "code", Source("tiny/code-train.jsonl"), Source("tiny/code-dev.jsonl"), "bare", 96
+    ),
     "tiny-safety": Task(
         "safety", Source("tiny/safety-train.jsonl"), Source("tiny/safety-test.jsonl"), "bare", 64
+    ),
+    "tiny-safety-dev": Task(
+        "safety", Source("tiny/safety-train.jsonl"), Source("tiny/safety-dev.jsonl"), "bare", 64
     ),
 }  # fmt: skip
 FIELDS = {

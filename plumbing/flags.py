@@ -14,7 +14,7 @@ from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, device_n
 BACKBONES = ("olmoe-1b-7b", "mixtral-8x7b", "deepseekmoe-16b", "qwen3-30b-a3b")  # checkpoint.py
 TASKS = (  # plumbing/data.py
     "gsm8k", "code", "safety", "tiny-math", "tiny-math-dev", "tiny-math-reworded", "tiny-code",
-    "tiny-safety",
+    "tiny-code-dev", "tiny-safety", "tiny-safety-dev",
 )  # fmt: skip
 METHODS = ("fft", "lora", "dora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s")
 SUFFIXES = ("m", "c", "pure", "gate", "r", "none", "attn")  # hellora.py has these two

@@ -17,7 +17,15 @@ from conftest import write_rows
 
 from generate import TAIL, Sampling, generate, sample
 from moe_model import MoEModel
-from paper.eval_humaneval import SOURCES, cut, load_problems, pass_at_k, score, whole_part
+from paper.eval_humaneval import (
+    SOURCES,
+    cut,
+    load_problems,
+    pass_at_k,
+    score,
+    task_of,
+    whole_part,
+)
 from paper.scoring.sandbox import run_programs
 from plumbing.data import read_rows
 from plumbing.files import sha256, write_json
@@ -311,6 +319,22 @@ def test_generation_ends_where_the_text_does(olmoe):
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("tiny-code", "tiny-code"),
+        ("tiny-code-dev", "tiny-code-dev"),
+        ("tiny-math", "tiny-code"),
+        ("code", "humaneval"),
+        ("HumanEval", "humaneval"),
+    ],
+)
+def test_samples_are_scored_on_the_task_that_they_are_of(name, task):
+    assert task_of(name) == task
+    problem = next(iter(load_problems(task, SOURCES[task].fetch()))) if "tiny" in task else ""
+    assert task_of(problem.rpartition("/")[0]) == task
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from test_tables import PARSERS
 import settings
 from paper import reproduce
 from paper.runs import grid, parallel, rates, stats
-from paper.studies import claims, comparison, forgetting, mechanism, routing, stability
+from paper.studies import claims, comparison, forgetting, mechanism, merging, routing, stability
 from plumbing import flags
 from plumbing.run_folder import update_results
 
@@ -123,8 +123,96 @@ def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant
         4,
         "tiny-code",
     )
-    assert (one.lr, one.mask.lr) == (rates.rate("hellori-s_c"), rates.rate("hellori-d"))
+    assert one.lr == rates.rate("hellori-s_c", "tiny-code")
+    assert one.mask.lr == rates.rate("hellori-d", "tiny-code")
     assert one.needs() == [one.mask]
+
+
+def test_each_rate_of_code_and_safety_is_the_best_on_dev_and_lies_inside_those_tried():
+    for (task, method), lr in rates.TASK_RATES.items():
+        found = rates.choice(method, task)
+        assert found, (task, method)
+        assert (found["next"], found["best"]) == ([], lr)
+        _, *inside, _ = [run.lr for run in rates.tried(method, task)]
+        assert lr in inside
+
+
+def test_each_run_that_tried_a_rate_is_what_its_command_would_measure_now():
+    planned = {run.result: run for run in rates.tuning_wanted()}
+    for path in rates.RESULTS.glob("*.json"):
+        problems = {"tiny-code": 200, "tiny-safety": 81}[planned[path].task]  # harmful ones
+        assert grid.saved(planned[path])["problems"] == {rates.DEV[planned[path].task]: problems}
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """finished(runs, score): these runs are scored on the dev problems of code, by their rate."""
+
+    def stand_in(runs, score):
+        def shown(run):
+            if run not in runs:
+                return {}
+            passed = {"tiny-code-dev": score(run.lr)}
+            return {"lr": run.lr, "final_loss": run.lr, "pass@1": passed}
+
+        monkeypatch.setattr(rates, "saved", shown)
+
+    return stand_in
+
+
+@pytest.mark.parametrize("doublings", [-3, -1, 0, 1, 4])
+def test_rates_are_added_until_the_best_lies_inside(finished, monkeypatch, doublings):
+    first = rates.RATES["lora"][0]
+    best, runs = first * 2**doublings, set()
+    monkeypatch.setattr(rates, "TASK_RATES", {})
+    for _ in range(9):
+        finished(runs, lambda lr: 1 - abs(lr - best))
+        runs |= {run for run in rates.tuning_wanted() if run.method == "lora"}
+    found = rates.choice("lora", "tiny-code")
+    assert (found["best"], found["next"]) == (best, [])
+    tried = [run.lr for run in rates.tried("lora", "tiny-code")]
+    low, high = min(doublings, 0) - 1, max(doublings, 0) + 1
+    assert tried == [first * 2**n for n in range(low, high + 1)]
+    finished(set(), None)  # whoever has only the chosen rate plans the same runs
+    monkeypatch.setattr(rates, "TASK_RATES", {("tiny-code", "lora"): best})
+    assert [run.lr for run in rates.tried("lora", "tiny-code")] == tried
+
+
+def test_a_rate_that_is_not_the_best_on_dev_is_refused_and_a_tie_goes_to_the_lower_loss(
+    finished, monkeypatch
+):
+    monkeypatch.setattr(rates, "TASK_RATES", {("tiny-code", "fft"): 2e-3})
+    runs = rates.tried("fft", "tiny-code")
+    assert [run.lr for run in runs] == [5e-4, 1e-3, 2e-3, 4e-3]
+    finished(runs, lambda lr: 0.9 if lr in (1e-3, 2e-3) else 0.1)  # the loss is the rate
+    with pytest.raises(ValueError, match=r"fft on tiny-code is best at 0.001 .* says 0.002"):
+        rates.choice("fft", "tiny-code")
+
+
+def test_a_sparse_method_is_tried_after_d_with_the_mask_of_its_best_rate(finished, monkeypatch):
+    def sparse():
+        runs = [run for run in rates.tuning_wanted() if "-s" in run.method]
+        return [(run.method, run.task, run.lr, run.mask.method, run.mask.lr) for run in runs]
+
+    monkeypatch.setattr(rates, "TASK_RATES", {})
+    finished([], None)
+    runs = rates.tried("hellori-d", "tiny-code")
+    finished(runs[:2], lambda lr: lr)
+    assert sparse() == []
+    finished(runs, lambda lr: 1 - abs(lr - runs[1].lr))
+    of = [("hellori-s", "tiny-code", lr, "hellori-d", 1e-2) for lr in (8e-2, 0.16, 0.32)]
+    assert sparse() == of
+    finished([], None)  # whoever has only the chosen rate plans the same runs
+    monkeypatch.setattr(rates, "TASK_RATES", {("tiny-code", "hellori-d"): 1e-2})
+    assert sparse() == of
+
+
+def test_a_chosen_rate_of_a_task_is_that_of_all_its_runs(monkeypatch):
+    monkeypatch.setattr(rates, "TASK_RATES", {("tiny-code", "hellora"): 4e-2})
+    cells = comparison.study("2").wanted() | comparison.study("8").wanted() | merging.wanted()
+    runs = [run for run in cells if isinstance(run, grid.Run) and run.method == "hellora"]
+    rates_of = {task: {run.lr for run in runs if run.task == task} for task in rates.MEASURES}
+    assert rates_of == {"tiny-math": {1e-2}, "tiny-code": {4e-2}, "tiny-safety": {1e-2}}
 
 
 @pytest.mark.parametrize("method", rates.RATES)

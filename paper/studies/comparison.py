@@ -18,7 +18,7 @@ from hellora import adapter_flops
 from moe_model import MoEModel
 from paper.plan import shapes
 from paper.runs import rates
-from paper.runs.grid import BASES, MODEL, Base, Cell, Wanted, saved
+from paper.runs.grid import BASES, MODEL, Base, Cell, Wanted, saved, score_of
 from paper.runs.stats import signed, spread
 from paper.studies import tables
 from plumbing.checkpoint import BACKBONES, locate, read_config
@@ -273,14 +273,7 @@ def study(name: str, quick: bool = False, scale: Scale = TINY) -> Study:
 
 def score(cell: Cell, column: tuple[str, str]) -> float | None:
     """The kept score of a cell. column: (score, task). None if it has not been run."""
-    name, task = column
-    if name == "balanced":  # the mean of two shares: harmful refused, harmless not refused
-        refused, harmless = (score(cell, (n, task)) for n in ("refusal_rate", "harmless_refused"))
-        return None if refused is None or harmless is None else (refused + 1 - harmless) / 2
-    value = saved(cell).get(name, {}).get(task)
-    if value is not None and name == "harmless_refused":  # a count
-        return value / saved(cell)["harmless_total"][task]
-    return value
+    return score_of(saved(cell), *column)
 
 
 def units(values: dict[Cell, float], planned: list[Cell]) -> list[float]:
