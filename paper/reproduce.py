@@ -33,7 +33,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,6 +286,15 @@ def parts(args: argparse.Namespace) -> dict[str, Part]:
     }
 
 
+def wanted_by(several: Iterable[Part]) -> Wanted:
+    """The runs that some parts need together."""
+    wanted: Wanted = {}
+    for part in several:
+        for cell, tasks in part.wanted().items():
+            wanted[cell] = wanted.get(cell, set()) | tasks
+    return wanted
+
+
 def plan(wanted: Wanted, jobs: int, where: str | None) -> str:
     """How many runs are missing, and about how long they take. where: on what; None: not known."""
     n, seconds = len(missing(wanted)), commands(wanted)[1] / jobs
@@ -363,10 +372,7 @@ def main(words: list[str] | None = None) -> None:
     chosen = {asked: known[asked]} if asked in known else known
     if args.table == "all":
         chosen = {name: part for name, part in known.items() if name.isdigit()}
-    wanted: Wanted = {}
-    for part in chosen.values():
-        for cell, tasks in part.wanted().items():
-            wanted[cell] = wanted.get(cell, set()) | tasks
+    wanted = wanted_by(chosen.values())
     if not args.finished:
         run_missing(wanted, args, asked, jobs)
     if args.dry_run:

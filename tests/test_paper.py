@@ -248,6 +248,29 @@ def test_committed_cells_are_what_their_command_would_measure_now():
         assert problems.items() <= sizes.items()
 
 
+def test_each_kept_result_is_used():
+    unused = grid.unused(all_wanted())
+    assert not unused, "\n".join(["to be deleted:", *map(str, unused)])
+
+
+def all_wanted():
+    """The runs of all parts of the command."""
+    return reproduce.wanted_by(reproduce.parts(reproduce.parse_args(["all"])).values())
+
+
+def test_a_result_is_unused_if_no_cell_has_it_or_its_mask_is_another_now(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    before, now = (
+        grid.Run("lori-s", 0.01, 0, mask=grid.Run("lori-d", lr, 0)) for lr in (0.01, 0.02)
+    )
+    for run in (before, before.mask, now.mask):
+        about = run.rests_on()
+        hashes = {name: about[name] for name in about.keys() & {"model", "data"}}
+        grid.write_json(run.result, about | {"hashes": hashes})
+    assert grid.unused({before: set(), now.mask: set()}) == []
+    assert grid.unused({now: set()}) == [before.mask.result, now.result]
+
+
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """A cell with a finished run, scored on tiny-math, and its file; measured(scores): its text.

@@ -454,6 +454,21 @@ def missing(wanted: Wanted) -> Wanted:
     return {cell: tasks for cell, tasks in lacking.items() if tasks}
 
 
+def unused(wanted: Wanted) -> list[Path]:
+    """The kept results that are to be deleted: no cell uses them, or a cell refuses them now."""
+    used = {cell.result: cell for one in wanted for cell in (*one.needs(), one)}
+    kept = [path for folder in {path.parent for path in used} for path in folder.glob("*.json")]
+    return [path for path in sorted(kept) if is_refused(used.get(path))]
+
+
+def is_refused(cell: Cell | None) -> bool:
+    """Whether there is no such cell, or `saved` refuses its result."""
+    try:
+        return cell is None or not saved(cell)
+    except ValueError:
+        return True
+
+
 def depth(cell: Cell) -> int:
     """The number of cells that must be made before it, one after another."""
     return max((1 + depth(other) for other in cell.needs()), default=0)
