@@ -313,7 +313,7 @@ def claim_row(claim: dict) -> str:
         digits = 1 if claim["unit"] == claims.POINTS.name else 3
         middle, low, high, mde = (f"{ours[x]:+.{digits}f}" for x in ("mean", "low", "high", "mde"))
         unit = "" if claim["unit"] == claims.POINTS.name else f" {claim['unit']}"
-        p, corrected = map(short_p, (ours["p"], claim["p_corrected"]))
+        p, corrected = map(short_p, (claim["p"], claim["p_corrected"]))
         interval = f"{middle}{unit} ({low} to {high})"
         cells = [interval, mde.lstrip("+"), str(ours["df"]), p, corrected]
         if paper and not ours["low"] <= claim["paper"] <= ours["high"]:

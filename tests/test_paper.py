@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -535,14 +536,80 @@ def test_every_comparison_of_the_papers_tables_has_the_papers_difference():
         assert (claim["paper"] is None) == ("Table" not in claim["where"]), claim
 
 
-def test_two_groups_are_compared_by_their_pooled_spread():
-    a, b = [0.0, 1.0, 0.0, 1.0, -2.0], [5.0, 3.0, 7.0, 5.0, 5.0]
-    found = stats.compare_groups(a, b, margin=1.0)
-    assert found.df == 8
-    assert found.mean == -5
-    # by hand: squares of 6 and 8 around the means, over 8 degrees of freedom; then 1/5 + 1/5
-    assert found.error == pytest.approx(((6 + 8) / 8 * 2 / 5) ** 0.5)
-    assert stats.compare_groups(b, a, margin=1.0).p == pytest.approx(found.p)
+# Hours of sleep gained with two drugs (Student, 1908): the data set "sleep" of R.
+SLEEP = (
+    [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],
+    [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+)
+UNLIKE = [92.0, 93.0, 92.5, 92.2, 93.4], [70.0, 85.0, 90.0, 60.0, 95.0, 88.0]
+# By scipy 1.17.1. t: ttest_ind(a, b, equal_var=False), whose df are 17.776 and 5.022 (R's page of
+# t.test prints t = -1.8608, df = 17.776 for SLEEP). p: 2 * t.sf(|t|, df) with df rounded down.
+# one_sided: t.sf((mean(a) - mean(b) + 1) / error, df).
+WELCH = [
+    (SLEEP, -1.8608134674868526, 17, 0.08015717074006884, 0.7481210583739808),
+    (UNLIKE, 2.054584416625629, 5, 0.09508629482195469, 0.03776718521363653),
+]
+
+
+@pytest.mark.parametrize(("groups", "t", "df", "p", "one_sided"), WELCH)
+def test_two_groups_are_compared_by_welchs_t(groups, t, df, p, one_sided):
+    found = stats.compare_groups(*groups, margin=1.0)
+    assert found.df == df
+    assert found.mean / found.error == pytest.approx(t, rel=1e-9)
+    assert found.p == pytest.approx(p, rel=1e-9)
+    assert found.p_not_worse == pytest.approx(one_sided, rel=1e-9)
+    swapped = stats.compare_groups(*reversed(groups), margin=1.0)
+    assert (swapped.mean, swapped.p) == pytest.approx((-found.mean, found.p))
+
+
+def test_groups_without_any_spread_have_all_their_degrees_of_freedom():
+    assert stats.compare_groups([1.0] * 5, [1.0] * 5, margin=1.0).df == 8
+    assert stats.compare_groups([1.0] * 5, [1.0, 2.0, 3.0], margin=1.0).df == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ([0.0, 0.1, -0.1, 0.05], "holds"),  # a loss of 1 is excluded
+        ([-0.3, -0.3, -0.31, -0.29], "holds"),  # worse, but by less than 1
+        ([2.0, 2.1, 1.9, 2.0], "holds"),
+        ([-3.0, -3.1, -2.9, -3.0], "fails"),
+        ([-0.9, -1.4, -0.6, -1.1], "fails"),  # worse, and a loss of 1 is not excluded
+        ([-3.0, 3.0, -2.0, 1.0], "undecided"),  # not significantly worse, but that proves nothing
+    ],
+)
+def test_a_claim_of_not_being_worse_has_a_verdict_of_its_own(ours, said):
+    test = stats.compare_groups(ours, [0.0, 0.01, -0.01, 0.0], margin=1.0)
+    _, p = stats.at_least(test)
+    assert stats.verdict_at_least(test, p) == said
+    if said != "undecided":
+        assert stats.verdict_at_least(test, 0.2) == f"{said} unadjusted"  # after a correction
+
+
+def test_not_being_worse_is_seldom_said_of_a_loss_of_the_margin():
+    draw = random.Random(0)
+    found = []
+    for _ in range(2000):
+        ours, theirs = ([draw.gauss(x, 1) for _ in range(5)] for x in (-1, 0))
+        found.append(stats.at_least(stats.compare_groups(ours, theirs, margin=1.0)))
+    wrong = sum(word == "holds" and p < 0.05 for word, p in found) / len(found)
+    assert wrong <= 0.06  # 5 %, with three standard errors of .005 each way in 2,000 draws
+
+
+def test_our_own_claims_do_not_change_the_correction_of_the_papers(scored, monkeypatch):
+    noise = {"lora": 0.5, "fft": 0.9}
+    scored(lambda cell: noise.get(cell.method, 0.7) + 0.01 * (cell.seed % 2))
+    before = {c["says"]: c for c in claims.results()}
+    own = next(c for c in claims.CLAIMS if c.study == "bases")
+    more = [own._replace(says=f"one more {n}") for n in range(50)]
+    monkeypatch.setattr(claims, "CLAIMS", (*claims.CLAIMS, *more))
+    after = {c["says"]: c for c in claims.results()}
+    of_paper = [c.says for c in claims.CLAIMS if c.where]
+    assert all(after[says] == before[says] for says in of_paper)
+    # Holm by hand: the smallest p is multiplied by the number of the paper's claims
+    least = min(before[says]["p"] for says in of_paper if before[says]["ours"])
+    (smallest, *_) = [before[says] for says in of_paper if before[says]["p"] == least]
+    assert smallest["p_corrected"] == pytest.approx(min(1, len(of_paper) * least))
 
 
 def test_a_model_that_refuses_everything_is_half_right_if_balanced(monkeypatch):

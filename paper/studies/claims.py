@@ -1,26 +1,45 @@
 """The paper's claims that one thing is better than another, beside what our model shows.
 
-Each claim has the difference here, a verdict, and the smallest true difference that such a test
-finds with a power of 80 % (MDE). The verdicts:
+Each claim has the difference here, a verdict, and the smallest true difference that a two-sided
+test finds with a power of 80 % (MDE). The verdicts:
 
-    holds, fails    the difference is significant at 5 % after Holm's correction for all claims
+    holds, fails    the difference is significant at 5 % after Holm's correction
     ... unadjusted  it is significant only without that correction
     equivalent      a difference as large as the margin is excluded (TOST at 5 %)
     undecided       none of these
 
-Runs of one base are compared as two groups: that two runs have the same seed says nothing of how
-they differ. Several bases are compared base by base, by their means.
+"A matches or exceeds B" is a claim that A is not worse (non-inferiority). Not significantly worse
+is no proof of that, so it has a test of its own:
+
+    holds           that A is worse by the margin or more is excluded (one-sided, at 5 %)
+    fails           this is not excluded, and A is significantly worse (two-sided, at 5 %)
+    undecided       neither
+
+Such a claim is never called equivalent. Holm's correction and "unadjusted" are as above.
+
+The paper's claims are one family in Holm's correction. Our own further ones are another: how many
+of these we ask must not change a verdict on the paper. A claim whose runs are not finished counts
+too.
+
+Runs of one base are compared as two groups (Welch's t): that two runs have the same seed says
+nothing of how they differ. Several bases are compared base by base, by their means.
 """
 
 from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from paper.runs.stats import Comparison, compare, compare_groups, holm, verdict
+from paper.runs.stats import (
+    Comparison,
+    at_least,
+    compare,
+    compare_groups,
+    holm,
+    verdict,
+    verdict_at_least,
+)
 from paper.studies import comparison, forgetting, merging, stability
 from paper.studies.comparison import Study
-
-Sample = list[float]
 
 
 class Unit(NamedTuple):
@@ -46,6 +65,7 @@ class Claim(NamedTuple):
     lower: str
     column: str = "gsm8k"
     unit: Unit = POINTS
+    at_least: bool = False  # the claim is that `higher` is not worse
 
 
 D, S, CODE = "hellori-d", "hellori-s", "pass@1"
@@ -66,10 +86,14 @@ CLAIMS = (
     Claim("4.2, Table 2", "HELLoRA beats LoRI-S on code", "2", "hellora", "lori-s", CODE),
     Claim("4.2, Table 2", "HELLoRA beats HELLoRI-D on word problems", "2", "hellora", D),
     Claim("4.2, Table 2", "HELLoRA beats HELLoRI-D on code", "2", "hellora", D, CODE),
-    Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on word problems", "2", D, "lori-d"),
-    Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on code", "2", D, "lori-d", CODE),
-    Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on word problems", "2", S, "lori-s"),
-    Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on code", "2", S, "lori-s", CODE),
+    Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on word problems",
+          "2", D, "lori-d", at_least=True),
+    Claim("4.2, Table 2", "HELLoRI-D matches or exceeds LoRI-D on code",
+          "2", D, "lori-d", CODE, at_least=True),
+    Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on word problems",
+          "2", S, "lori-s", at_least=True),
+    Claim("4.2, Table 2", "HELLoRI-S matches or exceeds LoRI-S on code",
+          "2", S, "lori-s", CODE, at_least=True),
     Claim("4.3, Table 4", "HELLoRA: each layer's hot experts beat the model's",
           "4", "hellora", "hellora_m"),
     Claim("4.3, Table 4", "HELLoRA: hot experts beat cold ones", "4", "hellora", "hellora_c"),
@@ -191,20 +215,35 @@ def papers(claim: Claim) -> float | None:
 
 def results() -> list[dict]:
     """Each claim with the difference in the paper (points), ours, and the verdict."""
-    found = [(claim, SOURCES.get(claim.study, compared_scores)(claim)) for claim in CLAIMS]
-    done = [ours for _, ours in found if ours]
-    not_finished = len(found) - len(done)  # they count in the correction all the same
-    corrected = iter(holm([ours.p for ours in done] + [1.0] * not_finished))
-    rows = []
-    for claim, ours in found:
-        p = next(corrected) if ours else None
-        rows.append(
-            claim._asdict()
-            | {"unit": claim.unit.name, "paper": papers(claim), "ours": None, "p_corrected": p}
-            | {"verdict": verdict(ours, p) if ours else "not finished"}
-            | ({"ours": in_units(ours, claim.unit)} if ours else {})
-        )
-    return rows
+    found = {claim: SOURCES.get(claim.study, compared_scores)(claim) for claim in CLAIMS}
+    ps = {claim: p_of(claim, ours) for claim, ours in found.items()}
+    corrected = {}
+    for papers_own in (True, False):
+        family = [claim for claim in CLAIMS if bool(claim.where) == papers_own]
+        corrected |= zip(family, holm([ps[claim] for claim in family]), strict=True)
+    return [
+        claim._asdict()
+        | {"unit": claim.unit.name, "paper": papers(claim)}
+        | {
+            "ours": ours and in_units(ours, claim.unit),
+            "p": ours and ps[claim],
+            "p_corrected": ours and corrected[claim],
+            "verdict": judged(claim, ours, corrected[claim]) if ours else "not finished",
+        }
+        for claim, ours in found.items()
+    ]
+
+
+def p_of(claim: Claim, ours: Comparison | None) -> float:
+    """p of the claim's own test. 1 while its runs are not finished."""
+    if not ours:
+        return 1.0
+    return at_least(ours)[1] if claim.at_least else ours.p
+
+
+def judged(claim: Claim, ours: Comparison, corrected: float) -> str:
+    """The verdict. corrected: p of the claim's test after `holm`."""
+    return (verdict_at_least if claim.at_least else verdict)(ours, corrected)
 
 
 def in_units(ours: Comparison, unit: Unit) -> dict:
@@ -229,6 +268,6 @@ def show(found: list[dict]) -> None:
             digits = 1 if c["unit"] == POINTS.name else 3
             middle, low, high = (f"{of[x]:+.{digits}f}" for x in ("mean", "low", "high"))
             unit = "" if c["unit"] == POINTS.name else f" {c['unit']}"
-            p = "<.001" if of["p"] < 0.0005 else f"{of['p']:.3f}".lstrip("0")
+            p = "<.001" if c["p"] < 0.0005 else f"{c['p']:.3f}".lstrip("0")
             ours = f"{middle}{unit} ({low} to {high}), {of['mde']:.{digits}f}, {p}"
         print(f"{c['where']:14s}{c['says']:65s}{paper:>6s}   {c['verdict']:18s}{ours}".rstrip())
