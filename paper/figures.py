@@ -374,6 +374,7 @@ SAID = {  # a verdict, in words
     "undecided": "undecided",
 }  # fmt: skip
 MINUS = "\N{MINUS SIGN}"
+DAGGER = " \N{DAGGER}"  # the bootstrap disagrees with a verdict
 FAR = log(2)  # an interval that reaches further is given in words
 MARKS = {placement.ONE: ("o", 0.2), placement.MANY: ("D", -0.2)}  # marker, height in its row
 
@@ -422,6 +423,7 @@ def forest(plt: ModuleType) -> Figure:
         ax.set_title(title(regime), fontweight="bold")
     ax.set_xlim(low, high)
     inside = percents(low, high)
+    marked = any(r["bootstrap_disagrees"] for r in rows.values())
     ax.set_xticks(
         [log(1 + p / 100) for p in inside],
         [f"{p:+d} %".replace("-", MINUS) if p else "0" for p in inside],
@@ -429,7 +431,8 @@ def forest(plt: ModuleType) -> Figure:
     ax.set_xlabel(
         "held-out loss with another choice, compared with hot experts\n"
         "left: the other choice is better; right: hot is better\n"
-        "* secondary: not corrected for the number of tests",
+        "* secondary: not corrected for the number of tests"
+        + (f"\n{DAGGER.strip()} the bootstrap disagrees" if marked else ""),
     )
     shapes = {placement.ONE: INK, placement.MANY: "white"}
     names = {
@@ -498,6 +501,7 @@ def interval(ax: object, row: dict, at: float, low: float, high: float) -> None:
         said += ", < 10 %"
     n = f"{row['df'] + 1}" if many or row["runs"] == row["planned"] else "{runs} of {planned}"
     said += f" ({n.format(**row)} {'bases' if many else 'seeds'})"
+    said += DAGGER if row["bootstrap_disagrees"] else ""
     ax.text(high + 0.02 * (high - low), at, said, ha="left", va="center", fontsize=SMALL)
 
 

@@ -103,7 +103,7 @@ def placed(regime: str) -> tuple[str, str]:
             n_bases = len({pair.model for pair in pairs})
             on = "one base" if n_bases == 1 else f"{n_bases} bases"
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
-            texts = [in_words(primary, with_numbers)]
+            texts = [in_words(primary, with_numbers, marked(primary, regime, bases))]
             texts += [reworded(finished_tests(regime, bases, placement.REWORDED))]
             if "none" in tests:  # attention and router are adapted, as in the paper
                 texts += [against_paper(tests["cold"][0], regime)]
@@ -125,11 +125,24 @@ def finished_tests(regime: str, bases: str, problems: slice = placement.PLAIN) -
     return tests if set(primary) <= tests.keys() else {}
 
 
-def in_words(tests: Tests, described: Callable[[str, placement.Comparison], str]) -> str:
-    """A sentence that goes through the verdicts and lists the arms of each, as `described`."""
+def marked(tests: Tests, regime: str, bases: str) -> set[str]:
+    """The arms for which the bootstrap says otherwise than the verdict."""
+    some = {arm: placement.pairs(placement.TINY, regime, arm, bases) for arm in tests}
+    means = {arm: placement.bootstrap(of, placement.PLAIN, bases) for arm, of in some.items()}
+    return {arm for arm, of in tests.items() if placement.disagrees(verdict(*of), means[arm])}
+
+
+def in_words(
+    tests: Tests, described: Callable[[str, placement.Comparison], str], marks: set[str]
+) -> str:
+    """A sentence that goes through the verdicts and lists the arms of each, as `described`.
+
+    marks: the arms that `marked` returns.
+    """
     arms_by_verdict = {}
     for arm, (test, p) in tests.items():
-        arms_by_verdict.setdefault(verdict(test, p), []).append(described(arm, test))
+        words = described(arm, test) + (" (bootstrap disagrees)" if arm in marks else "")
+        arms_by_verdict.setdefault(verdict(test, p), []).append(words)
     parts = [
         where.format(listed(arms_by_verdict[outcome]))
         for outcome, where in LOSSES.items()
@@ -213,7 +226,7 @@ def short(regime: str) -> str:
     for bases in (placement.MANY, placement.ONE):
         if tests := finished_tests(regime, bases):
             primary = {arm: test for arm, test in tests.items() if arm in placement.PRIMARY}
-            return in_words(primary, size)
+            return in_words(primary, size, marked(primary, regime, bases))
     return "Not measured yet."
 
 

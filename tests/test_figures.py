@@ -98,6 +98,7 @@ def comparison(regime, arm, mean, error, verdict="undecided", bases=placement.ON
     """A row of placement.results(), as far as it is drawn."""
     about = {"regime": regime, "arm": arm, "bases": bases, "problems": "plain", "mean": mean}
     about |= {"low": mean - 2 * error, "high": mean + 2 * error, "verdict": verdict}
+    about |= {"bootstrap_disagrees": False}
     return about | {"p_equivalent": 0.5, "df": 19, "runs": 20, "planned": 20} | more
 
 

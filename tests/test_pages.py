@@ -91,6 +91,15 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     assert shown == pytest.approx(100 * (ratio - 1), abs=1)  # 1 % of noise a run
 
 
+def test_findings_mark_a_verdict_that_the_bootstrap_does_not_share(monkeypatch):
+    monkeypatch.setattr(placement, "planned", lambda *_: 12)
+    monkeypatch.setattr(placement, "pairs", lambda *_: pairs_of(1.3))
+    assert "disagrees" not in pages.short("P")
+    monkeypatch.setattr(placement, "disagrees", lambda *_: True)
+    assert pages.short("P").count("(bootstrap disagrees)") == 3  # cold, random, all
+    assert pages.placed("P")[1].count("(bootstrap disagrees)") == 3
+
+
 def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
     monkeypatch.setattr(placement, "planned", lambda *_: 12)
     monkeypatch.setattr(placement, "pairs", lambda *_: pairs_of(1.3, n=11))

@@ -18,7 +18,18 @@ from moe_model import IGNORE, MoEModel, Routing
 from paper.runs.grid import saved
 from paper.runs.stats import compare, holm, verdict
 from paper.studies import mechanism, placement_runs
-from paper.studies.placement import MANY, MARGIN, ONE, PLAIN, Pair, bootstrap, compare_arms
+from paper.studies.placement import (
+    MANY,
+    MARGIN,
+    ONE,
+    PLAIN,
+    Pair,
+    bootstrap,
+    compare_arms,
+    disagrees,
+    judged,
+    middle,
+)
 from plumbing.answer_loss import answer_losses
 from plumbing.data import collate, encode, load_examples
 from plumbing.run_folder import read_run
@@ -266,11 +277,35 @@ def test_several_bases_are_compared_by_their_means():
 
 def test_the_bootstrap_agrees_with_t_where_t_is_right():
     some = simulated(np.random.default_rng(3), 0.1)["cold"]
-    low, high = bootstrap(some, PLAIN, ONE)
+    low, high = middle(bootstrap(some, PLAIN, ONE), 0.95)
     test = compare([log(pair.other.sum() / pair.hot.sum()) for pair in some], MARGIN)
     # 20 seeds: the bootstrap's interval is narrower than t's by some sqrt(19 / 20) * 1.96 / 2.09
     assert high - low == pytest.approx((test.high - test.low) * 0.914, rel=0.08)
     assert low < test.mean < high
+
+
+@pytest.mark.parametrize(
+    ("said", "low", "high", "otherwise"),
+    [
+        ("holds", 0.01, 0.2, False),
+        ("fails unadjusted", -0.2, -0.01, False),
+        ("holds", -0.01, 0.2, True),
+        ("undecided", -0.1, 0.2, False),
+        ("undecided", 0.01, 0.2, True),
+        ("equivalent", -0.09, 0.09, False),
+        ("equivalent", 0.02, 0.12, True),
+    ],
+)
+def test_a_verdict_that_the_bootstrap_does_not_share_is_marked(said, low, high, otherwise):
+    assert disagrees(said, np.linspace(low, high, 1001)) == otherwise
+
+
+def test_a_secondary_comparison_holds_unadjusted_at_most():
+    test = compare([0.2, 0.21, 0.19, 0.2], MARGIN)
+    assert judged(test, test.p, primary=True) == "holds"
+    assert judged(test, test.p, primary=False) == "holds unadjusted"
+    equal = compare([0.001, -0.001, 0.002, -0.002], MARGIN)
+    assert judged(equal, equal.p, primary=False) == "equivalent"
 
 
 def test_holms_correction_is_that_of_his_paper():

@@ -200,7 +200,8 @@ def check_row(row, tests):
     assert power(row["mde"] / error, df) == pytest.approx(0.8, abs=1e-3)  # two integrals
     better = "holds" if mean > 0 else "fails"
     if p < 0.05:
-        said = better
+        primary = problems == "plain" and arm in CORRECTED[regime]
+        said = better if primary else f"{better} unadjusted"
     elif max(two_sides) < 0.05:
         said = "equivalent"
     else:
@@ -211,6 +212,19 @@ def check_row(row, tests):
     # 1,000 draws, .027 with the study's 10,000; four of both together
     close = 4 * (0.085**2 + 0.027**2) ** 0.5 * means.std()
     assert row["bootstrap"] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=close)
+    check_mark(row, means, close)
+
+
+def check_mark(row, means, close):
+    """Whether the bootstrap says otherwise than the verdict, unless that is a matter of chance."""
+    if row["verdict"] == "equivalent":
+        edges = [MARGIN - abs(x) for x in np.quantile(means, (0.05, 0.95))]
+        otherwise = min(edges) < 0
+    else:
+        edges = [*np.quantile(means, (0.025, 0.975))]
+        otherwise = (edges[0] <= 0 <= edges[1]) != (row["verdict"] == "undecided")
+    if min(map(abs, edges)) > close:
+        assert row["bootstrap_disagrees"] == otherwise
 
 
 def check_effect(found, tests, dev):
@@ -308,12 +322,16 @@ def test_the_sides_of_the_papers_effect_are_told_apart():
     assert placement.beside(row | {"problems": "reworded"}, effect) is None
     assert placement.beside(row | {"arm": "random"}, effect) is None  # it is hot - cold
     words = [
-        placement.says({"verdict": v, "p_equivalent": p, "mde": 0.1, "papers_effect": e})
+        placement.says(
+            {"verdict": v, "p_equivalent": p, "mde": 0.1, "papers_effect": e}
+            | {"bootstrap_disagrees": e == "around"}
+        )
         for v, p, e in (("holds", 0.01, "below"), ("undecided", 0.9, "around"))
     ]
     assert words[0] == "holds, less than 10 %, below the paper's effect"
     assert "paper" not in words[1]
     assert "0.100" in words[1]
+    assert [word.endswith("(bootstrap disagrees)") for word in words] == [False, True]
 
 
 def test_more_degrees_of_freedom_find_smaller_effects():

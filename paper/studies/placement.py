@@ -127,8 +127,8 @@ def drawn_again(n_problems: int) -> np.ndarray:
     return times.astype(np.uint8).T  # none is drawn 256 times
 
 
-def bootstrap(some: list[Pair], part: slice, bases: str) -> tuple[float, float]:
-    """The 95 % interval of the mean log ratio, seeds (or bases) and problems both drawn again.
+def bootstrap(some: list[Pair], part: slice, bases: str) -> np.ndarray:
+    """Mean log ratios [DRAWS], seeds (or bases) and problems both drawn again.
 
     It does not assume that differences are normal, nor that these problems are all there are.
     """
@@ -144,8 +144,26 @@ def bootstrap(some: list[Pair], part: slice, bases: str) -> tuple[float, float]:
         ratios = average @ np.log((other @ times) / (hot @ times))  # [units, C]
         weights = draw.multinomial(n_units, [1 / n_units] * n_units, CHUNK).T / n_units
         means.append((ratios * weights).sum(0))  # [C]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return np.concatenate(means)
+
+
+def middle(means: np.ndarray, share: float) -> tuple[float, float]:
+    """The interval with this share of the bootstrap's means. As many are below it as above it."""
+    low, high = np.quantile(means, ((1 - share) / 2, (1 + share) / 2))
     return float(low), float(high)
+
+
+def disagrees(said: str, means: np.ndarray) -> bool:
+    """Whether the bootstrap says otherwise than a verdict.
+
+    That a difference is significant wants a 95 % interval without 0. "equivalent" wants a 90 %
+    interval inside the margin, which is what TOST at 5 % is. "undecided" wants a 95 % interval
+    with 0 in it.
+    """
+    if said == "equivalent":
+        return max(map(abs, middle(means, 0.9))) > MARGIN
+    low, high = middle(means, 0.95)
+    return (low <= 0 <= high) != (said == "undecided")
 
 
 def planned(on: Scale, regime: str, arm: str, bases: str) -> int:
@@ -178,22 +196,33 @@ def compare_arms(
 def family(on: Scale, regime: str, bases: str, part: slice) -> list[dict]:
     """The comparisons of a regime."""
     some = {arm: pairs(on, regime, arm, bases) for arm in REGIMES[regime].arms if arm != "hot"}
-    return [
-        {
-            "regime": regime,
-            "bases": bases,
-            "problems": "plain" if part == PLAIN else "reworded",
-            "arm": arm,
-            "primary": arm in PRIMARY and part == PLAIN,
-            "runs": len(some[arm]),
-            "planned": planned(on, regime, arm, bases),
-            **test._asdict(),
-            "p_corrected": corrected,
-            "verdict": verdict(test, corrected),
-            "bootstrap": bootstrap(some[arm], part, bases),
-        }
-        for arm, (test, corrected) in compare_arms(some, bases, part).items()
-    ]
+    rows = []
+    for arm, (test, corrected) in compare_arms(some, bases, part).items():
+        primary, means = arm in PRIMARY and part == PLAIN, bootstrap(some[arm], part, bases)
+        said = judged(test, corrected, primary)
+        rows.append(
+            {
+                "regime": regime,
+                "bases": bases,
+                "problems": "plain" if part == PLAIN else "reworded",
+                "arm": arm,
+                "primary": primary,
+                "runs": len(some[arm]),
+                "planned": planned(on, regime, arm, bases),
+                **test._asdict(),
+                "p_corrected": corrected,
+                "verdict": said,
+                "bootstrap": middle(means, 0.95),
+                "bootstrap_disagrees": disagrees(said, means),
+            }
+        )
+    return rows
+
+
+def judged(test: Comparison, corrected: float, primary: bool) -> str:
+    """The verdict. That of a secondary comparison rests on an uncorrected p, and says so."""
+    said = verdict(test, corrected)
+    return said if primary or said not in ("holds", "fails") else f"{said} unadjusted"
 
 
 def papers_effect(on: Scale, regime: str) -> dict | None:
@@ -318,7 +347,7 @@ def says(row: dict) -> str:
         word += f", less than {margin}"
     if row["papers_effect"] in ("below", "above"):
         word += f", {row['papers_effect']} the paper's effect"
-    return word
+    return f"{word} (bootstrap disagrees)" if row["bootstrap_disagrees"] else word
 
 
 def show(found: dict) -> None:
@@ -354,3 +383,5 @@ def show(found: dict) -> None:
             f"p {p})  {says(row)}; {units}{part}"
         )
     print("\n* primary: p is corrected for the number of these (Holm)")
+    others = sum(row["bootstrap_disagrees"] for row in found["rows"])
+    print(f"the bootstrap says otherwise than the verdict in {others} of {len(found['rows'])} rows")
