@@ -533,9 +533,8 @@ ALT = {  # what a page says of each to those who do not see it
     "HELLoRA with other choices of experts, and of the same with experts alone.",
     "losses": "Training loss by step. With attention and router, full fine-tuning, LoRA and "
     "HELLoRA fall alike. With experts alone, hot fall fastest, random later, cold hardly.",
-    "placement": "Forest plot of held-out loss with other choices of experts, compared with hot "
-    "ones: cold, random, none, all, model-level, by answer tokens, in three regimes, on one "
-    "base and on several, with a band of 10 % and the paper's effect marked.",
+    "placement": "The loss on held-out problems with each choice of experts, relative to that with "
+    "hot ones, with 95 % intervals. The band of 10 % and the paper's difference are marked.",
 }
 
 

@@ -542,29 +542,28 @@ SLEEP = (
     [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
 )
 UNLIKE = [92.0, 93.0, 92.5, 92.2, 93.4], [70.0, 85.0, 90.0, 60.0, 95.0, 88.0]
-# By scipy 1.17.1. t: ttest_ind(a, b, equal_var=False), whose df are 17.776 and 5.022 (R's page of
-# t.test prints t = -1.8608, df = 17.776 for SLEEP). p: 2 * t.sf(|t|, df) with df rounded down.
-# one_sided: t.sf((mean(a) - mean(b) + 1) / error, df).
+# R's page of t.test prints t = -1.8608, df = 17.776, p = 0.07939 for SLEEP. All digits: mpmath
+# 1.3.0, with the incomplete beta function. one_sided: of (mean(a) - mean(b) + 1) / error.
 WELCH = [
-    (SLEEP, -1.8608134674868526, 17, 0.08015717074006884, 0.7481210583739808),
-    (UNLIKE, 2.054584416625629, 5, 0.09508629482195469, 0.03776718521363653),
+    (SLEEP, -1.860813467486853, 17.776473516178488, 0.07939414018735817, 0.7483198114409818),
+    (UNLIKE, 2.054584416625629, 5.022045448067882, 0.09483913362294093, 0.03764977681672555),
 ]
 
 
 @pytest.mark.parametrize(("groups", "t", "df", "p", "one_sided"), WELCH)
 def test_two_groups_are_compared_by_welchs_t(groups, t, df, p, one_sided):
     found = stats.compare_groups(*groups, margin=1.0)
-    assert found.df == df
+    assert found.df == pytest.approx(df, rel=1e-9)
     assert found.mean / found.error == pytest.approx(t, rel=1e-9)
-    assert found.p == pytest.approx(p, rel=1e-9)
-    assert found.p_not_worse == pytest.approx(one_sided, rel=1e-9)
+    assert found.p == pytest.approx(p, abs=1e-9)  # the error of the integral, as `inside` says
+    assert found.p_not_worse == pytest.approx(one_sided, abs=1e-9)
     swapped = stats.compare_groups(*reversed(groups), margin=1.0)
     assert (swapped.mean, swapped.p) == pytest.approx((-found.mean, found.p))
 
 
 def test_groups_without_any_spread_have_all_their_degrees_of_freedom():
-    assert stats.compare_groups([1.0] * 5, [1.0] * 5, margin=1.0).df == 8
-    assert stats.compare_groups([1.0] * 5, [1.0, 2.0, 3.0], margin=1.0).df == 2
+    assert stats.compare_groups([1.0] * 5, [1.0] * 5, margin=1.0).df == pytest.approx(8)
+    assert stats.compare_groups([1.0] * 5, [1.0, 2.0, 3.0], margin=1.0).df == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -589,11 +588,11 @@ def test_a_claim_of_not_being_worse_has_a_verdict_of_its_own(ours, said):
 def test_not_being_worse_is_seldom_said_of_a_loss_of_the_margin():
     draw = random.Random(0)
     found = []
-    for _ in range(2000):
+    for _ in range(500):
         ours, theirs = ([draw.gauss(x, 1) for _ in range(5)] for x in (-1, 0))
         found.append(stats.at_least(stats.compare_groups(ours, theirs, margin=1.0)))
     wrong = sum(word == "holds" and p < 0.05 for word, p in found) / len(found)
-    assert wrong <= 0.06  # 5 %, with three standard errors of .005 each way in 2,000 draws
+    assert wrong <= 0.08  # 5 %, and three standard errors of .01 in 500 draws
 
 
 def test_our_own_claims_do_not_change_the_correction_of_the_papers(scored, monkeypatch):
