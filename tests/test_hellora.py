@@ -228,7 +228,7 @@ def counted(backbone, name, k):
 
 @pytest.mark.parametrize(
     ("backbone", "name", "k", "trained", "percent"),
-    [  # Tables 2, 3, 5 and 7 of the paper, and integers from method.md, section 4
+    [  # Tables 2, 3, 5 and 7 of the paper, and integers that were worked out by hand
         ("olmoe-1b-7b", "lora", 0, 173_015_040 + 138_444_800, 4.3075),
         ("olmoe-1b-7b", "hellora", 2, 10_485_760 + 8_421_376, 0.2725),
         ("olmoe-1b-7b", "hellora", 4, 15_728_640 + 12_615_680, 0.4080),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +256,12 @@ def test_every_quoted_line_stands_in_the_file_it_is_said_to_be_from():
     assert found >= 6
 
 
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_no_line_outside_tables_is_wider_than_100_columns(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
 # ---- links ---------------------------------------------------------------------------------------
 
 
@@ -293,11 +300,53 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
             assert int(anchor[1:]) <= len(file.read_text().splitlines()), target
 
 
-@pytest.mark.parametrize("page", LINKED, ids=named)
-def test_every_file_that_is_named_is_there(page):
-    for name in re.findall(r"`((?:[\w-]+/)+[\w.-]+\.\w+)`", prose(page)):
+# Our files, as pages and code name them: all .py and .md, and whatever is said to be in a folder.
+FOLDERS = ("docs", "examples", "paper", "plumbing", "tests", "tiny")
+NAMED = re.compile(
+    rf"(?<![\w./-])(?:(?:[\w.-]+/)*[\w-]+\.(?:py|md)|(?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)\b"
+)
+PLACEHOLDER = re.compile(r"(?<![A-Z])(FILE|MODEL|NAME|SHARE|TASK)(?![A-Z])")
+OTHERS = {  # files of other projects, named as sources
+    "moe.py",  # mistral-inference
+    "configuration_deepseek.py",  # DeepSeekMoE
+    "eval_model.py", "extract_mask.py", "get_datasets.py",  # LoRI
+    "keyword_eval.py",  # Qi et al.
+}  # fmt: skip
+OURS = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+OURS += [path for path in ROOT.iterdir() if path.is_file()]
+TEXTS = sorted({*LINKED, *(path for path in OURS if path.suffix in (".py", ".md"))})
+
+
+def lost(text, folder):
+    """The files that a text names and that are not there. folder: the text's own."""
+    alone = {path.name for path in OURS} | OTHERS
+    for name in NAMED.findall(text):
+        if "/" in name:
+            there = any((place / name).exists() for place in (ROOT, folder))
+        else:
+            there = name in alone
+        if not there and not PLACEHOLDER.search(name):
+            yield name
+
+
+def test_a_file_that_is_gone_is_found_wherever_a_text_names_it():
+    gone = ["(`python tests/peers/gone.py`, 3", "see gone.py:", "in docs/gone-2.json.", "docs/x.md"]
+    assert [len([*lost(text, ROOT)]) for text in gone] == [1, 1, 1, 1]
+    there = ["`tests/conftest.py`", "(hellora.py)", "docs/results/stability.json,", "docs/FILE.md"]
+    assert [len([*lost(text, ROOT)]) for text in there] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=named)
+def test_every_file_that_is_named_is_there(path):
+    if path != Path(__file__):  # which names some that are not there
+        assert [*lost(path.read_text(encoding="utf-8"), path.parent)] == []
+
+
+@pytest.mark.parametrize("path", LINKED, ids=named)
+def test_every_file_in_quotes_is_there(path):
+    for name in re.findall(r"`((?:[\w-]+/)+[\w.-]+\.\w+)`", prose(path)):
         made = name.startswith("runs/") or name.split("/")[0] in ("hub", "results")
-        assert made or (ROOT / name).exists() or (page.parent / name).exists(), name
+        assert made or (ROOT / name).exists() or (path.parent / name).exists(), name
 
 
 def test_the_list_of_pages_has_them_all():

@@ -23,7 +23,7 @@ from paper.studies import claims, comparison, forgetting, mechanism, merging, ro
 from plumbing import flags
 from plumbing.run_folder import update_results
 
-# trainable integers of method.md, section 4: [A, B] pairs; LoRI-S trains round(B / 10)
+# trainable integers, worked out by hand. LoRI-S trains round(B / 10)
 OLMOE = {
     ("lora", 64): 311_459_840, ("dora", 64): 315_786_240, ("lori-d", 64): 138_444_800,
     ("lori-s", 64): 13_844_480, ("hellora", 2): 18_907_136, ("hellora", 4): 28_344_320,

@@ -38,7 +38,7 @@ TRIALS = ROOT / "runs" / "trials"  # the runs and results of trials
 MODEL = "tiny"
 # A seed follows. tiny.pretrain makes such a model from that seed, with MODEL's tokenizer.
 BASES = "runs/bases/tiny-s"
-# This is not a task, but it is scored as one: what a model still knows (studies/forgetting.py).
+# Not a task, but scored as one: what a model still knows (paper/studies/forgetting.py).
 PRETRAINING = "pretraining"
 # A task that can be scored -> its kind.
 KINDS = {name: task.kind for name, task in TASKS.items()} | {"humaneval": "code"}
