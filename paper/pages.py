@@ -29,6 +29,7 @@ from paper import reproduce
 from paper.bench import report
 from paper.figures import ALT
 from paper.runs.parallel import ROOT
+from paper.runs.stats import short_p
 from paper.studies import claims, placement
 from paper.studies.tables import OLMOE
 from plumbing.cli import Parser, command
@@ -322,11 +323,6 @@ def claim_row(claim: dict) -> str:
             says += ", above the paper" if ours["low"] > claim["paper"] else ", below the paper"
     name = claim["says"].removeprefix("three bases: ").removeprefix("three bases, ")
     return f"| {name} | {paper} | {says} | {' | '.join(cells)} |"
-
-
-def short_p(p: float) -> str:
-    """A p-value with three digits."""
-    return "<.001" if p < 0.0005 else f"{p:.3f}".removeprefix("0")
 
 
 PARTS = {

@@ -1,6 +1,6 @@
 """The paper's numbers beside ours.
 
-    python -m paper.reproduce params         trained parameters in Tables 2 to 5 and 7; no weights
+    python -m paper.reproduce params         trained parameters in Tables 2 to 5 and 7, no weights
     python -m paper.reproduce flops          adapter FLOPs per token, by formula and as counted
     python -m paper.reproduce --table 4      a table on the embedded model, over seeds
     python -m paper.reproduce --table 4 --scale paper               on the paper's models and data
@@ -201,11 +201,13 @@ def text() -> list[dict]:
 
 
 def show_text(rows: list[dict]) -> None:
-    """Print two lines for each number: what the paper says, and the status here."""
+    """Print what the paper says, the status here, and the command that shows it, if any."""
     for r in rows:
         value = "" if r["value"] is None else f": {r['value']:g}"
         print(f"{r['where']}: {r['says']}{value}")
-        print("    " + "; ".join(part for part in (r["word"], r["why"], r["command"]) if part))
+        print("    " + ": ".join(filter(None, (r["word"], r["why"]))))
+        if r["command"]:
+            print(f"    {r['command']}")
 
 
 class Part(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paper.runs.stats import inside, spread, t_95
+from paper.runs.stats import aligned, inside, spread, t_95
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,15 @@ def test_one_number_and_equal_ones_have_no_interval():
     apart = spread([0.938 - 0.936, 0.926 - 0.924, 0.92 - 0.918])  # equal but for rounding
     assert apart.low is None
     assert apart.mean == pytest.approx(0.002)
+
+
+def test_the_columns_of_a_table_begin_or_end_at_one_place_and_empty_ones_are_left_out():
+    rows = [["a", "7", "", "yes"], ["bcd", "12", "", ""]]
+    assert aligned([["", "n", "none", "says"], *rows]) == [
+        "      n  says",
+        "a     7   yes",
+        "bcd  12",
+    ]
+    found = aligned([["x", "by"], ["1", "a"], ["22", "bc"]], left=(1,))
+    assert found == [" x  by", " 1  a", "22  bc"]
+    assert aligned([["a", "b"]]) == ["a  b"]  # no rows yet: the head is all there is

@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from paper.runs.stats import aligned
 from paper.studies.tables import printed, ratio
 
 SAMPLE = 200  # tokens of a GSM8K sample, roughly, to give samples/s as the paper does
@@ -49,23 +50,23 @@ def summarise(record: dict) -> None:
         record["losses_differ_by"] = (max(losses) - min(losses)) / abs(median(losses))
 
 
-COLUMNS = (  # head, pattern, value of a row
-    ("tokens/s", "{:>10,.0f}", lambda row: row.get("tokens_per_s")),
-    ("samples/s", "{:>10.1f}", lambda row: row.get("samples_per_s")),
-    ("ratio", "{:>7.2f}", lambda row: (row.get("faster") or {}).get("median")),
-    ("least", "{:>6.2f}", lambda row: (row.get("faster") or {}).get("least")),
-    ("most", "{:>6.2f}", lambda row: (row.get("faster") or {}).get("most")),
-    ("roofline", "{:>10,.0f}", lambda row: row.get("roofline_tokens_per_s")),
-    ("MFU", "{:>6.1%}", lambda row: row.get("utilisation")),
-    ("peak GB", "{:>9.2f}", lambda row: row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None),
-    ("ops/layer", "{:>10,d}", lambda row: row.get("operations_a_layer")),
-    ("trained", "{:>14,d}", lambda row: row.get("trained")),
+COLUMNS = (  # head, format, value of a row
+    ("tokens/s", ",.0f", lambda row: row.get("tokens_per_s")),
+    ("samples/s", ".1f", lambda row: row.get("samples_per_s")),
+    ("ratio", ".2f", lambda row: (row.get("faster") or {}).get("median")),
+    ("least", ".2f", lambda row: (row.get("faster") or {}).get("least")),
+    ("most", ".2f", lambda row: (row.get("faster") or {}).get("most")),
+    ("roofline", ",.0f", lambda row: row.get("roofline_tokens_per_s")),
+    ("MFU", ".1%", lambda row: row.get("utilisation")),
+    ("GB", ".2f", lambda row: row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None),
+    ("ops", ",d", lambda row: row.get("operations_a_layer")),
+    ("trained", ",d", lambda row: row.get("trained")),
 )
 
 
 def cell(value: float | None, pattern: str) -> str:
-    """A number, or a dash of the same width."""
-    return f"{'-':>{len(pattern.format(0))}}" if value is None else pattern.format(value)
+    """A number, or a dash."""
+    return "-" if value is None else format(value, pattern)
 
 
 def show(record: dict) -> None:
@@ -73,7 +74,6 @@ def show(record: dict) -> None:
     rows, world, settings = (record[name] for name in ("rows", "world", "settings"))
     show_others(record)
     versions = record["versions"]
-    where = f"{versions['device']}, {record['hardware']}, torch {versions['torch']}"
     peak = record.get("matmul_flops_per_s", 0) / 1e12
     paper = ", ".join(f"{method} {rate}" for method, rate in PAPER["samples_per_s"].items())
     print(
@@ -81,17 +81,17 @@ def show(record: dict) -> None:
         f"{settings['model'] or settings['shape']}, {settings['dtype']}, {world['tokens']} "
         f"tokens a step in {world['sequences']} sequences, hot experts get "
         f"{world['hot_share']:.1%} of the visits, weights {world['weight_bytes'] / 1e9:.2f} GB\n"
-        f"{where}, {record['date'][:10]}, medians of rounds, {record['clock']}\n"
+        f"{versions['device']}, {record['hardware']}\n"
+        f"torch {versions['torch']}, {record['date'][:10]}, medians of rounds, {record['clock']}\n"
         f"the fastest matrix product makes {peak:.3f} TFLOP/s: roofline and MFU refer to it\n"
-        f"ratio: times as fast as {record['reference']}, in the same round\n"
+        f"ratio: times as fast as {record['reference']}, in the same round (median, least, most)\n"
+        "GB: peak of memory. ops: operations of a layer\n"
         f"a sample has {SAMPLE} tokens (the paper's samples/s, on two A100: {paper})"
     )
-    width = max(map(len, rows))
-    print("".ljust(width) + "".join(f"{head:>{len(p.format(0))}}" for head, p, _ in COLUMNS))
+    table = [["", *(head for head, *_ in COLUMNS)]]
     for name, row in rows.items():
-        print(
-            name.ljust(width) + "".join(cell(value(row), pattern) for _, pattern, value in COLUMNS)
-        )
+        table.append([name, *(cell(value(row), pattern) for _, pattern, value in COLUMNS)])
+    print(*aligned(table), sep="\n")
 
 
 def show_others(record: dict) -> None:
@@ -107,11 +107,12 @@ def show_others(record: dict) -> None:
     for name, row in loaded.items():
         if row["seconds"]:
             print(f"load, {name}: {median(row['seconds']):.2f} s")
+    if record["regimes"]:
+        print(f"lora -> hellora (paper: {PAPER['ratio']}x in time)")
     for regime, value in record["regimes"].items():
         spread = "{median:.2f}x in time ({least:.2f} to {most:.2f}), "
         time = spread.format(**value["time"]) if value["time"] else ""
-        operations = f"{value['operations']:.2f}x in operations"
-        print(f"lora -> hellora, {regime}: {time}{operations} (paper: {PAPER['ratio']}x in time)")
+        print(f"  {regime}: {time}{value['operations']:.2f}x in operations")
     if "losses_differ_by" in record:
         print(f"the first losses of all configurations differ by {record['losses_differ_by']:.1e}")
     for name, row in (record["rows"] | decoded | loaded).items():

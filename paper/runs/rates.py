@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paper.runs.grid import ROOT, Run, Wanted, missing_tasks, saved, score_of
-from paper.runs.stats import spread
+from paper.runs.stats import aligned, spread
 
 TASK = "tiny-math"
 SEEDS = (0, 1, 2)
@@ -269,35 +269,40 @@ def check_best(what: str, best: float, lr: float, table: str) -> None:
 
 
 def show(rows: list[dict]) -> None:
-    """Print a table of word problems, and one for each other task."""
-    print(
-        "method            trained     lr    test accuracy "
-        "  final training loss   dev accuracy at each lr"
-    )
+    """Print the runs at the chosen rates, and the dev score at each rate, task by task."""
+    print("mean and standard deviation over seeds, at the chosen lr")
+    math = [r for r in rows if r["task"] == TASK]
+    table = [["", "trained", "lr", "test accuracy, %", "final training loss"]]
+    for r in math:
+        accuracy, loss = r["accuracy"], r["final_loss"]
+        tested = f"{100 * accuracy['mean']:.1f} +- {100 * accuracy['std']:.1f}"
+        trained_to = f"{loss['mean']:.4f} +- {loss['std']:.4f}"
+        table.append([r["method"], f"{r['trained']:,}", f"{r['lr']:g}", tested, trained_to])
+    print(*aligned(table), sep="\n")
+
+    for task in MEASURES:
+        if of := [r for r in rows if r["task"] == task]:
+            print(f"\n{MEASURES[task]} on {DEV[task]} at each lr, seed 0, % (* the chosen one)")
+            print(*aligned(by_rate(of)), sep="\n")
+
+
+def by_rate(rows: list[dict]) -> list[list[str]]:
+    """A table of the dev scores at each rate."""
+    rates = sorted({lr for r in rows for lr in r["dev"]}, key=float)
+    table = [["", *rates]]
     for r in rows:
-        if r["task"] == TASK:
-            print(
-                f"{r['method']:15s} {r['trained']:9,d}  {r['lr']:5g}   "
-                f"{r['accuracy']['mean']:5.1%} +- {r['accuracy']['std']:4.1%}     "
-                f"{r['final_loss']['mean']:.4f} +- {r['final_loss']['std']:.4f}     {by_rate(r)}"
-            )
-    for task in OTHERS:
-        of = [r for r in rows if r["task"] == task]
-        if of:
-            print(f"\n{MEASURES[task]} on {DEV[task]} at each lr, seed 0")
-        for r in of:
-            print(f"{r['method']:15s} {r['lr']:7g}   {by_rate(r)}   {says(r)}")
-
-
-def by_rate(row: dict) -> str:
-    """The dev score at each rate."""
-    return "  ".join(f"{lr}: {value:.1%}" for lr, value in row["dev"].items())
+        table.append([r["method"]])
+        for lr in rates:
+            chosen = "*" * (float(lr) == r["lr"])
+            table[-1].append(f"{chosen}{100 * r['dev'][lr]:.1f}" if lr in r["dev"] else "")
+        if "taken" in r and not r["taken"]:
+            table[-1].append(says(r))
+    width = max(map(len, table))
+    return [cells + [""] * (width - len(cells)) for cells in table]
 
 
 def says(row: dict) -> str:
     """What follows from the dev scores of a row of `choice`."""
     if row["next"]:
         return f"to be tried: {', '.join(f'{lr:g}' for lr in row['next'])}"
-    if row["taken"]:
-        return "the best is taken"
     return f"the best is {row['best']:g}: to be taken into TASK_RATES"

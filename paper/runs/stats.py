@@ -1,4 +1,4 @@
-"""The mean, spread and interval over seeds, and the tests of two methods.
+"""The mean, spread and interval over seeds, the tests of two methods, and numbers as text.
 
 Student's t is written out here, because the allowed packages have no distribution functions.
 """
@@ -197,3 +197,24 @@ def signed(result: dict | None, digits: int, unit: float = 1) -> str:
         return center
     p = "< 0.001" if result["p"] < 0.0005 else f"{result['p']:.3f}"
     return f"{center} ({' to '.join(ends)}, p {p})"
+
+
+def short_p(p: float) -> str:
+    """A p-value with three digits."""
+    return "<.001" if p < 0.0005 else f"{p:.3f}".removeprefix("0")
+
+
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+    """The lines of a table. rows: the first one is the head.
+
+    A column is as wide as its longest text. A column whose rows are all empty is left out. Texts
+    stand on the right of a column, or on the left of the columns `left`.
+    """
+    lines = ["" for _ in rows]
+    for i, (head, *column) in enumerate(zip(*rows, strict=True)):
+        if any(column) or not column:
+            texts = [head, *column]
+            width = max(map(len, texts))
+            padded = [t.ljust(width) if i in left else t.rjust(width) for t in texts]
+            lines = [f"{line}  {text}" for line, text in zip(lines, padded, strict=True)]
+    return [line.removeprefix("  ").rstrip() for line in lines]

@@ -19,7 +19,7 @@ from moe_model import MoEModel
 from paper.plan import shapes
 from paper.runs import rates
 from paper.runs.grid import BASES, MODEL, Base, Cell, Wanted, saved, score_of
-from paper.runs.stats import signed, spread
+from paper.runs.stats import aligned, short_p, spread
 from paper.studies import tables
 from plumbing.checkpoint import BACKBONES, locate, read_config
 
@@ -366,33 +366,52 @@ def results(table: Study) -> dict:
     }
 
 
+HEAD = ["", "trained", "hot", "FLOPs", "n", "mean", "sd", "+-", "diff", "+-", "p", "from", "paper"]
+LEGEND = """\
+hot: share of visits to adapted experts. FLOPs: of the adapters (LoRA on all experts: 1). n: runs.
+sd: standard deviation. +-: half of the 95 % interval of the number before it.
+diff: difference in points from the row named in "from", with its p."""
+
+
 def show(found: dict) -> None:
     """Print a block for each column: percent, points, 95 % intervals."""
-    print(found["title"])
+    print(found["title"], LEGEND, sep="\n")
     for column, (score, task) in found["columns"].items():
-        print(
-            "\n"
-            f"{f'{score} on {task}, %':34s} trained  hot share  FLOPs   runs          mean  "
-            "  95 % interval   difference, points                                      paper"
-        )
-        for name, row in found["rows"].items():
-            print(line(name, row[column]))
+        print(f"\n{score} on {task}, %")
+        rows = [cells(name, row[column]) for name, row in found["rows"].items()]
+        print(*aligned([HEAD, *rows], left=(0, HEAD.index("from"))), sep="\n")
 
 
-def line(name: str, number: dict) -> str:
-    """A row of one column."""
-    trained = f"{number['trained']:11,}" if number["trained"] else f"{'-':>11s}"
-    share = "-" if number["hot_share"] is None else f"{number['hot_share']:.3f}"
-    flops = f"{number['flops']:.2f}" if number["flops"] else "-"
-    ours, apart = "-", ""
-    if number.get("mean") is not None:
-        ours = f"{100 * number['mean']:6.1f}"
-    if number.get("std") is not None:
-        ours += f" +- {100 * number['std']:4.1f}"
-    if number.get("low") is not None:
-        ours += f"  {100 * number['low']:6.1f} to {100 * number['high']:5.1f}"
-    if difference := number["minus"]:
-        apart = f"{signed(difference, 1, 0.01):>6s} from {difference['row']}"
-    printed = "" if number["paper"] is None else f"{number['paper']:7.2f}"
-    facts = f"{name:31s}{trained}{share:>11s}{flops:>7s}"
-    return f"{facts}{len(number['runs']):7d}  {ours:34s}{apart:54s}{printed}".rstrip()
+def cells(name: str, number: dict) -> list[str]:
+    """A row of one column, as HEAD has it."""
+    apart = number["minus"] or {}
+    return [
+        name,
+        shown(number["trained"], ",d") or "-",
+        shown(number["hot_share"], ".3f") or "-",
+        shown(number["flops"] or None, ".2f") or "-",
+        str(len(number["runs"])),
+        percent(number.get("mean")),
+        percent(number.get("std")),
+        percent(reach(number)),
+        percent(apart.get("mean"), "+.1f"),
+        percent(reach(apart)),
+        "" if apart.get("p") is None else short_p(apart["p"]),
+        apart.get("row", ""),
+        shown(number["paper"], ".2f"),
+    ]
+
+
+def reach(result: dict) -> float | None:
+    """Half of a Spread's 95 % interval. None if it has no interval."""
+    return None if result.get("low") is None else result["high"] - result["mean"]
+
+
+def shown(value: float | None, pattern: str) -> str:
+    """A number as text. "" for None."""
+    return "" if value is None else format(value, pattern)
+
+
+def percent(share: float | None, pattern: str = ".1f") -> str:
+    """A share as a text in percent, or a difference of shares in points. "" for None."""
+    return "" if share is None else format(100 * share, pattern)

@@ -26,7 +26,7 @@ from hellora import load_run
 from moe_model import MoEModel
 from paper.runs.grid import PRETRAINING, Base, Cell, Wanted, saved
 from paper.runs.rates import MAIN, SEEDS, TASK, cell
-from paper.runs.stats import signed, spread
+from paper.runs.stats import aligned, signed, spread
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import Parser, command
@@ -162,24 +162,27 @@ def show(found: dict) -> None:
         return
     before = base["cross_entropy"]
     print(
-        f"cross-entropy on fresh text of the {len(MIX)} domains of pretraining, "
-        f"nats a token: {mean(before.values()):.3f} before tuning on {TASK}\n"
-        "method        trained  runs   rise (95 % "
-        f"interval)                 difference from {AGAINST}"
+        f"cross-entropy on fresh text of the {len(MIX)} domains of pretraining, nats a token:\n"
+        f"{mean(before.values()):.3f} before tuning on {TASK} (n: runs, brackets: 95 % interval)\n"
     )
+    table = [["", "trained", "n", "rise", f"difference from {AGAINST}"]]
     for name, r in rows.items():
         up, minus = signed(r["rise"], 3), signed(r["minus"], 3)
-        print(f"{name:11s}{r['trained']:10,}{len(r['rise']['runs']):6d}   {up:37s}{minus}".rstrip())
+        table.append([name, f"{r['trained']:,}", str(len(r["rise"]["runs"])), up, minus])
+    print(*aligned(table, left=(0, 3, 4)), sep="\n")
 
-    print("\nrise by domain" + "".join(f"{domain:>10s}" for domain in MIX))
-    print(f"{'before':14s}" + "".join(f"{before[domain]:10.3f}" for domain in MIX))
+    print("\nrise by domain")
+    table = [["", *MIX], ["before", *(f"{before[domain]:.3f}" for domain in MIX)]]
     for name, r in rows.items():
-        print(f"{name:14s}" + "".join(f"{value:+10.3f}" for value in r["domains"].values()))
+        table.append([name, *(f"{value:+.3f}" for value in r["domains"].values())])
+    print(*aligned(table), sep="\n")
 
-    print("\nequations that are right, %" + "".join(f"{op:>7s}" for op in OPERATORS))
+    print("\nequations that are right, %")
+    table = [["", *OPERATORS]]
     arithmetic = {name: r["arithmetic"] for name, r in rows.items()}
     for name, shares in {"before": base["arithmetic"], **arithmetic}.items():
-        print(f"{name:27s}" + "".join(f"{100 * share:7.1f}" for share in shares.values()))
+        table.append([name, *(f"{100 * share:.1f}" for share in shares.values())])
+    print(*aligned(table), sep="\n")
 
 
 if __name__ == "__main__":

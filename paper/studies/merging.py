@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from paper.runs.grid import Cell, Merged, Run, Wanted, saved
 from paper.runs.rates import SEEDS, cell
-from paper.runs.stats import signed, spread
+from paper.runs.stats import aligned, signed, spread
 from paper.studies.comparison import OURS
 
 METHODS = ("hellora", "lora")
@@ -93,10 +93,17 @@ def row(pair: tuple[str, str], method: str, measure: Measure) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    """Print percent, points, 95 % intervals."""
-    print(f"{'merged':26s}method   {'%':31s}runs   alone  merged   difference, points")
+    """Print percent, points, 95 % intervals: a part for each pair of tasks."""
+    table = [["", "%", "n", "alone", "merged", "difference, points"]]
     for r in rows:
-        name = f"{' + '.join(r['pair']):26s}{r['method']:9s}{r['measure'] + ' on ' + r['task']:31s}"
         means = [f"{100 * mean(x):.1f}" if x else "-" for x in (r["alone"], r["merged"])]
-        minus = signed(r["minus"], 1, unit=0.01)
-        print(f"{name}{len(r['alone']):4d}{means[0]:>8s}{means[1]:>8s}   {minus}".rstrip())
+        measure, minus = f"{r['measure']} on {r['task']}", signed(r["minus"], 1, unit=0.01)
+        table.append([r["method"], measure, str(len(r["alone"])), *means, minus])
+    head, *lines = aligned(table, left=(0, 1, 5))
+    print("n: runs. Brackets: 95 % interval.", f"  {head}", sep="\n")
+    pair = None
+    for r, line in zip(rows, lines, strict=True):
+        if r["pair"] != pair:
+            pair = r["pair"]
+            print(" + ".join(pair))
+        print(f"  {line}")

@@ -29,7 +29,7 @@ TRAIN = (
 # A run is scored on the whole test split, and not on the 500 problems of train.py (--eval-limit).
 PROBLEMS = {"gsm8k": 1319}
 N_SEEDS = 10  # for each number, from Table 1
-TOO_LARGE = "needs the real checkpoint and a GPU; in miniature: docs/tables.md"
+TOO_LARGE = "needs the real checkpoint and a GPU (in miniature: docs/tables.md)"
 DEFAULT = Status("reproduced", TRAIN, "the default of train.py")
 EXACT = Status("reproduced", "python -m paper.reproduce params")
 SPEED = Status("out of reach", "python -m paper.bench --shape olmoe", "measured on two A100")
@@ -256,12 +256,12 @@ PARAMS, FLOPS, REPORT = (
 TEXT = (
     Quote("abstract", "OLMoE: HELLoRA's trained parameters, percent of LoRA's", 15.74,
           Status("reproduced", PARAMS,
-                 "as a ratio of unrounded percents; of the counts it is 15.16")),
+                 "as a ratio of unrounded percents (of the counts it is 15.16)")),
     Quote("abstract", "OLMoE: HELLoRI-S's trained parameters, percent of LoRA's", 0.7,
           Status("reproduced", PARAMS), lambda: 100 * ratio("2", "hellori-s", "lora", "params")),
     Quote("abstract", "DeepSeekMoE: HELLoRA's trained parameters, percent of LoRA's", 23.2,
           Status("reproduced", PARAMS,
-                 "as a ratio of percents, if k is 12; of the counts it is 22.60")),
+                 "as a ratio of percents, if k is 12 (of the counts it is 22.60)")),
     Quote("introduction", "fewer trained parameters than LoRA, percent, up to", 85,
           Status("reproduced", PARAMS)),
     Quote("abstract", "fewer adapter FLOPs than LoRA, percent", 38.7,
@@ -290,10 +290,10 @@ TEXT = (
                  "f sums over the K choices, so it is K")),
     Quote("Figure 1", "OLMoE, layer 7: visits to the hottest 8 experts, percent, more than", 50,
           Status("out of reach", REPORT,
-                 "needs the real checkpoint; the command counts the tiny one")),
+                 "needs the real checkpoint (the command counts the tiny one)")),
     Quote("Figure 3", "OLMoE: layers of 16 where 10 % of the data give the hot 8 of all data", 11,
           Status("out of reach", REPORT,
-                 "as above; in the other 5 layers one expert of 8 differs")),
+                 "as above (in the other 5 layers one expert of 8 differs)")),
 )  # fmt: skip
 # Number -> content. The text gives no values of the figures, except those in TEXT and Table 6.
 FIGURES = {
@@ -301,6 +301,6 @@ FIGURES = {
     "3": "Jaccard overlap of hot experts by layer",
     "4": "hot experts by layer and task (its caption and the text name different layers)",
     "5": "samples a second",
-    "6": "as 4 (it names a layer 32; Mixtral, which has 32, counts from 0)",
+    "6": "as 4 (it names a layer 32, but Mixtral has 32 and counts from 0)",
 }
 DRAWN = Status("out of reach", "python -m paper.figures", "drawn for the embedded model")
