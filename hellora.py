@@ -1,7 +1,8 @@
 """HELLoRA: which weights get a low-rank update (LoRA, DoRA, LoRI, hot experts), and what it is.
 
-Read it from top to bottom: the methods as data, the update, stacked experts, into a model and out
-of it (attach, start, merge), LoRI's mask, what it costs, a trained run. catcher.py finds the hot
+Read it from top to bottom: the methods as data, the update of one matrix (LoRALinear), the updates
+of stacked experts (LoRAGroupedLinear), into a model and out of it (attach, start, merge). This is
+HELLoRA. Then come DoRA, LoRI's mask, what it costs, and a trained run. catcher.py finds the hot
 experts. train.py trains.
 
 Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or those that a
@@ -47,7 +48,7 @@ ALWAYS_VISITED = (
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's tables: where updates go, and what is trained of them."""
+    """One row of the paper's tables: where updates go, and which part of them is trained."""
 
     rule: str | None = "all"  # one of catcher.RULES, which chooses the adapted experts. None: none
     # The adapted linear maps. A method that adapts experts also adapts ALWAYS_VISITED.
@@ -84,7 +85,7 @@ SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts and noth
     "m": {"rule": "global-hot"},
     "c": {"rule": "cold"},
     "pure": {"sites": ()},
-    "gate": {"sites": ROUTER},
+    "gate": {"sites": ROUTER},  # the paper's word for the router
     # controls that the paper does not have
     "r": {"rule": "random"},
     "none": {"rule": None},
@@ -116,7 +117,7 @@ def parse_method(name: str) -> Method:
     return method
 
 
-# ---- the update ----------------------------------------------------------------------------------
+# ---- the update of one matrix --------------------------------------------------------------------
 
 
 class LowRank(nn.Module):
@@ -142,7 +143,7 @@ class LowRank(nn.Module):
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.register_buffer("mask", mask)
-        # DoRA: |w|^2 of each row w of the frozen W, [(k,) out]. row_scale fills it, once.
+        # DoRA: |w|^2 of each row w of the frozen W, [(k,) out]. dora_scale fills it, once.
         self.register_buffer("square", None, persistent=False)
 
     @classmethod
@@ -176,52 +177,10 @@ class LowRank(nn.Module):
         a_t, b_t = self.factors(torch.float32)
         return self.scale * (a_t @ b_t).mT  # (A^T B^T)^T = B A
 
-    def row_scale(self, weight: Tensor) -> Tensor:
-        """DoRA: trained length / present length of each row of weight + delta(), [*stack, out].
-
-        weight: [*stack, out, in]. A row has the weights of one output. The present length is a
-        constant in the backward pass. It is computed without a tensor of the weight's size: if b is
-        a row of scale * B, then |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b.
-        Source: PEFT's DoraLinearLayer.forward.
-        """
-        with torch.no_grad():
-            if self.square is None:
-                self.square = row_length(weight) ** 2  # [*stack, out], once, as W is frozen
-            a_t, b_t = self.factors(torch.float32)  # [*stack, in, r], [*stack, r, out]
-            b = self.scale * b_t.mT  # [*stack, out, r]
-            cross = (weight @ a_t.to(weight.dtype)).float()  # [*stack, out, r]
-            grown = (b * (2 * cross + b @ (a_t.mT @ a_t))).sum(-1)  # [*stack, out]
-            length = (self.square + grown).clamp(min=0).sqrt()
-        return safe_ratio(self.magnitude, clamp_length(length, self.square.sqrt()))
-
     def merged(self, weight: Tensor) -> Tensor:
         """weight [*stack, out, in] with the update folded in, in fp32."""
         after = weight.float() + self.delta()
-        if self.magnitude is not None:
-            length = clamp_length(row_length(after), row_length(weight))
-            after = after * safe_ratio(self.magnitude, length)[..., None]
-        return after
-
-
-def row_length(weight: Tensor) -> Tensor:
-    """The length of each row of weight [*stack, out, in], in fp32: [*stack, out]."""
-    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
-
-
-def clamp_length(length: Tensor, base_length: Tensor) -> Tensor:
-    """The lengths of updated rows, each at least sqrt(eps) times its length without the update.
-
-    A smaller length is the rest of a row that the update nearly cancels. In fp32 its square is
-    noise.
-    """
-    return length.clamp(min=torch.finfo(torch.float32).eps ** 0.5 * base_length)
-
-
-def safe_ratio(magnitude: Tensor, length: Tensor) -> Tensor:
-    """magnitude / length, element by element. 1 where length is 0: a row of zeros, not updated."""
-    nonzero = length > 0
-    # Two `where`, because a division by 0 has the gradient NaN, even where it is not chosen.
-    return torch.where(nonzero, magnitude / torch.where(nonzero, length, 1), 1)
+        return after if self.magnitude is None else dora_merged(after, weight, self.magnitude)
 
 
 class LoRALinear(nn.Module):
@@ -237,12 +196,12 @@ class LoRALinear(nn.Module):
         a, b = self.lora.factors(x.dtype)  # [in, r], [r, out]
         y = F.linear(x, self.weight.to(x.dtype))  # W x
         y += (x @ a * self.lora.scale) @ b  # + scale B (A x)
-        if self.lora.magnitude is not None:  # DoRA: each row gets the length that is trained
-            y = y * self.lora.row_scale(self.weight).to(x.dtype)
+        if self.lora.magnitude is not None:  # DoRA, explained further below
+            y = y * dora_scale(self.lora, self.weight).to(x.dtype)
         return y
 
 
-# ---- the update of stacked experts: HELLoRA's forward pass ---------------------------------------
+# ---- the updates of stacked experts: HELLoRA's forward pass --------------------------------------
 
 
 class AdaptedRows(Rows):
@@ -274,21 +233,17 @@ class LoRAGroupedLinear(nn.Module):
         a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
         low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
         y += rows.matmul(low, b, ends)  # + B low
-        if self.lora.magnitude is not None:
-            y = y * self.dora_scale(ends.tensor, len(y)).to(x.dtype)
+        if self.lora.magnitude is not None:  # DoRA, explained further below
+            scale = dora_scale(self.lora, adapted_weight(self))  # [k, out]
+            y = y * for_rows(scale, ends, len(y)).to(x.dtype)
         return y
-
-    def dora_scale(self, ends: Tensor, n: int) -> Tensor:
-        """DoRA's factors for n rows in segments that end at `ends` [k]: [n, out]."""
-        scale = self.lora.row_scale(adapted_weight(self))  # [k, out]
-        sizes = ends.diff(prepend=ends.new_zeros(1))  # [k]
-        return scale.repeat_interleave(sizes, dim=0, output_size=n)
 
 
 class LoRAExperts(Experts):
-    """The experts of a layer. k of them carry updates. Rows of the others pay nothing for them.
+    """The experts of a layer. k of them carry updates. Rows of the others cost what they did.
 
-    Both kinds of rows go through the same `mlp`. Their type tells its three maps which kind it is.
+    Both kinds of rows go through the same `mlp`. The type of the rows, AdaptedRows or Rows, tells
+    gate, up and down whether to add their updates.
     """
 
     def __init__(self, base: Experts, adapted: list[int], method: Method, rank: int, alpha: float):
@@ -309,8 +264,9 @@ class LoRAExperts(Experts):
         if len(self.adapted) == n_experts:  # LoRA: there are no others
             slot, ends = sort_by_expert(expert, n_experts)
             return self.mlp(tokens, weight, AdaptedRows(slot, ends, self.matmul))
-        # One sort puts the rows of adapted experts first. In it, the others have the ids E to
-        # 2E - 1. The weights stay in the order of ids, so loading, merging and saving are the same.
+        # One sort puts the rows of adapted experts first, because it takes the others as the
+        # experts E to 2E - 1. The weights stay in the order of the ids, so loading, merging and
+        # saving do not change.
         key = as_index(self.key, expert.device)[expert]  # [N]
         slot, ends = sort_by_expert(key, 2 * n_experts)
         sizes = ends.sizes  # [2E] the host waits for a GPU here, once a layer
@@ -323,7 +279,7 @@ class LoRAExperts(Experts):
 
 
 def ends_of(experts: list[int], ends: Ends) -> Ends:
-    """For rows that visit no expert but `experts` [k], ascending: where each one's rows end [k]."""
+    """Where the rows of each of `experts` [k], ascending, end [k]. No rows visit other experts."""
     if len(experts) == len(ends.tensor):
         return ends  # LoRA: of all
     index = as_index(experts, ends.tensor.device)
@@ -338,7 +294,7 @@ def as_index(ids: Iterable[int], device: torch.device) -> Tensor:
     return _as_index(tuple(ids), device)
 
 
-@cache  # which takes tuples, and no lists
+@cache  # for which the ids must be a tuple, and no list
 @torch.inference_mode(False)  # training could not use a tensor made in inference mode
 def _as_index(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ids, device=device)
@@ -355,7 +311,7 @@ def attach(
     adapted: {MoE layer: ids of its adapted experts, ascending}, as catcher.choose gives them. A
     layer that is not named, or has an empty list, gets no expert adapters.
     """
-    model.requires_grad_(method.train_base)  # freeze all that is there; the adapters come after
+    model.requires_grad_(method.train_base)  # freeze all that is there. The adapters come after
     for i, layer in enumerate(model.layers):
         for site in sites_in(layer, method, model.cfg.linear_router):
             base = layer.get_submodule(site)
@@ -365,7 +321,7 @@ def attach(
 
 
 def sites_in(layer: Block, method: Method, linear_router: bool) -> list[str]:
-    """Names of the plain linear maps of `layer` that `method` adapts, of those that the layer has.
+    """Names of the plain linear maps that `method` adapts and that `layer` has.
 
     A method that adapts experts also adapts the maps that every token visits. A router that is a
     bare parameter on the Hub is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.
@@ -441,6 +397,67 @@ def detach(model: MoEModel) -> None:
             layer.moe.experts = Experts(experts.gate, experts.up, experts.down, experts.matmul)
 
 
+# ---- DoRA ----------------------------------------------------------------------------------------
+#
+# A row of W has the weights of one output. DoRA trains A and B, and one more number for each row,
+# its magnitude: the length that the row has in the end. The row of W + scale * B A has another
+# length, so the output is multiplied by magnitude / length.
+
+
+def dora_scale(update: LowRank, weight: Tensor) -> Tensor:
+    """Trained length / present length of each row of weight + update.delta(), [*stack, out].
+
+    weight: [*stack, out, in]. The present length is a constant in the backward pass. It is computed
+    without a tensor of the weight's size: if b is a row of scale * B, then
+    |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b. Source: PEFT's DoraLinearLayer.forward.
+    """
+    with torch.no_grad():
+        if update.square is None:
+            update.square = row_length(weight) ** 2  # [*stack, out], once, as W is frozen
+        a_t, b_t = update.factors(torch.float32)  # [*stack, in, r], [*stack, r, out]
+        b = update.scale * b_t.mT  # [*stack, out, r]
+        cross = (weight @ a_t.to(weight.dtype)).float()  # [*stack, out, r]
+        grown = (b * (2 * cross + b @ (a_t.mT @ a_t))).sum(-1)  # [*stack, out]
+        length = (update.square + grown).clamp(min=0).sqrt()
+    return safe_ratio(update.magnitude, clamp_length(length, update.square.sqrt()))
+
+
+def for_rows(scale: Tensor, ends: Ends, n: int) -> Tensor:
+    """The factors of k experts [k, out] -> those of their n rows, [n, out]."""
+    sizes = ends.tensor.diff(prepend=ends.tensor.new_zeros(1))  # [k]
+    return scale.repeat_interleave(sizes, dim=0, output_size=n)
+
+
+def dora_merged(after: Tensor, weight: Tensor, magnitude: Tensor) -> Tensor:
+    """The updated weight `after` [*stack, out, in], with rows as long as `magnitude` says.
+
+    weight: the same before the update.
+    """
+    length = clamp_length(row_length(after), row_length(weight))
+    return after * safe_ratio(magnitude, length)[..., None]
+
+
+def row_length(weight: Tensor) -> Tensor:
+    """The length of each row of weight [*stack, out, in], in fp32: [*stack, out]."""
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
+
+
+def clamp_length(length: Tensor, base_length: Tensor) -> Tensor:
+    """The lengths of updated rows, each at least sqrt(eps) times its length without the update.
+
+    A smaller length is the rest of a row that the update nearly cancels. In fp32 its square is
+    noise.
+    """
+    return length.clamp(min=torch.finfo(torch.float32).eps ** 0.5 * base_length)
+
+
+def safe_ratio(magnitude: Tensor, length: Tensor) -> Tensor:
+    """magnitude / length, element by element. 1 where length is 0: a row of zeros, not updated."""
+    nonzero = length > 0
+    # Two `where`, because a division by 0 has the gradient NaN, even where it is not chosen.
+    return torch.where(nonzero, magnitude / torch.where(nonzero, length, 1), 1)
+
+
 # ---- LoRI's mask: which entries of B a sparse run trains -----------------------------------------
 #
 # A D run trains all of B. The S run starts again from B = 0. It trains only the tenth of B that was
@@ -489,9 +506,9 @@ def keep_largest(rivals: list[Tensor], keep: float) -> list[Tensor]:
 def count_params(model: MoEModel, method: Method) -> tuple[int, int]:
     """How many numbers are trained, and how many are stored, adapters included.
 
-    The paper's Params column is trained / stored. Only those entries of a masked B are trained that
-    the masks keep. A model of shapes (meta device) has no masks yet: there the number of entries is
-    round(keep * all of B).
+    The paper's Params column is trained / stored. Of a masked B, only the entries that the mask
+    keeps are trained. A model of shapes (meta device) has no masks yet. There round(keep * all of
+    B) entries are trained.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in model.parameters())

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hellora
 import report
@@ -98,7 +98,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(trained, MAX_NORM if clip == "all" else math.inf)
     if clip == "each":
         clip_each(model)
-    # Both numbers in one copy, because the host waits for the device here, once a step.
+    # One copy brings both numbers, because the host waits for it: once a step.
     loss, norm = torch.stack([ranks.total(loss), ranks.whole(norm)]).tolist()
     if is_finite(loss, norm):
         optimizer.step()
@@ -128,7 +128,7 @@ def is_finite(loss: float, norm: float) -> bool:
 
 
 def symptoms(model: MoEModel, loss: float, norm: float) -> str:
-    """What a step that was not taken shows, and what to do, for an error."""
+    """For an error: what is wrong in a step that was not taken, and what to do."""
     bad = [n for n, p in model.named_parameters() if not ranks.mine(p).isfinite().all()]
     # If the model is cut up, each rank has looked at its own rows. All ranks come here together.
     bad = [name for names in ranks.gathered(bad) for name in names]
@@ -153,15 +153,21 @@ def lr_at(step: int, n_steps: int, settings: dict) -> float:
 
 
 def build_model(
-    job: Job, method: Method | None = None, adapted: dict[int, list[int]] | None = None
+    job: Job,
+    method: Method | None = None,
+    adapted: dict[int, list[int]] | None = None,
+    start: dict[str, Tensor] | None = None,
 ) -> MoEModel:
-    """The model with `method`'s adapters on the experts `adapted`. Without a method: the base."""
+    """The model with `method`'s adapters on the experts `adapted`. Without a method: the base.
+
+    start: values that an S run takes over from its D run, LoRI's mask among them.
+    """
     gc.collect()  # the last model has reference cycles: only this frees it before the new one
     dtype = DTYPES[job.settings["dtype"]]
     in_full = method is not None and method.train_base
 
     # 1. Shapes without memory, so that nothing is allocated twice. Frozen weights are stored in the
-    #    dtype of the computation. Full fine-tuning keeps fp32 masters.
+    #    dtype of the computation. Full fine-tuning keeps its weights in fp32.
     model = empty_model(job.cfg, dtype, job.matmul)
     model.to(torch.float32 if in_full else dtype).requires_grad_(False)
     model.recompute = job.recompute
@@ -172,11 +178,11 @@ def build_model(
     if ranks.world() > 1 and job.shard == "full":
         ranks.shard(model, model.layers, dtype if in_full else None, job.device)
 
-    # 3. Values: first the checkpoint's, then the adapters', as DoRA starts from the weights'
-    #    lengths. Only the run's own method takes over a mask. The base and the warm-up have none.
+    # 3. Values: first the checkpoint's, and then the adapters', because DoRA starts from the
+    #    weights' lengths.
     load_weights(model, Checkpoint(job.source), job.device)
     a_seed = f"{job.settings['seed']}{' redrawn' if job.settings['redraw_a'] else ''}"
-    hellora.init_adapters(model, a_seed, job.start if method is job.method else None)
+    hellora.init_adapters(model, a_seed, start)
     return model
 
 
@@ -379,7 +385,7 @@ def report_share(model: MoEModel, shares: dict[int, float]) -> None:
     cost = hellora.adapter_flops(model, shares) / on_all
     mean = sum(shares.values()) / len(shares)
     print(
-        f"in the steps just trained, {mean:.1%} of expert visits went to adapted experts; "
+        f"in the steps just trained, {mean:.1%} of expert visits went to adapted experts, so "
         f"the adapters cost {1 - cost:.1%} fewer FLOPs than with all experts adapted"
     )
 
@@ -411,7 +417,7 @@ def run_job(job: Job, folder: Path) -> None:
         )
 
     # 3. Adapters. The record is written before the first step, because a save needs it.
-    model = build_model(job, job.method, adapted)
+    model = build_model(job, job.method, adapted, job.start)
     trained, stored = hellora.count_params(model, job.method)
     report_size(job, model, trained, stored)
     record |= {"trained": trained, "stored": stored}
