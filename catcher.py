@@ -46,14 +46,15 @@ from plumbing.tokenizer import load_tokenizer
 class Catcher:
     """Visits of one task: (token, choice) pairs per layer and expert.
 
-    which_tokens: "all" but padding, as in the paper, or only those that predict "answers".
+    which_tokens: "all" (but no padding, as in the paper), or "answers": only those that predict a
+    token of an answer.
     """
 
     def __init__(self, n_experts: int, which_tokens: str = "all"):
         self.n_experts = n_experts
         self.which_tokens = which_tokens  # one of COUNTS
         self.counts: dict[int, Tensor] = {}  # {MoE layer: visits [E] int64}
-        self.gates: dict[int, Tensor] = {}  # {MoE layer: summed router probabilities [E] float64}
+        self.probabilities: dict[int, Tensor] = {}  # {MoE layer: their sums [E] float64}
         self.n_tokens: int | Tensor = 0
 
     @torch.no_grad()
@@ -65,26 +66,31 @@ class Catcher:
                 self.counts[layer] = torch.zeros(
                     self.n_experts, dtype=torch.long, device=counted.device
                 )
-                self.gates[layer] = self.counts[layer].double()
+                self.probabilities[layer] = self.counts[layer].double()
             # A token that is not counted adds 0. To leave it out, the host would have to wait for
             # the number of the others.
             ids = decided.expert_ids.flatten()  # [B*T*K]
             weight = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
+            probability = decided.probability.flatten() * weight  # [B*T*K]
             self.counts[layer].index_add_(0, ids, weight.long())
-            self.gates[layer].index_add_(0, ids, (decided.gate.flatten() * weight).double())
+            self.probabilities[layer].index_add_(0, ids, probability.double())
 
     def gather(self) -> "Catcher":
         """Add up what all ranks have counted, on every rank. Returns itself."""
-        if self.counts:  # without any pass there is nothing, on no rank
-            for tensor in (*self.counts.values(), *self.gates.values(), self.n_tokens):
+        if self.counts:  # else no pass was counted, on any rank
+            for tensor in (*self.counts.values(), *self.probabilities.values(), self.n_tokens):
                 ranks.total(tensor)
         return self
 
     def scores(self, score: str) -> dict[int, Tensor]:
-        """{layer: [E]} on the CPU. "count": visits. "gate": the mean probability over tokens."""
+        """{layer: [E]} on the CPU. "count": visits. "gate": the mean router probability of a token.
+
+        ("gate" is ESFT's word. --score and hot_experts.json have it too, so it stays.)
+        """
         if score == "gate":
-            return {layer: g.cpu() / int(self.n_tokens) for layer, g in self.gates.items()}
-        return {layer: c.cpu() for layer, c in self.counts.items()}
+            n_tokens = int(self.n_tokens)
+            return {layer: total.cpu() / n_tokens for layer, total in self.probabilities.items()}
+        return {layer: visits.cpu() for layer, visits in self.counts.items()}
 
 
 def sample(data: list[Encoded], share: float, seed: int) -> list[Encoded]:
@@ -203,7 +209,7 @@ class HotList:
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
     counts: dict[int, list[int]] = field(default_factory=dict)  # {MoE layer: visits [E]}, if known
-    gates: dict[int, list[float]] = field(default_factory=dict)  # {MoE layer: scores [E]} by "gate"
+    gates: dict[int, list[float]] = field(default_factory=dict)  # {MoE layer: mean probability [E]}
 
     def show(self) -> str:
         """Each layer's visits as bars, one character an expert, with the chosen and their share."""
@@ -291,7 +297,7 @@ def hot_list(
     """Choose from the visits that were counted (see `choose`), and note where they come from."""
     scores = visits.scores(score)
     experts = choose(scores, k, rule, seed, coverage)
-    gates = scores if score == "gate" else {}
+    probabilities = scores if score == "gate" else {}
     return HotList(
         model=model,
         task=task,
@@ -303,7 +309,7 @@ def hot_list(
         n_tokens=int(visits.n_tokens),
         experts=experts,
         counts={layer: counts.tolist() for layer, counts in visits.scores("count").items()},
-        gates={layer: means.tolist() for layer, means in gates.items()},
+        gates={layer: means.tolist() for layer, means in probabilities.items()},
     )
 
 

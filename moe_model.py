@@ -81,7 +81,11 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)).
+
+    `gate` is SwiGLU's word, and a part of the tensor's name in saved files. It has nothing to do
+    with the router, which some papers and checkpoints also call a gate.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -95,10 +99,18 @@ class MLP(nn.Module):
 
 
 # ---- experts: the same MLP, with matrices that depend on the row's expert ------------------------
+#
+# Each token is copied once for each expert that it visits. The copies are the rows. They are sorted
+# by expert, so that each expert owns one segment of them and multiplies it by its own matrix.
+#
+# An example with two tokens, K = 2 and three experts. Token 0 visits the experts 2 and 0, token 1
+# the experts 2 and 1. A slot is one (token, choice) pair, and slots are numbered token by token: 0
+# and 1 are of token 0, 2 and 3 of token 1. Sorted by expert, the slots are [1, 3, 0, 2]. They visit
+# the experts 0, 1, 2, 2. The segments of the three experts end at [1, 2, 4].
 
 
 class Ends:
-    """Where each expert's rows end, in rows that are sorted by expert (see Rows).
+    """Where each expert's segment ends: [1, 2, 4] in the example above.
 
     The host is the program on the CPU. It starts work on a GPU without waiting for it, but it has
     to wait whenever it reads a number from there.
@@ -120,6 +132,21 @@ class Ends:
         return self.known
 
 
+class Rows(NamedTuple):
+    """Rows sorted by expert, and the function that multiplies each segment by its own matrix."""
+
+    slot: Tensor  # [n] the slot of each row: [1, 3, 0, 2] in the example above
+    ends: Ends  # of E experts
+    matmul: Callable[[Tensor, Tensor, Ends], Tensor]  # looped_mm or grouped_mm, see below
+
+
+def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Ends]:
+    """The expert of each slot [N] -> the slots sorted by expert [N], and the experts' ends [E]."""
+    in_order, slot = expert.sort(stable=True)
+    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=slot.device), right=True)
+    return slot, Ends(ends.int())
+
+
 def looped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """Multiply each segment of rows by its own matrix, one after the other.
 
@@ -132,9 +159,10 @@ def looped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
-    """The result of looped_mm, in one call. A frozen weight gets no gradient, so x is not kept.
+    """The same as looped_mm, in one call. If `weight` is frozen, no x is kept for its gradient.
 
-    The loop takes what the kernel cannot: no rows at all (pytorch #152668), and see `one_call`.
+    The loop is used where the kernel fails: without any rows (pytorch #152668), and where
+    `one_call` says no.
     """
     if len(x) == 0 or not one_call(x, weight):
         return looped_mm(x, weight, ends)
@@ -142,14 +170,14 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
 
 
 def one_call(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm takes these, without a wait of the host.
+    """Whether F.grouped_mm can multiply these, and the host need not wait for it.
 
-    On CUDA it is one kernel in bf16 on Hopper and Blackwell (compute capability 9 and 10).
-    Elsewhere on CUDA it is a loop too, and the host waits in each call. Source: PyTorch's
+    On CUDA it is one kernel in bf16 on Hopper and Blackwell (compute capability 9 and 10). On other
+    cards, and in fp32, it is a loop too, and the host waits in each call. Source: PyTorch's
     GroupedBlas.cpp.
     """
     if any(size * x.element_size() % 16 for size in weight.shape[1:]):
-        return False  # its rows must be a multiple of 16 bytes long. With rank 2 they are shorter
+        return False  # a row must have a multiple of 16 bytes. Rank 2 in fp32 has 8
     if not x.is_cuda:
         return True
     card, _ = torch.cuda.get_device_capability(x.device)
@@ -159,37 +187,6 @@ def one_call(x: Tensor, weight: Tensor) -> bool:
 
 
 MATMULS = {"grouped": grouped_mm, "loop": looped_mm}  # the choices of --experts
-
-
-class Rows(NamedTuple):
-    """Copies of tokens, one for each expert visited, sorted so that each expert owns one segment.
-
-    A slot is one (token, choice) pair. Slots are numbered token by token. An example with two
-    tokens, K = 2 and three experts: from the choices [[2, 0], [2, 1]] come the slots [1, 3, 0, 2],
-    which visit the experts 0, 1, 2, 2, and the ends [1, 2, 4].
-    """
-
-    slot: Tensor  # [n] the slot that each row serves
-    ends: Ends  # of E experts
-    matmul: Callable[[Tensor, Tensor, Ends], Tensor]  # one of MATMULS
-
-
-def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Ends]:
-    """The expert of each slot [N] -> the slots sorted by expert [N], and the experts' ends [E]."""
-    in_order, slot = expert.sort(stable=True)
-    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=slot.device), right=True)
-    return slot, Ends(ends.int())
-
-
-def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
-    """Rows [n, D] and the slots they serve [n] -> the sum of the rows of each token [M, D]."""
-    # The slots of token t are t * K to t * K + K - 1, so in order of slots its rows are neighbours.
-    in_order, row = slot.sort()  # [n] the rows, token by token
-    tokens = torch.arange(n_tokens, device=slot.device)  # [M]
-    first = torch.searchsorted(in_order, top_k * tokens)  # [M] where each token's rows begin
-    # This sums y[row] between one token's first row and the next one's. index_add would do as well,
-    # but on a GPU it adds in an order that is not fixed.
-    return F.embedding_bag(row, y, first, mode="sum")
 
 
 class GroupedLinear(nn.Module):
@@ -202,6 +199,17 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """[n, in] -> [n, out]"""
         return rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)
+
+
+def sum_by_token(y: Tensor, slot: Tensor, n_tokens: int, top_k: int) -> Tensor:
+    """Rows [n, D] and their slots [n] -> the sum of the rows of each token [M, D]."""
+    # The slots of token t are t * K to t * K + K - 1, so in order of slots its rows are neighbours.
+    in_order, row = slot.sort()  # [n] the rows, token by token
+    tokens = torch.arange(n_tokens, device=slot.device)  # [M]
+    first = torch.searchsorted(in_order, top_k * tokens)  # [M] where each token's rows begin
+    # This sums y[row] between one token's first row and the next one's. index_add would do as well,
+    # but on a GPU it adds in an order that is not fixed.
+    return F.embedding_bag(row, y, first, mode="sum")
 
 
 class Experts(nn.Module):
@@ -233,7 +241,10 @@ class Experts(nn.Module):
     def mlp(self, tokens: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """Tokens [M, D], routing weights [M, K] -> what these rows add to their tokens [M, D]."""
         n_tokens, top_k = weight.shape
-        x = F.embedding(rows.slot // top_k, tokens)  # [n, D] each row is a copy of its token
+        # Each row is a copy of its token. tokens[rows.slot // top_k] does the same, but on a CPU it
+        # takes 1.1 to 2.5 times as long, with its gradient. index_select is as fast, but on a GPU
+        # its gradient is a sum in an order that is not fixed (torch.use_deterministic_algorithms).
+        x = F.embedding(rows.slot // top_k, tokens)  # [n, D]
         weight = weight.flatten()[rows.slot, None].to(x.dtype)  # [n, 1]
         hidden = F.silu(self.gate(x, rows)) * self.up(x, rows)  # [n, F]
         # `down` is linear, so the routing weight may come before it or after it. If it comes
@@ -256,7 +267,7 @@ class Routing(NamedTuple):
     """What one layer's router decided for each token."""
 
     expert_ids: Tensor  # [B, T, K] the experts visited
-    gate: Tensor  # [B, T, K] their softmax probabilities, before any rescaling
+    probability: Tensor  # [B, T, K] their softmax probabilities, before any rescaling
     logits: Tensor  # [B, T, E]
 
 
@@ -281,10 +292,13 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # [M, D]
 
         # The router scores all experts. A token visits the K with the highest scores. The softmax
-        # comes before the choice. It is in fp32, because bf16 would make ties.
+        # comes before the choice, and in fp32, because two scores in bf16 are often equal.
         logits = self.router(tokens)  # [M, E]
-        gate, expert_ids = logits.softmax(-1, dtype=torch.float32).topk(self.top_k)  # [M, K] each
-        weight = gate / gate.sum(-1, keepdim=True) if self.norm_topk else gate
+        probability = logits.softmax(-1, dtype=torch.float32)  # [M, E]
+        probability, expert_ids = probability.topk(self.top_k)  # [M, K] each
+        weight = probability
+        if self.norm_topk:
+            weight = probability / probability.sum(-1, keepdim=True)
 
         y = self.experts(tokens, weight, expert_ids)  # [M, D]
         if self.shared is not None:
@@ -293,7 +307,7 @@ class MoE(nn.Module):
         # The routing is returned, because the catcher counts it and the balancing loss needs it.
         routing = Routing(
             expert_ids=expert_ids.unflatten(0, x.shape[:2]),
-            gate=gate.unflatten(0, x.shape[:2]),
+            probability=probability.unflatten(0, x.shape[:2]),
             logits=logits.unflatten(0, x.shape[:2]),
         )
         return y.view_as(x), routing
@@ -334,7 +348,7 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch [n], ascending, in the memory that is there."""
+        """Keep only the sequences `rows` [n] of the batch, ascending. No other memory is taken."""
         n = len(rows)
         # One layer at a time, because a copy of all layers would take twice the memory.
         for half in (self.k, self.v):
@@ -484,10 +498,10 @@ class MoEModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """tokens [B, T] -> logits [B, T, V] and {MoE layer: Routing}.
 
-        Padding belongs on the right. With a cache it belongs on the left. Then only the logits of
-        the last column [B, 1, V] are made: decoding needs no others. With targets [B, T] (IGNORE
-        where there is none) the first result is the sum of the cross-entropies over all targets,
-        in place of logits.
+        Padding belongs on the right. With a cache it belongs on the left, and only the logits of
+        the last column [B, 1, V] are made, because decoding needs no others. With targets [B, T]
+        (IGNORE where there is none) the first result is no logits, but the sum of the
+        cross-entropies over all targets.
         """
         x, routing = self.trunk(tokens, cache)
         if targets is not None:

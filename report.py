@@ -96,20 +96,24 @@ def some_texts(job: Job, records: list[dict]) -> list[Encoded]:
 
 @torch.no_grad()
 def routing_of(model: MoEModel, tokenizer: Tokenizer, text: Encoded) -> dict:
-    """One line of routing.jsonl: a text's tokens, and for each layer their experts and weights."""
+    """One line of routing.jsonl: a text's tokens, and for each layer their experts.
+
+    "gates" has the router's probability of each of these experts.
+    """
     n = min(len(text.ids) - 1, LONGEST_TEXT, model.cfg.max_len)  # the last is never an input
     tokens = torch.tensor([text.ids[:n]], device=model.device)  # [1, T]
     no_targets = torch.full_like(tokens, IGNORE)  # so no logits are made
     _, routing = model(tokens, targets=no_targets)
     experts = {layer: r.expert_ids[0].tolist() for layer, r in routing.items()}  # [T, K]
-    gates = {}
+    probabilities = {}
     for layer, r in routing.items():
-        gates[layer] = [[round(gate, 4) for gate in token] for token in r.gate[0].tolist()]
+        of_tokens = r.probability[0].tolist()  # [T, K]
+        probabilities[layer] = [[round(p, 4) for p in of_token] for of_token in of_tokens]
     return {
         "n_prompt": text.n_prompt,
         "tokens": pieces(tokenizer, text.ids[:n]),
         "experts": experts,
-        "gates": gates,
+        "gates": probabilities,
     }
 
 
@@ -384,16 +388,19 @@ def texts_of(folder: Path, run: dict, n_runs: int) -> list[dict]:
     found = []
     for line in kept:
         n = min(len(line["tokens"]), room)
-        experts, gates = (of_layers(line[part], cfg, path) for part in ("experts", "gates"))
-        if any(len(of) != len(line["tokens"]) for of in (*experts, *gates)):
+        experts, probabilities = (of_layers(line[part], cfg, path) for part in ("experts", "gates"))
+        if any(len(of) != len(line["tokens"]) for of in (*experts, *probabilities)):
             raise ValueError(f"{path} has other tokens than experts of tokens: delete the file")
+        percents = [
+            [[round(100 * p) for p in token] for token in layer[:n]] for layer in probabilities
+        ]
         found.append(
             {
                 "nPrompt": line["n_prompt"],
                 "cut": len(line["tokens"]) - n,
                 "tokens": [str(token) for token in line["tokens"][:n]],
                 "experts": [of[:n] for of in experts],
-                "gates": [[[round(100 * g) for g in token] for token in of[:n]] for of in gates],
+                "gates": percents,
             }
         )
     return found
@@ -423,8 +430,8 @@ def turned(before: list[dict], after: list[dict]) -> str:
         return ""
     return (
         f"Of {len(pairs):,} answers {pairs.count((False, True)):,} became right, "
-        f"{pairs.count((True, False)):,} became wrong; {pairs.count((True, True)):,} stayed right, "
-        f"{pairs.count((False, False)):,} stayed wrong."
+        f"{pairs.count((True, False)):,} became wrong, {pairs.count((True, True)):,} stayed right "
+        f"and {pairs.count((False, False)):,} stayed wrong."
     )
 
 
@@ -487,7 +494,7 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             before = scores.get(f"base_{name}")
             remark = f"{percent(before)} before training" if before is not None else ""
             of = f"{scores['total']:,} problems" if scores.get("total") else ""
-            found.append((name.replace("_", " "), shown, "; ".join(filter(None, (remark, of)))))
+            found.append((name.replace("_", " "), shown, ", ".join(filter(None, (remark, of)))))
     if not found:
         how = SCORED_BY[kind].format(folder)
         found.append((SCORES[kind][0].replace("_", " "), "not scored", how))
@@ -498,7 +505,7 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             (
                 "loss",
                 f"{sum(last) / len(last):.3f}",
-                f"nats per answer token; {finite[0]:.3f} at first",
+                f"nats per answer token, {finite[0]:.3f} at first",
             )
         )
     if run.get("trained"):
@@ -577,7 +584,7 @@ def after_training(folder: Path) -> str:
         page = f"the run is finished. For its page: python report.py --run {folder}"
         raise type(interrupt)(page) from None
     except Exception as error:  # any: the run is finished, and must not fail for its page
-        return f"no report ({error!r:.300}); to try again: python report.py --run {folder}"
+        return f"no report ({error!r:.300}). To try again: python report.py --run {folder}"
     return f"report: {folder / 'report.html'}, a page for the browser"
 
 

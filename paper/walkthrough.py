@@ -108,7 +108,7 @@ def count(s: Scene) -> list[str]:
     return [
         f"{int(s.visits.n_tokens):,} tokens x {K} choices = "
         f"{int(visits.sum()):,} visits in layer {LAYER}",
-        "most visited            " + "  ".join(f"{e}: {int(visits[e])}" for e in top),
+        "most visited            " + "  ".join(f"{e}:{int(visits[e])}" for e in top),
         f"hot experts             {s.hot[LAYER]}",
         f"their share of visits   {share:.3f} (uniform: {K / s.model.cfg.n_experts:.3f})",
     ]
@@ -135,18 +135,18 @@ def attention(s: Scene) -> list[str]:
 
 
 def choices(s: Scene) -> list[tuple[int, float, int]]:
-    """The token's choices: (expert, gate, row among the rows of all tokens)."""
+    """The token's choices: (expert, its weight, row among the rows of all tokens)."""
     row = torch.cat([rows.slot for rows in s.parts]).argsort().view(-1, K)  # [T, K] of each slot
-    chosen = s.routing.expert_ids[0, TOKEN], s.routing.gate[0, TOKEN], row[TOKEN]
+    chosen = s.routing.expert_ids[0, TOKEN], s.routing.probability[0, TOKEN], row[TOKEN]
     return list(zip(*(t.tolist() for t in chosen), strict=True))
 
 
 def router(s: Scene) -> list[str]:
     """The experts of the token."""
-    lines = ["expert   gate   row   is it hot?"]
-    for expert, gate, row in choices(s):
+    lines = ["expert  weight   row   is it hot?"]
+    for expert, weight, row in choices(s):
         lines.append(
-            f"{expert:6d}  {gate:.3f}  {row:4d}   {'hot' if expert in s.hot[LAYER] else '-'}"
+            f"{expert:6d}   {weight:.3f}  {row:4d}   {'hot' if expert in s.hot[LAYER] else '-'}"
         )
     n_tokens, (hot, others) = s.moe_in.shape[1], (len(rows.slot) for rows in s.parts)
     return [
@@ -157,7 +157,10 @@ def router(s: Scene) -> list[str]:
 
 @torch.no_grad()
 def expert_out(s: Scene, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert by hand: gate without update [F], gate [F], and down(silu(gate) * up) [D]."""
+    """One expert by hand: gate x without the update [F], gate x with it [F], its output [D].
+
+    The output is down(silu(gate x) * up x). Here gate is the first matrix of SwiGLU.
+    """
     experts, i = s.layer.moe.experts, s.hot[LAYER].index(expert) if expert in s.hot[LAYER] else None
 
     def linear(m: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,10 +190,10 @@ def expert(s: Scene) -> list[str]:
 
 def combine(s: Scene) -> list[str]:
     """The weighted sum of the experts."""
-    total = sum(gate * expert_out(s, e)[2] for e, gate, _ in choices(s))
+    total = sum(weight * expert_out(s, e)[2] for e, weight, _ in choices(s))
     return [
-        f"sum of the {K} gates      {sum(gate for _, gate, _ in choices(s)):.3f}",
-        line("sum of gate x output", total),
+        f"sum of the {K} weights    {sum(weight for _, weight, _ in choices(s)):.3f}",
+        line("sum of weight x output", total),
         line("what the layer adds", s.moe_out),
     ]
 

@@ -213,7 +213,7 @@ def test_in_bf16_routing_weights_are_an_fp32_softmax_of_the_logits(olmoe):
         want, ids = of.logits.float().softmax(-1).topk(2)
         assert torch.equal(of.expert_ids, ids)
         # fp32; bf16 would be off by 2e-3
-        torch.testing.assert_close(of.gate, want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(of.probability, want, rtol=1e-6, atol=0)
 
 
 def test_in_bf16_the_loss_is_an_fp32_cross_entropy_of_the_logits(olmoe):

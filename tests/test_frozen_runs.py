@@ -250,8 +250,8 @@ def test_summed_gates_and_visits_ignore_padding(olmoe):
             _, routing = model(torch.tensor([e.ids[:-1]]))
         for layer, of in routing.items():
             for score, weight in (
-                ("count", torch.ones_like(of.gate)),
-                ("gate", of.gate / n_inputs),
+                ("count", torch.ones_like(of.probability)),
+                ("gate", of.probability / n_inputs),
             ):
                 into = want.setdefault((layer, score), torch.zeros(8, dtype=torch.float64))
                 into.index_add_(0, of.expert_ids.flatten(), weight.flatten().double())

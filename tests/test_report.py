@@ -192,7 +192,9 @@ def test_kept_routing_is_that_of_the_trained_model(run):
     for layer, r in routing.items():
         assert line["experts"][str(layer)] == r.expert_ids[0].tolist()
         kept = torch.tensor(line["gates"][str(layer)])
-        torch.testing.assert_close(kept, r.gate[0], rtol=0, atol=6e-5)  # four decimals are kept
+        torch.testing.assert_close(
+            kept, r.probability[0], rtol=0, atol=6e-5
+        )  # four decimals are kept
 
 
 def test_a_run_that_is_already_trained_keeps_the_visits_it_had(tmp_path):
