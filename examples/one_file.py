@@ -80,7 +80,7 @@ def rotate(x: Tensor, start: int) -> Tensor:
 
 
 class OLMoE:
-    """The decoder. It has a LoRALinear for each matrix, under its name in the checkpoint."""
+    """The decoder: a LoRALinear for each matrix, by its checkpoint name (mlp.gate: the router)."""
 
     def __init__(self):
         stored = load_file(TINY / "model.safetensors").items()
@@ -140,7 +140,7 @@ class OLMoE:
             groups["moe.router"] = [f"{at}.mlp.gate"]
             for leaf in LEAVES:
                 groups[f"moe.experts.{leaf}"] = [f"{at}.mlp.experts.{e}.{leaf}_proj" for e in ids]
-            for group, names in groups.items():  # seeded as in hellora.py, so that losses are equal
+            for group, names in groups.items():  # A of seed 0, as in hellora.py, for equal losses
                 draw = torch.Generator().manual_seed(crc32(f"0 layers.{i}.{group}".encode()))
                 for name in names:
                     self.linear[name].adapt(draw)
@@ -156,9 +156,10 @@ def train(model: OLMoE, problems: list[Problem], n_steps: int, decay: bool) -> T
         epoch, step = divmod(n, ceil(len(problems) / BATCH))  # each epoch has its own order
         order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(epoch))
         batch = [problems[j] for j in order.split(BATCH)[step].tolist()]
-        ids = pad_sequence([torch.tensor(p + a) for p, a in batch], True, END)  # [B, T + 1]
+        texts = [torch.tensor(p + a) for p, a in batch]
         answers = [torch.tensor([-100] * len(p) + a) for p, a in batch]  # cross_entropy skips -100
-        tokens, targets = ids[:, :-1], pad_sequence(answers, True, -100)[:, 1:]  # [B, T] each
+        tokens = pad_sequence(texts, batch_first=True, padding_value=END)[:, :-1]  # [B, T]
+        targets = pad_sequence(answers, batch_first=True, padding_value=-100)[:, 1:]  # [B, T]
 
         loss = F.cross_entropy(model.logits(tokens, {}).flatten(0, 1), targets.flatten())
         loss.backward()
@@ -166,7 +167,6 @@ def train(model: OLMoE, problems: list[Problem], n_steps: int, decay: bool) -> T
         optimizer.param_groups[0]["lr"] = LR * (1 - n / n_steps) if decay else LR
         optimizer.step()
         optimizer.zero_grad()
-
         for i, choice in model.choice.items():  # padding is END, and does not count
             visits[i] += choice[tokens != END].flatten().bincount(minlength=E)
         if n < 10 or n % 30 == 0 or n + 1 == n_steps:
