@@ -9,10 +9,10 @@ Decoding is greedy, and only generated text is scored. "accuracy" takes the numb
 settings than the run's, are kept in results.json as TASK-part.
 
 Prompts, --shots, where an answer ends, and what counts as its number are lm-evaluation-harness'
-(tasks/gsm8k/gsm8k.yaml at 4e7e0d4; tests/peers/compare_gsm8k.py compares them). What differs: it
-shows 5 solved problems and generates 256 tokens by default (--shots 5 --max-new 256). Here it is
-none, and the task's number, 512 for gsm8k. A prompt too long for the context loses its beginning
-there, and is refused here.
+(tasks/gsm8k/gsm8k.yaml at 4e7e0d4). tests/peers/compare_gsm8k.py compares them. What differs: it
+shows 5 solved problems and generates 256 tokens by default (--shots 5 --max-new 256). Here no
+problem is shown, and the number of tokens is the task's, 512 for gsm8k. A prompt too long for the
+context loses its beginning there, and is refused here.
 
 --loss decodes nothing. It measures the cross-entropy of the given answers, of any task that has
 some, and keeps it as TASK-loss. It shows a difference between models with far fewer problems than
@@ -100,7 +100,7 @@ def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) 
         raise ValueError(
             f"{len(long)} of {len(sizes)} rows to score leave no room for an answer in the context "
             f"of {max_len} tokens: row {long[0]} is the first, row {sizes.index(max(sizes)) + 1} "
-            f"the longest, with {max(sizes)}; want shorter ones"
+            f"the longest, with {max(sizes)}. Want shorter ones"
         )
 
 
@@ -148,8 +148,8 @@ def evaluate(
 def solved_problems(task: str, template: str) -> list[str]:
     """Each training problem with its answer, as they stand in a prompt.
 
-    In the plain template with calculator notes <<...>>, which lm-evaluation-harness keeps there;
-    our training leaves them out.
+    In the plain template they have calculator notes <<...>>, because lm-evaluation-harness keeps
+    them there. Our training leaves them out.
     """
     examples = load_examples(task, TASKS[task].train.fetch(), template)
     if template == "plain":

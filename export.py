@@ -54,7 +54,7 @@ PROBE = (4, 64)  # sequences, tokens: what both models are compared on
 # How much of what the adapters do may be lost: where both compute alike, and by rounding.
 EXACT, ROUNDED = 1e-3, 0.5
 FLOOR = 1e-5  # of the logits themselves: fp32's noise
-OURS = "a fault of ours, or of the disk; please report it"
+OURS = "a fault of ours, or of the disk: please report it"
 
 
 def updates(model: MoEModel) -> dict[str, LowRank]:
@@ -122,7 +122,7 @@ def write_hub(folders: list[Path], out: Path) -> None:
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_older_names(out / "config.json", read_config(source))
-    print(f"merged; rounding to the checkpoint's dtype moved a weight by at most {worst:.1e}")
+    print(f"merged. Rounding to the checkpoint's dtype moved a weight by at most {worst:.1e}")
 
 
 def write_older_names(path: Path, cfg: MoEConfig) -> None:

@@ -298,7 +298,7 @@ def show_experts(
     color: show the marked ones by color, too.
     """
     some = any(marked.experts.values())
-    yield f"token            layer  experts, the likeliest first{f'; * {marked.word}' * some}"
+    yield f"token            layer  experts, the likeliest first{f', * is {marked.word}' * some}"
     _, routing = model.trunk(torch.tensor([ids], device=model.device))
     visited = {layer: r.expert_ids[0].tolist() for layer, r in routing.items()}  # each [T][K]
     n_marked = total = 0

@@ -167,13 +167,13 @@ def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> 
         if given and not Path(given).is_file():
             raise FileNotFoundError(f"--eval-data {given}: there is no such file")
         command = SCORED_BY[task.kind].format("DIR")
-        print(f"train.py does not score this task; afterwards: {command}")
+        print(f"train.py does not score this task. Afterwards: {command}")
         return []
     if settings["data"] and not given:
         if own_rows or not task.test.cached().exists():
             print(
                 "nothing is scored: --eval-data FILE scores rows before and after training, by the "
-                "'#### N' of their answers; --dev-data FILE measures the loss of rows"
+                "'#### N' of their answers, and --dev-data FILE measures the loss of rows"
             )
             return []
         print(f"scored on {name}'s own test split: --eval-data FILE scores other rows")
@@ -429,7 +429,7 @@ def lori_start(folder: Path, method: Method, settings: dict) -> dict[str, Tensor
         wanted["model"] = settings["model"]
     differ = [f"{n} is {saved.get(n)}, want {v}" for n, v in wanted.items() if saved.get(n) != v]
     if differ:
-        raise ValueError(f"--mask-from {folder} does not fit: {'; '.join(differ)}")
+        raise ValueError(f"--mask-from {folder} does not fit: {', and '.join(differ)}")
     settings["count"] = saved["count"]
     trained = saves.read_adapter(folder)
     trained_b = {name: t for name, t in trained.items() if name.endswith(".lora.B")}
@@ -445,8 +445,8 @@ def check_commit(mask_from: Path | None, settings: dict) -> None:
     theirs = read_run(mask_from).get("commit") if mask_from else settings["commit"]
     if theirs != settings["commit"]:
         raise ValueError(
-            f"--mask-from {mask_from} does not fit: commit is {theirs}, want {settings['commit']}; "
-            "ask for that one with --model ORG/NAME@COMMIT"
+            f"--mask-from {mask_from} does not fit: commit is {theirs}, want {settings['commit']}. "
+            "Ask for that one with --model ORG/NAME@COMMIT"
         )
 
 

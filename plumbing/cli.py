@@ -25,8 +25,8 @@ from typing import NoReturn
 from tqdm import tqdm
 
 LOST = (
-    "another rank has ended or does not answer: its own lines say why; start all ranks again with "
-    "the same command, which goes on from the last save"
+    "another rank has ended or does not answer, and its own lines say why: start all ranks again "
+    "with the same command, which goes on from the last save"
 )
 AGAIN = "type the same command to start again"
 PIPE_CLOSED = 128 + 13  # the exit code that a shell shows for a program that SIGPIPE ended
@@ -102,7 +102,7 @@ def read_early(read: Callable[[str], object], description: str) -> None:
 
 
 def outcome(main: Callable[[], None]) -> int:
-    """Run `main`. The exit code; a fault of ours is raised."""
+    """Run `main`. Returns the exit code. A fault of ours is raised."""
     from plumbing import ranks  # here, as it imports torch
 
     try:
@@ -129,7 +129,7 @@ def outcome(main: Callable[[], None]) -> int:
 
 
 def _fail(error: Exception) -> int:
-    """Print the error as one line; the exit code 2."""
+    """Print the error as one line. Returns the exit code 2."""
     if os.environ.get(
         "HELLORA_TRACEBACK"
     ):  # for whoever suspects a fault of ours behind the message
@@ -212,8 +212,8 @@ def advice(micro_batch: int, recompute: bool) -> Iterator[None]:
         else:
             way_out = "want more memory"
         raise OSError(
-            f"out of memory with --micro-batch {micro_batch}: "
-            f"the same command goes on from the last save; {way_out}"
+            f"out of memory with --micro-batch {micro_batch}: {way_out}. "
+            "The same command goes on from the last save"
         ) from error
 
 
@@ -230,7 +230,7 @@ def progress(
     keep: bool = False,
     hidden: bool = False,
 ) -> "tqdm | Lines":
-    """`items` as they are, with progress on stderr; without items, `update` counts up to `total`.
+    """`items` as they are, with progress on stderr. Without items, `update` counts up to `total`.
 
     In a terminal it is a bar, which is taken away at the end unless `keep`. In a file or a pipe it
     is a line now and then. Rank 0 alone shows it. start: how many were done before.

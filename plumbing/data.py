@@ -52,7 +52,7 @@ class Task:
 
     kind: str  # math, code or safety: the fields of its rows (FIELDS), and how answers are scored
     train: Source
-    test: Source | None  # None: access is restricted (gated); paper/eval_safety.py asks for a file
+    test: Source | None  # None: it is gated, and paper/eval_safety.py asks for a file
     template: str  # the entry of TEMPLATES that is used without --template
     max_new: int = 512  # the largest number of tokens that scoring generates
 
@@ -231,9 +231,9 @@ def load_examples(
     if template == TASKS[task].template and not has_fields(row, FIELDS[kind]):
         if own_fields(row):
             return own_form(path, None, model)
-        others = "; ".join(", ".join(fields) for fields in FORMS if fields != FIELDS[kind])
+        others = [f"({', '.join(of)})" for of in FORMS if of != FIELDS[kind]]
         raise ValueError(
-            f"{path}, row {n} has the fields {names(row)}: want {wanted}; one of these: {others}; "
+            f"{path}, row {n} has the fields {names(row)}: want ({wanted}), {', '.join(others)} "
             "or --template FILE, a text with the {fields} of these rows"
         )
     return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]

@@ -27,7 +27,7 @@ class Source(NamedTuple):
     place: str  # a path in this repository, a URL, or the name of a file in `repo`
     checksum: str = ""  # of the file at a URL: its sha256, or its id in git
     licence: str = ""
-    repo: str = ""  # a data set of the Hub, ORG/NAME; the Hub's client checks its files
+    repo: str = ""  # a data set of the Hub, ORG/NAME. The Hub's client checks its files
     commit: str = ""  # of `repo`
 
     @property

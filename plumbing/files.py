@@ -108,7 +108,7 @@ def has_checksum(path: Path, checksum: str) -> bool:
 
 # ---- reading -------------------------------------------------------------------------------------
 
-LARGEST_JSON = 1 << 24  # bytes; as Python objects they may take a hundred times as much
+LARGEST_JSON = 1 << 24  # bytes. As Python objects they may take a hundred times as much
 COUNTS = range(2**53)  # the values of `int` in a schema: every program reads these exactly
 Positive = Annotated[int, range(1, 2**31)]  # an int of a schema that cannot be 0
 

@@ -49,7 +49,7 @@ def train(description: str) -> argparse.Namespace:
          help="problems decoded together (default 100, on a GPU as many of them as fit)")
     what("--no-eval", action="store_true", help="score nothing")
     what("--template", metavar="NAME",
-         help="form of prompts: plain or lori for math; alpaca, lori or bare for others; or a file "
+         help="form of prompts: plain or lori (math), alpaca, lori or bare (others), or a file "
          "with {fields} of the rows, or with a chat template (docs/rows.md)")
     method("--method", default="hellora", type=method_name, metavar="M",
            help=f"{', '.join(METHODS)}, with suffixes {suffixes}")
@@ -67,7 +67,7 @@ def train(description: str) -> argparse.Namespace:
     rare("--count", choices=COUNTS, default=CHOICE["count"],
          help="count the visits of all tokens, or of those that predict an answer (default all)")
     rare("--hot-experts", type=Path, metavar="FILE",
-         help="a hot_experts.json to use, also ESFT's; nothing is counted")
+         help="a hot_experts.json to use, also ESFT's. Nothing is counted")
     method("--mask-from", type=Path, metavar="RUN",
            help="the D run that gives lori-s or hellori-s its mask")
     rare("--mask-scope", choices=["model", "layer", "matrix"],
@@ -121,7 +121,7 @@ def add_watch_flags(add: Callable) -> None:
     """The flags of what is kept and measured in training. add: an add_argument."""
     # fmt: off
     add("--dev-data", type=Path, metavar="FILE",
-        help="rows whose loss is measured during training; DIR/best keeps the best adapter")
+        help="rows whose loss is measured during training. DIR/best keeps the best adapter")
     add("--dev-every", type=COUNT, metavar="N", help="steps between these losses (default 50)")
     add("--log", choices=["tensorboard"], help="also write the metrics for TensorBoard")
     # fmt: on
@@ -156,7 +156,7 @@ def catcher(description: str) -> argparse.Namespace:
     add("--model", default="tiny",
         help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS,
-        help="the task whose training split is counted (default tiny-math; else gsm8k)")
+        help="the task whose training split is counted (default tiny-math for tiny, else gsm8k)")
     add("--data", type=Path, help="rows in place of the task's training split")
     rare("--drop-long", action="store_true", help="leave out rows longer than the model's context")
     add("--k", type=int, help="experts to choose per layer (default: as many as a token visits)")
@@ -194,17 +194,17 @@ def eval_gsm8k(description: str) -> argparse.Namespace:
     add("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
     add("--data", type=Path, help="problems to score, in place of the task's test split")
     add("--limit", type=COUNT,
-        help="score the first N problems (default: as many as the run scored; else all)")
+        help="score the first N problems (default: as many as the run scored, else all)")
     add("--shots", type=number(int, low=0), default=0,
         help="put N solved training problems before each, as the harness does (default 0)")
     rare("--template", help="prompt and answer form (default: the run's, or the task's)")
     rare("--batch-size", type=COUNT,
          help="problems decoded together (default 100, on a GPU as many of them as fit)")
     rare("--max-new", type=COUNT,
-         help="tokens generated at most (default: the task's; 512 for gsm8k)")
+         help="tokens generated at most (default: the task's, 512 for gsm8k)")
     add("--out", type=Path, metavar="DIR", help="with --model: keep results and answers here")
     add("--loss", action="store_true",
-        help="measure the cross-entropy of the given answers, of any task; decode nothing")
+        help="measure the cross-entropy of the given answers, of any task, and decode nothing")
     rare("--factored", action="store_true", help="keep the adapters apart in place of merging them")
     # fmt: on
     add_compute_flags(rare)
@@ -212,7 +212,7 @@ def eval_gsm8k(description: str) -> argparse.Namespace:
     if args.loss and args.max_new:
         raise ValueError("--max-new is for decoding, and --loss decodes nothing: omit it")
     if args.factored and not args.run:
-        raise ValueError("--factored is for --run: a model has no adapters; omit it")
+        raise ValueError("--factored is for --run: a model has no adapters, omit it")
     return args
 
 
@@ -233,13 +233,13 @@ def generate(description: str) -> argparse.Namespace:
     draw("--max-new", type=COUNT, metavar="N",
          help="tokens of an answer at most (default: the task's, or 256)")
     draw("--temperature", type=number(float, low=0), default=0.0, metavar="X",
-         help="0 (default) takes the likeliest token; 1 samples from the model's distribution")
+         help="0 (default) takes the likeliest token, 1 samples from the model's distribution")
     draw("--top-p", type=SHARE, metavar="P",
          help="sample from the likeliest tokens with this total probability (default 1)")
     draw("--seed", type=SEED, metavar="N",
-         help="seed of the sampling; prompt n uses N + n - 1 (default 0)")
+         help="seed of the sampling (default 0). Prompt n uses N + n - 1")
     show("--compare", action="store_true",
-         help="with --run: show the base model's answer too; memory must hold both models")
+         help="with --run: show the base model's answer too. Memory must hold both models")
     show("--show-experts", action="store_true", help="list each token with its experts")
     rare("--raw", action="store_true", help="send the text unchanged, in no task's form")
     rare("--task", choices=TASKS, metavar="T",
@@ -272,13 +272,13 @@ def export(description: str) -> argparse.Namespace:
     add, rare = p.add_argument, p.add_argument_group("rarely needed").add_argument
     # fmt: off
     add("--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
-        help="run folder of train.py; several with --format hub: their updates are added")
+        help="run folder of train.py. --format hub takes several, and adds up their updates")
     add("--format", choices=["hub", "peft"], required=True,
         help="a checkpoint as the Hub has it, or a PEFT adapter")
     add("--out", type=Path, metavar="DIR", help="new folder (default: the run's folder + FORMAT)")
     rare("--partial", action="store_true", help="peft: adapted experts only, for transformers 4")
     rare("--device", type=device_name, metavar="{cpu,cuda}",
-         help="where the export is read back; default: cuda if there is one")
+         help="where the export is read back (default: cuda if there is one)")
     # fmt: on
     return p.parse_args()
 
@@ -289,6 +289,6 @@ def report(description: str) -> argparse.Namespace:
     p.add_argument("--run", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
                    help="run folders of train.py, finished or not")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE",
-                   help="the page (default: report.html in the run's folder; of several runs, "
+                   help="the page (default: report.html in the run's folder, or of several runs "
                         "in the working directory)")  # fmt: skip
     return p.parse_args()

@@ -1,10 +1,10 @@
 """Files of the Hugging Face Hub: fetched once, and checked against their names in the cache.
 
 The library huggingface_hub speaks with the server, retries, locks and caches. This file adds:
-- the commit of a revision, so that a stopped run continues with the same files;
+- the commit of a revision, so that a stopped run continues with the same files,
 - one file at a time in the main thread, so that Ctrl-C stops at once (the library's own loop waits
-  for eight threads);
-- a check of the bytes;
+  for eight threads),
+- a check of the bytes,
 - errors that say what happened and what to do.
 """
 

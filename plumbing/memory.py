@@ -214,9 +214,9 @@ def gradients_of(layer: Block, model: MoEModel, tokens: int, share: float) -> in
 def problem(cfg: MoEConfig, size: int, longest: int, max_new: int) -> int:
     """The bytes that each problem adds to the weights, when problems are decoded together.
 
-    They are the problem's cache, and what the first pass holds in one layer. This is: K rows of
-    each token, with the experts' input, output and three hidden vectors; queries, keys and values
-    in float32; and, where heads share keys, a number per head for each pair of tokens. size: the
+    They are the problem's cache, and what the first pass holds in one layer. In a layer each token
+    has K rows, with the experts' input, output and three hidden vectors. It has queries, keys and
+    values in float32. Where heads share keys, each pair of tokens has a number per head. size: the
     bytes of a number.
     """
     length = min(longest + max_new, cfg.max_len)

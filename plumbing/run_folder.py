@@ -201,7 +201,7 @@ def is_empty(folder: Path) -> bool:
 
 def listed(differ: list[str]) -> str:
     """The differences in parentheses, if there are any."""
-    return f" ({'; '.join(differ)})" if differ else ""
+    return f" ({', '.join(differ)})" if differ else ""
 
 
 # ---- who may use it ------------------------------------------------------------------------------

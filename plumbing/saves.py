@@ -23,7 +23,7 @@ from plumbing.files import COUNTS, sha256, sync_names, write_atomically, write_j
 from plumbing.run_folder import Metrics, lines_up_to, read_run
 
 LAST, BEFORE = "state.safetensors", "state-before.safetensors"
-NEW = f"new-{LAST}"  # a name for a moment; if it is there after a stop, it is the newest save
+NEW = f"new-{LAST}"  # a name for a moment. If it is there after a stop, it is the newest save
 ADAPTER = "adapter.safetensors"  # the weights alone, at the end of a run
 WEIGHTS = "weights"  # tensors of a save are weights/NAME, and KEY/NAME for each value of AdamW
 
