@@ -23,6 +23,11 @@ COUNTS = ("all", "answers")  # catcher.py
 MATMULS = ("grouped", "loop")  # moe_model.py
 # How train.py chooses experts, unless flags say otherwise.
 CHOICE = {"coverage": None, "catcher": "warmup", "score": "count", "count": "all"}
+# With --override, a run may go on with other values of these settings.
+OVERRIDABLE = (
+    "lr", "epochs", "steps", "batch_size", "clip", "balance", "dev_data", "dev_every",
+)  # fmt: skip
+OVERRIDABLE_FLAGS = ", ".join(f"--{name.replace('_', '-')}" for name in OVERRIDABLE)
 
 
 def train(description: str) -> argparse.Namespace:
@@ -79,7 +84,8 @@ def train(description: str) -> argparse.Namespace:
     run("--resume", action="store_true",
         help="go on with an unfinished run, or fail if there is none")
     rare("--override", action="store_true",
-         help="go on with the unfinished run in --out under other settings")
+         help="go on with the unfinished run in --out with other values of "
+         f"{OVERRIDABLE_FLAGS}")
     rare("--save-every", type=COUNT, default=50, metavar="N",
          help="steps between saves (default 50)")
     rare("--experts", choices=MATMULS, default="grouped",

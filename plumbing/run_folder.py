@@ -31,6 +31,7 @@ from plumbing.files import (
     write_json_lines,
     writing,
 )
+from plumbing.flags import OVERRIDABLE, OVERRIDABLE_FLAGS
 
 # ---- run.json ------------------------------------------------------------------------------------
 
@@ -134,8 +135,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 # ---- which folder a run gets ---------------------------------------------------------------------
 
-# With --override, a run may go on with other values of these settings.
-OVERRIDABLE = {"lr", "epochs", "steps", "batch_size", "clip", "balance", "dev_data", "dev_every"}
+OVERRIDES = f"--override goes on with an unfinished run, and can change {OVERRIDABLE_FLAGS} only"
 
 
 def differences(saved: dict, settings: dict) -> list[str]:
@@ -157,7 +157,7 @@ def choose_folder(settings: dict, out: Path | None, resume: bool, override: bool
     if out is not None:
         return check_folder(settings, out, resume, override)
     if override:
-        raise ValueError("--override needs --out DIR: the unfinished run to go on with")
+        raise ValueError(f"--override needs --out DIR: {OVERRIDES}")
     model = Path(settings["model"]).name
     first = f"{model}-{settings['task']}-{settings['method']}-k{settings['k']}-s{settings['seed']}"
     folder, n = Path("runs") / first, 1
@@ -183,11 +183,14 @@ def check_folder(settings: dict, out: Path, resume: bool, override: bool) -> Pat
         return out
     saved = read_run(out)
     differ = differences(saved, settings)
+    why_not = f" ({OVERRIDES})" if override else ""
     if saved["finished"]:
-        raise ValueError(f"{out} holds a finished run{listed(differ)}: choose another --out")
+        raise ValueError(
+            f"{out} holds a finished run{listed(differ)}: choose another --out{why_not}"
+        )
     fixed = [d for d in differ if d.partition(":")[0] not in OVERRIDABLE]
     if fixed or (differ and not override):
-        way_out = "choose another --out" + ("" if fixed else ", or --override")
+        way_out = "choose another --out" + (why_not if fixed else ", or --override")
         raise ValueError(
             f"{out} holds a run with other settings{listed(fixed or differ)}: {way_out}"
         )

@@ -74,6 +74,12 @@ def test_an_explicit_folder_is_never_overwritten(tmp_path):
     with pytest.raises(ValueError, match=r"lr.*0\.5.*0\.01"):
         choose(other)
     assert choose(other, override=True) == other
+    fixed = saved(tmp_path / "fixed", finished=False, lr=0.5, k=4)
+    for folder in (fixed, tmp_path / "done", None):  # it says what --override can do
+        with pytest.raises(ValueError, match="--out") as refused:
+            choose(folder, override=True)
+        assert all(flag in str(refused.value) for flag in ("--lr", "--batch-size", "--dev-every"))
+        assert "--k" not in str(refused.value)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="home"):
