@@ -40,7 +40,7 @@ from plumbing import flags
 from plumbing.answer_loss import measure_loss
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import count_base, locate, read_config
-from plumbing.cli import command
+from plumbing.cli import command, did_you_mean
 from plumbing.data import (
     HUMANEVAL,
     TASKS,
@@ -199,6 +199,7 @@ def check_task(task: str, loss: bool, data: Path | None) -> None:
         raise ValueError(
             f"task {task!r} has no {'answers' if loss else '#### N'!r} to score here: "
             f"want one of {', '.join(known)}{', or --data FILE' if loss and not data else ''}"
+            f"{did_you_mean(task, known)}"
         )
 
 

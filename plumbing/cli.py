@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import NoReturn
@@ -97,7 +98,7 @@ def read_early(read: Callable[[str], object], description: str) -> None:
     """Read the flags before torch is imported: --help, or a wrong flag, ends the process here."""
     try:
         read(description)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(_fail(error))
 
 
@@ -304,7 +305,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
+        words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        for word in words:
+            if word not in self._option_string_actions:
+                message += did_you_mean(word, self._option_string_actions)
         raise ValueError(f"{message} (--help lists all flags)")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Called by argparse: is the value one of the flag's choices?"""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the known word nearest to `word`, for an error. "" if none is near.
+
+    Near is a word with a few other letters, with other capitals, or that begins with `word`.
+    """
+    spelt = {name.lower(): name for name in known}
+    low = word.lower()
+    near = get_close_matches(low, spelt, 1, 0.75)
+    near += [name for name in spelt if len(low) > 2 and name.startswith(low)]
+    return f" (did you mean {spelt[near[0]]} in place of {word}?)" if near else ""
 
 
 def number(

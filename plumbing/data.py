@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_model import IGNORE
 from plumbing import ranks
-from plumbing.cli import say
+from plumbing.cli import did_you_mean, plain, say
 from plumbing.downloads import Source
 from plumbing.rows import (
     CHATS,
@@ -27,6 +27,7 @@ from plumbing.rows import (
     check_unicode,
     fields_of,
     fill,
+    misspelt,
     names,
     read_rows,
     read_template,
@@ -204,10 +205,10 @@ def form_of(task: str, template: str | None = None) -> Callable[[dict], tuple[st
     """
     kind, template = TASKS[task].kind, template or TASKS[task].template
     if (kind, template) not in TEMPLATES:
-        known = ", ".join(name for its_kind, name in TEMPLATES if its_kind == kind)
+        known = [name for its_kind, name in TEMPLATES if its_kind == kind]
         raise ValueError(
-            f"{template!r} is no template of task {task} and no file: want one of {known}, or the "
-            "path of a file"
+            f"{template!r} is no template of task {task} and no file: want one of "
+            f"{', '.join(known)}, or the path of a file{did_you_mean(template, known)}"
         )
     return TEMPLATES[kind, template]
 
@@ -226,15 +227,19 @@ def load_examples(
     if is_file_template(task, template):
         return own_form(path, Path(template), model)
     show = form_of(task, template)
-    wanted = ", ".join(FIELDS[kind])
-    n, row = next(rows_of(path, f" with {wanted}"))
+    forms = [FIELDS[kind], *(fields for fields in FORMS if fields != FIELDS[kind])]
+    if template != TASKS[task].template:
+        forms = forms[:1]  # only these fit a template that was asked for
+    listed = " or ".join("({})".format(", ".join(fields)) for fields in forms)
+    wanted = f"the fields {listed} in each row"
+    n, row = next(rows_of(path, f", with {wanted} (docs/rows.md has all forms)"))
     if template == TASKS[task].template and not has_fields(row, FIELDS[kind]):
         if own_fields(row):
             return own_form(path, None, model)
-        others = [f"({', '.join(of)})" for of in FORMS if of != FIELDS[kind]]
         raise ValueError(
-            f"{path}, row {n} has the fields {names(row)}: want ({wanted}), {', '.join(others)} "
-            "or --template FILE, a text with the {fields} of these rows"
+            f"{path}, row {n} has the fields {names(row)}: want {wanted}, or --template FILE, a "
+            "text with the {fields} of these rows (docs/rows.md)"
+            f"{misspelt(row, chain(*FORMS))}"
         )
     return [Example(*show(row), row) for row in read_rows(path, FIELDS[kind])]
 

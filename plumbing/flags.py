@@ -5,11 +5,21 @@ out names that are keys of tables in other files.
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, device_name, number
+from plumbing.cli import (
+    COUNT,
+    SEED,
+    SHARE,
+    Parser,
+    add_compute_flags,
+    device_name,
+    did_you_mean,
+    number,
+)
 
 BACKBONES = ("olmoe-1b-7b", "mixtral-8x7b", "deepseekmoe-16b", "qwen3-30b-a3b")  # checkpoint.py
 TASKS = (  # plumbing/data.py
@@ -39,7 +49,7 @@ def train(description: str) -> argparse.Namespace:
     run, rare = run.add_argument, rare.add_argument
     suffixes = ", ".join(f"_{s}" for s in SUFFIXES)
     # fmt: off
-    what("--model", default="tiny",
+    what("--model", default="tiny", type=model_name,
          help=f"tiny, {', '.join(BACKBONES)}, a folder, or a Hub id[@REVISION]")
     what("--task", choices=TASKS, metavar="T", help=f"one of {', '.join(TASKS)}")
     what("--data", type=Path, metavar="FILE",
@@ -149,8 +159,40 @@ def method_name(text: str) -> str:
     base, *suffixes = text.split("_")
     if base not in METHODS or not {*suffixes} <= {*SUFFIXES}:
         known = f"{', '.join(METHODS)}, with suffixes _{', _'.join(SUFFIXES)}"
-        raise argparse.ArgumentTypeError(f"unknown method {text!r}: want one of {known}")
+        near = did_you_mean(base, METHODS) if base not in METHODS else ""
+        raise argparse.ArgumentTypeError(f"unknown method {text!r}: want one of {known}{near}")
     return text
+
+
+def model_name(text: str) -> str:
+    """An argparse type: what checkpoint.locate takes. Whether the Hub has an id is asked there."""
+    path, repo = Path(text), text.partition("@")[0]
+    if text in ("tiny", *BACKBONES):
+        return text
+    if text and path.is_dir():
+        if (path / "config.json").is_file():
+            return text
+        if (path / "run.json").is_file():
+            raise argparse.ArgumentTypeError(
+                f"{text} is the folder of a run, and not of a model: want --run {text} with "
+                "generate.py, eval_gsm8k.py and the like. To train on top of it, first make a "
+                "model of it with export.py --format hub"
+            )
+        if (path / "adapter_config.json").is_file():
+            raise argparse.ArgumentTypeError(
+                f"{text} is a PEFT adapter, and not a model: want --run with the run that it was "
+                "exported from, or a model of export.py --format hub"
+            )
+        return text  # the error of a file that is missing says what a model has
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: want the folder of a model")
+    if repo != "tiny" and re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        return text
+    known = ("tiny", *BACKBONES)
+    raise argparse.ArgumentTypeError(
+        f"there is no model {text!r}: want {', '.join(known)}, a folder, or a Hub id such as "
+        f"allenai/OLMoE-1B-7B-0924{did_you_mean(text, known)}"
+    )
 
 
 def catcher(description: str) -> argparse.Namespace:
@@ -159,7 +201,7 @@ def catcher(description: str) -> argparse.Namespace:
     add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
     rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
-    add("--model", default="tiny",
+    add("--model", default="tiny", type=model_name,
         help="tiny, a backbone's name, a folder, or a Hub id (default tiny)")
     add("--task", choices=TASKS,
         help="the task whose training split is counted (default tiny-math for tiny, else gsm8k)")
@@ -196,7 +238,8 @@ def eval_gsm8k(description: str) -> argparse.Namespace:
     # fmt: off
     either("--run", type=Path, nargs="+", action="extend", metavar="DIR",
            help="run folders of train.py")
-    either("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
+    either("--model", type=model_name,
+           help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     add("--task", help="a math task (default: the run's, or tiny-math for tiny, else gsm8k)")
     add("--data", type=Path, help="problems to score, in place of the task's test split")
     add("--limit", type=COUNT,
@@ -233,7 +276,8 @@ def generate(description: str) -> argparse.Namespace:
     rare = p.add_argument_group("rarely needed").add_argument
     # fmt: off
     of("--run", type=Path, metavar="DIR", help="the tuned model of a finished run of train.py")
-    of("--model", help="tiny, a backbone's name, a Hub id[@REVISION], a folder such as an export")
+    of("--model", type=model_name,
+       help="tiny, a backbone's name, a Hub id[@REVISION], a folder such as an export")
     what("prompt", nargs="?", help="the text (default: the lines of standard input)")
     what("--file", type=Path, metavar="FILE", help="a text file with a prompt on each line")
     draw("--max-new", type=COUNT, metavar="N",

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from plumbing.cli import did_you_mean
 from plumbing.downloads import unpacked
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
@@ -64,6 +65,7 @@ def with_fields(
                 raise ValueError(
                     f"{path}, row {n} has no text in {field!r} (its fields: {names(row)}): want "
                     f"{', '.join(fields)} in each row, empty where there is nothing to say"
+                    f"{misspelt(row, (field,))}"
                 )
         yield n, row
 
@@ -154,6 +156,14 @@ def names(row: object) -> str:
     return ", ".join(words + ([f"{more} of several words"] if more else [])) or "none"
 
 
+def misspelt(row: object, wanted: Iterable[str]) -> str:
+    """A question whether a field of a row stands for one that is `wanted`, for an error, or ""."""
+    given = row if isinstance(row, dict) else {}
+    missing = [field for field in wanted if field not in given]
+    asked = (did_you_mean(field, missing) for field in given if field.isprintable())
+    return next(filter(None, asked), "")
+
+
 def check_unicode(text: str, place: str, field: str) -> None:
     """Raise ValueError if a text has an unpaired surrogate."""
     if SURROGATE.search(text):
@@ -213,6 +223,7 @@ def fill(template: str, row: object, place: str, empty: bool) -> str:
             raise ValueError(
                 f"{place} has no text in {field!r}, which the template names (its fields: "
                 f"{names(row)}): want it in each row, or {{{{{field}}}}} for the text {{{field}}}"
+                f"{did_you_mean(field, row if isinstance(row, dict) else ())}"
             )
         return text
 

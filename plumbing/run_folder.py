@@ -86,7 +86,14 @@ def read_run(folder: Path, *parts: str) -> dict:
     parts: fields that must be there. A run that was stopped early does not have all.
     Raises FileNotFoundError or ValueError that say what to do.
     """
-    run = read_json(folder / "run.json", "the folder of a run of train.py", RunRecord)
+    want = "the folder of a run of train.py"
+    if folder.is_file():
+        want += f", and not a file of it, as {folder} is"
+    elif (folder / "config.json").is_file():
+        want += f". {folder} is the folder of a model: give that with --model"
+    elif (folder / "adapter_config.json").is_file():
+        want += f". {folder} is a PEFT adapter: give the run that it was exported from"
+    run = read_json(folder / "run.json", want, RunRecord)
     for setting, value in YOUNGER.items():
         run.setdefault(setting, value)
     config = run.get("config") or {}

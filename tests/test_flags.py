@@ -46,6 +46,23 @@ def test_a_misspelt_method_and_task_need_no_torch():
         assert words[1] in done.stderr
 
 
+@pytest.mark.parametrize("name", ["nonsense", "olmoe", "tiny@main", "", "run", "peft", "file"])
+def test_what_is_no_model_needs_no_torch(name, tmp_path):
+    for folder, file in (("run", "run.json"), ("peft", "adapter_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    (tmp_path / "file").write_text("")
+    name = str(tmp_path / name) if (tmp_path / name).exists() and name else name
+    done = without_torch("train.py", "--model", name)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--model" in done.stderr and name in done.stderr
+
+
+def test_the_early_check_of_a_model_lets_through_what_is_found_later(tmp_path):
+    names = ["tiny", *flags.BACKBONES, "org/name", "org/name@main", str(tmp_path)]
+    assert [flags.model_name(name) for name in names] == names
+
+
 def test_the_names_in_the_flags_are_those_of_the_tables():
     assert list(flags.BACKBONES) == list(checkpoint.BACKBONES)
     assert list(flags.TASKS) == list(data.TASKS)

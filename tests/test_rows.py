@@ -8,7 +8,8 @@ import json
 import pytest
 from conftest import ROOT, toy_in, write_rows
 
-from plumbing.data import ChatText, encode, encode_prompt, load_examples
+from plumbing.cli import did_you_mean
+from plumbing.data import FORMS, ChatText, encode, encode_prompt, load_examples
 from plumbing.rows import read_template
 from plumbing.tokenizer import load_tokenizer
 
@@ -140,7 +141,26 @@ def test_each_form_is_trained_on(tmp_path, cli, form):
 
 
 BAD = {  # name -> (file, its bytes, the template file, words of the line)
-    "other fields": ("a.jsonl", lines({"ask": "a", "say": "b"}), "", ["ask, say", "--template"]),
+    "other fields": (
+        "a.jsonl", lines({"ask": "a", "say": "b"}), "",
+        ["ask, say", "--template", "completion", "messages", "output"],
+    ),
+    "a misspelt field": (
+        "a.jsonl", lines({"promt": "a", "completion": "b"}), "",
+        [did_you_mean("promt", ["prompt"])],
+    ),
+    "a capital": (
+        "a.jsonl", lines({"Question": "a", "answer": "b"}), "",
+        [did_you_mean("Question", ["question"])],
+    ),
+    "a misspelt field of a later row": (
+        "a.jsonl", lines(PAIR, {"prompt": "a", "completon": "b"}), "",
+        ["row 2", did_you_mean("completon", ["completion"])],
+    ),
+    "a misspelt field of a template": (
+        "a.jsonl", lines(PAIR), "{promt}\n---\n{completion}",
+        ["row 1", did_you_mean("promt", ["prompt"])],
+    ),
     "chats, but no chat template": ("a.jsonl", lines({"messages": ASKED}), "", ["template"]),
     "a chat without an answer": (
         "a.jsonl", lines({"messages": ASKED[:1]}), "t.jinja", ["row 1", "assistant"],
@@ -192,6 +212,13 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_change(tmp_path, cli, f
     for word in words:
         assert word in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_there_is_answered_with_all_forms(tmp_path, cli):
+    flags = ["--model", toy_in(tmp_path), "--task", "tiny-math", *QUICK, "--out", tmp_path / "run"]
+    code, _, err = cli("train.py", *flags, "--data", tmp_path / "nope.jsonl")
+    assert (code, err.count("\n")) == (2, 1)
+    assert all(field in err for fields in FORMS for field in fields) and "nope.jsonl" in err
 
 
 # ---- chat templates ------------------------------------------------------------------------------
