@@ -56,12 +56,14 @@ from plumbing.data import (
     TASKS,
     Example,
     encode_prompt,
+    fields_of_own_rows,
     is_file_template,
     question,
     question_form,
 )
 from plumbing.device import compute, free_bytes, warn_of_slow_cpu
 from plumbing.memory import problem
+from plumbing.rows import rows_of
 from plumbing.run_folder import read_run
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
@@ -405,21 +407,46 @@ def resolve(args: argparse.Namespace, run: dict, source: Path) -> Form | None:
     if not args.raw and trained_on is not None and args.task in (None, trained_on):
         args.task = trained_on
         if args.template is None:
-            args.template, own = run.get("template"), tuple(run.get("fields") or ())
+            args.template, own = run.get("template"), own_fields_of(run, args.run)
     if args.task not in (None, *TASKS):
         raise ValueError(f"{args.run} was trained on {args.task}, which has no form: want --raw")
     if not args.task:
         args.max_new = args.max_new or MAX_NEW
-        print("the text is sent unchanged (--task NAME puts it into a form)", file=sys.stderr)
+        how = "" if args.raw else " (--task NAME puts it into a form)"
+        print(f"the text is sent unchanged{how}", file=sys.stderr)
         return None
     of_task = not own and not is_file_template(args.task, args.template)
     args.max_new = args.max_new or (TASKS[args.task].max_new if of_task else MAX_NEW)
     fields, show = question_form(args.task, args.template, own, source)
     several = len(fields) > 1
     shown = show({field: f"{{{field}}}" if several else "TEXT" for field in fields})[0]
-    of = f", from a JSON object with {', '.join(fields)}" * several
-    print(f"the text is sent as {shown!r}{of} (--raw: unchanged)", file=sys.stderr)
+    if shown == "TEXT":
+        how = "unchanged, as the prompts in training were"
+    elif several:
+        how = f"as {shown!r}, from a JSON object with {', '.join(fields)} (--raw: unchanged)"
+    else:
+        how = f"as {shown!r}, where TEXT is your text (--raw: unchanged)"
+    print(f"the text is sent {how}", file=sys.stderr)
     return partial(question, task=args.task, template=args.template, own=own, model=source)
+
+
+def own_fields_of(run: dict, folder: Path) -> tuple[str, ...]:
+    """The fields of the rows that a run was trained on, if these have a form of their own.
+
+    An older run.json does not say it, but it names the file of the rows. A line says from where the
+    form is taken then.
+    """
+    if not run.get("data") or run.get("fields") is not None:
+        return tuple(run.get("fields") or ())
+    lacks = f"{folder / 'run.json'} is an older one, without the fields of its rows"
+    try:
+        _, row = next(rows_of(Path(run["data"])))
+    except (OSError, ValueError):
+        form = f"the form of {run['task']} is taken: want --raw if the rows had another"
+        print(f"{lacks}, and {run['data']} cannot be read: {form}", file=sys.stderr)
+        return ()
+    print(f"{lacks}: they are taken from the first row of {run['data']}", file=sys.stderr)
+    return fields_of_own_rows(run["task"], run.get("template"), row)
 
 
 def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:

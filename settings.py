@@ -29,16 +29,14 @@ from plumbing.checkpoint import (
     read_config,
 )
 from plumbing.data import (
-    FIELDS,
     TASKS,
     Encoded,
     Example,
     default_task,
     encode,
-    has_fields,
+    fields_of_own_rows,
     is_file_template,
     load_examples,
-    own_fields,
     steps_per_epoch,
 )
 from plumbing.device import DTYPES, compute, free_bytes, most_bytes, warn_of_slow_cpu
@@ -144,15 +142,6 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     if parse_method(args.method).chooses:
         check_k(settings["k"], cfg.n_experts)
     return settings
-
-
-def fields_of_own_rows(settings: dict, data: list[Example]) -> tuple[str, ...]:
-    """The fields of --data's rows, if these are shown in another form than the task's, or none."""
-    task, template = TASKS[settings["task"]], settings["template"]
-    row, own = data[0].row, is_file_template(settings["task"], template)
-    if not settings["data"] or (has_fields(row, FIELDS[task.kind]) and not own):
-        return ()
-    return own_fields(row) or tuple(row)
 
 
 def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> list[Example]:
@@ -274,7 +263,7 @@ def prepare(args: argparse.Namespace) -> Job:
     task, template = settings["task"], settings["template"]
     examples = load_examples(task, args.data or TASKS[task].train.fetch(), template, source)
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
-    own_rows = fields_of_own_rows(settings, examples)
+    own_rows = fields_of_own_rows(task, template, examples[0].row) if args.data else ()
     tests = [] if args.no_eval else scored_examples(settings, own_rows, source)
     check_scorable(tests, tokenizer, cfg.max_len)
     if args.data:
@@ -539,7 +528,7 @@ def new_record(job: Job) -> dict:
     }
     if job.settings["drop_long"]:
         record["rows_dropped"] = job.n_dropped
-    if job.own_rows:
+    if job.settings["data"]:
         record["fields"] = list(job.own_rows)  # generate.py asks in their form
     if job.log:
         record["log"] = job.log

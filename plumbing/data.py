@@ -273,6 +273,16 @@ def own_fields(row: object) -> tuple[str, ...] | None:
     return next((fields for fields in FORMS if has_fields(row, fields)), None)
 
 
+def fields_of_own_rows(task: str, template: str | None, row: object) -> tuple[str, ...]:
+    """The fields of rows such as `row`, if these are shown in another form than the task's.
+
+    Else there are none. A template file gives any rows a form of their own.
+    """
+    if has_fields(row, FIELDS[TASKS[task].kind]) and not is_file_template(task, template):
+        return ()
+    return own_fields(row) or tuple(row)
+
+
 def own_form(path: Path, given: Path | None, model: Path | None) -> list[Example]:
     """The rows of a file, all in the form of the first row. given: a template file.
 

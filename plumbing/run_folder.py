@@ -68,7 +68,8 @@ class RunRecord:
     seed: int | None
     template: str | None
     bos: int | None  # the token before each prompt
-    fields: list[str] | None  # of the rows, if these have another form than the task's
+    data: str | None  # the path of own rows
+    fields: list[str] | None  # of own rows in another form than the task's. Older runs lack it
     eval_data: str | None  # a path
     eval_limit: Positive | None  # number of problems
     hashes: Hashes | None

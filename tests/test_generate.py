@@ -280,6 +280,55 @@ def test_a_run_on_rows_of_ones_own_is_asked_in_their_form(ask, made, cli):
     assert ask("--run", "chats", "--template", "moved.jinja", "3+4?")[:2] == (0, out)
 
 
+@pytest.fixture(scope="module")
+def pairs(made):
+    """A run "pairs" in the folder `made`, on rows with prompt and completion."""
+    rows = write_rows(made / "pairs.jsonl", [{"prompt": "3+4?", "completion": " 7"}] * 4)
+    flags = ["--steps", 1, "--method", "lora", "--out", made / "pairs"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["train.py", *small_run(made / "toy", rows, *flags)])
+        train.main()
+    return made / "pairs"
+
+
+def test_prompts_that_have_no_form_are_sent_as_they_are(ask, pairs):
+    code, out, err = ask("--run", "pairs", "3+4?")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "TEXT" not in err
+    assert ask("--run", "pairs", "--raw", "3+4?")[:2] == (0, out)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_older_run_on_own_rows_is_asked_and_says_what_it_lacks(there, ask, pairs, made):
+    record = json.loads((pairs / "run.json").read_text())
+    assert record.pop("fields") == ["prompt", "completion"]
+    old = shutil.copytree(pairs, made / f"old-{there}")
+    rows = record["data"] if there else str(made / "gone.jsonl")
+    (old / "run.json").write_text(json.dumps(record | {"data": rows}))
+    code, out, err = ask("--run", old, "3+4?")
+    lacks, sent = err.splitlines()
+    assert code == 0 and f"{old / 'run.json'}" in lacks and rows in lacks
+    assert ("TEXT" in sent) == (not there)  # the task's form, if none is known
+    if there:
+        assert out == ask("--run", "pairs", "3+4?")[1]
+
+
+def test_a_run_where_a_model_is_wanted_and_the_reverse_name_the_right_flag(ask, cli, made):
+    assert cli("export.py", "--run", "r", "--format", "peft", "--out", "peft")[0] == 0
+    for flag, path, want in (
+        ("--model", "r", "--run r"),
+        ("--model", "peft", "--run"),
+        ("--model", "r/run.json", "folder"),
+        ("--run", "toy", "--model"),
+        ("--run", "hub", "--model"),
+        ("--run", "peft", "peft is a PEFT adapter"),
+        ("--run", "r/run.json", "folder"),
+    ):
+        code, out, err = ask(flag, path, "x")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert want in err and path in err
+
+
 @pytest.mark.parametrize("family", HUB)
 def test_a_checkpoint_of_each_family_answers(family, ask, tmp_path):
     hub = HUB[family] | {"vocab_size": 1024, "eos_token_id": 1023}
