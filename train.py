@@ -405,7 +405,8 @@ def run_job(job: Job, folder: Path) -> None:
     if job.tests and "base_accuracy" not in scored:  # a resumed run has it
         score_model(job, build_model(job), folder, "base")
 
-    # 2. The experts.
+    # 2. The experts. They are found once: not if they are given, or were found before a stop.
+    known = job.settings["hot_experts"] or (folder / "hot_experts.json").exists()
     began = time.perf_counter()
     with advice(job.micro_batch, job.recompute):
         adapted = find_adapted(job, folder)
@@ -429,8 +430,10 @@ def run_job(job: Job, folder: Path) -> None:
     saves.save_adapter(folder, adapter_state(model))
     if job.method.chooses and visits.counts:
         report_share(model, visited_share(visits.scores("count"), adapted))
-        spent = time.perf_counter() - began
-        print(f"finding the experts took {finding:.0f} of the {spent:.0f} s, {finding / spent:.1%}")
+        if not known:
+            spent = time.perf_counter() - began
+            share = f"{finding:.0f} of the {spent:.0f} s, {finding / spent:.1%}"
+            print(f"finding the experts took {share}")
 
     # 5. The merged model's score.
     if not ranks.is_cut(model):

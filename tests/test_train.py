@@ -458,6 +458,18 @@ def test_a_run_is_not_gone_on_with_on_other_data_or_settings(cli, quick, toy, tm
     assert "steps" in one_line(err)
 
 
+def test_the_time_that_finding_took_is_told_by_the_start_that_found(cli, quick, tmp_path):
+    words, record = half_done(cli, quick, tmp_path / "r")
+    fresh = cli("train.py", *words[:-3], tmp_path / "new", *words[-2:])
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    resumed = cli("train.py", *words)
+    listed = ["--hot-experts", tmp_path / "new" / "hot_experts.json"]
+    given = cli("train.py", *words[:-3], tmp_path / "given", *words[-2:], *listed)
+    for told, (code, out, err) in ((True, fresh), (False, resumed), (False, given)):
+        assert code == 0, err
+        assert ("finding the experts took" in out) == told
+
+
 def test_the_balancing_loss_changes_training_when_asked_for(cli, quick, tmp_path):
     for out, flags in (("a", []), ("b", ["--balance", 0.5])):
         assert cli("train.py", *quick, "--steps", 3, "--no-eval", "--out", out, *flags)[0] == 0
