@@ -49,6 +49,7 @@ from plumbing.data import (
     encode,
     encode_prompt,
     load_examples,
+    rows_name,
 )
 from plumbing.device import compute, warn_of_slow_cpu
 from plumbing.run_folder import is_other_dtype, keep_results, read_run, results_folder
@@ -225,6 +226,7 @@ class Asked(NamedTuple):
     template: str
     tokenizer: Tokenizer
     examples: list[Example]
+    rows: str  # what they are called: by their file, or by the task
     cfg: MoEConfig
 
 
@@ -235,11 +237,13 @@ def what_is_asked(args: argparse.Namespace, run: dict, folder: Path | None) -> A
     own = run if task == run["task"] else {}
     template = args.template or own.get("template") or TASKS[task].template
     source = base_folder(run)
-    path = args.data or own.get("eval_data") or TASKS[task].test.fetch()
+    given = args.data or own.get("eval_data")
+    path = given or TASKS[task].test.fetch()
     tokenizer = load_tokenizer(source, {"template": template} | run)
     limit = args.limit or own.get("eval_limit")
     examples = problems(task, template, Path(path), limit, args.shots, source)
-    return Asked(task, template, tokenizer, examples, read_config(source))
+    rows = rows_name(given) or task
+    return Asked(task, template, tokenizer, examples, rows, read_config(source))
 
 
 def score_answers(asked: Asked, load: Callable[[], MoEModel], args: argparse.Namespace) -> Scored:
@@ -274,7 +278,7 @@ def score(args: argparse.Namespace, run: dict, folder: Path | None, kept: Path |
 
     shown, result, records = (score_loss if args.loss else score_answers)(asked, load, args)
     print(
-        f"{folder or args.model}  {asked.task}: {shown} on {result['total']} problems "
+        f"{folder or args.model}  {asked.rows}: {shown} on {result['total']} problems "
         f"in {result['seconds']} s"
     )
     if kept:

@@ -42,7 +42,7 @@ from plumbing.checkpoint import (
     shard_paths,
 )
 from plumbing.cli import command, progress, to_type
-from plumbing.data import TASKS
+from plumbing.data import TASKS, is_file_template
 from plumbing.device import compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
@@ -253,13 +253,19 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     if not off <= bar * change + FLOOR * live.norm():
         raise ValueError(f"the export is off by {off / change:.0%} of the adapters' effect: {OURS}")
     lost = (got - live).norm() / change if change > 0 else 1.0
+    why = "" if form == "peft" else f", because merged weights are rounded to {stored_in(stored)}"
     print(
-        f"read back: on {base[..., 0].numel()} random tokens the adapters move logits by up to "
-        f"{(live - base).abs().max():.3g}, of which {lost:.1%} is lost to rounding "
-        "(root mean square)"
+        f"read back: on {base[..., 0].numel()} random tokens the adapters change the logits by up "
+        f"to {(live - base).abs().max():.3g}. The export loses {lost:.1%} of this change "
+        f"(root mean square over all logits){why}"
     )
     if lost > ROUNDED:
         print(f"warning: the change is too small for {dtype}: --format peft keeps it in fp32")
+
+
+def stored_in(dtypes: set[torch.dtype]) -> str:
+    """The names of a checkpoint's dtypes: "bfloat16"."""
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def check_request(folders: list[Path], form: str, partial: bool, out: Path) -> None:
@@ -313,13 +319,25 @@ def beside(source: Path) -> list[Path]:
 
 
 def show_scoring(folders: list[Path], out: Path) -> None:
-    """Print the commands that score an export as its runs are scored. Only for math tasks."""
+    """Print the commands that score an export as its runs are scored. Only for math tasks.
+
+    Own rows that train.py did not score have a loss.
+    """
     for run in map(read_run, folders):
-        if run["task"] in TASKS and TASKS[run["task"]].kind == "math":
-            flags = ["--task", run["task"], "--template", run.get("template") or "plain"]
+        if run["task"] not in TASKS or TASKS[run["task"]].kind != "math":
+            continue
+        task, template = run["task"], run.get("template") or "plain"
+        if run.get("fields") and not run.get("eval_data"):
+            own = is_file_template(task, template)
+            flags = ["--loss", "--data", "FILE"]
+            flags += ["--task", task, "--template", template] if own else []
+            what = "the loss of other rows of this form"
+        else:
+            flags = ["--task", task, "--template", template]
             flags += ["--data", run["eval_data"]] if run.get("eval_data") else []
-            words = shlex.join(flags).replace("{", "{{").replace("}", "}}")
-            print(f"score it with: {to_type(f'python eval_gsm8k.py --model {{}} {words}', out)}")
+            what = "score it with"
+        words = shlex.join(flags).replace("{", "{{").replace("}", "}}")
+        print(f"{what}: {to_type(f'python eval_gsm8k.py --model {{}} {words}', out)}")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from plumbing import flags, ranks
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import empty_model, read_config
 from plumbing.cli import command
-from plumbing.data import TASKS, Encoded, encode_prompt
+from plumbing.data import TASKS, Encoded, encode_prompt, rows_name, task_in_words
 from plumbing.files import check, read_json, write_atomically, write_json
 from plumbing.run_folder import lines_up_to, read_results, read_run
 from plumbing.tokenizer import Tokenizer
@@ -188,7 +188,7 @@ def collect(folders: list[Path]) -> dict:
         runs.append(
             {
                 "name": name,
-                "title": f"{run['method']} on {Path(run['model']).name}, {run['task']}",
+                "title": f"{run['method']} on {Path(run['model']).name}, {name_of_rows(run)}",
                 "loss": loss_curve(folder),
                 "turned": turned(before, after),
                 "texts": texts_of(folder, run, len(folders)),
@@ -210,6 +210,11 @@ def name_of(run: dict) -> str:
     if parse_method(run["method"]).chooses:
         parts.append(f"{run['coverage']:.0%}" if run.get("coverage") else f"k {run.get('k')}")
     return ", ".join([*parts, f"seed {run.get('seed')}"])
+
+
+def name_of_rows(run: dict) -> str:
+    """What a run was trained on: its task, or the name of the file of own rows."""
+    return rows_name(run.get("data")) or run["task"]
 
 
 def kind_of(run: dict) -> str:
@@ -496,7 +501,7 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             of = f"{scores['total']:,} problems" if scores.get("total") else ""
             found.append((name.replace("_", " "), shown, ", ".join(filter(None, (remark, of)))))
     if not found:
-        how = SCORED_BY[kind].format(folder)
+        how = SCORED_BY[kind].format(folder) + " --loss --data FILE" * bool(run.get("fields"))
         found.append((SCORES[kind][0].replace("_", " "), "not scored", how))
     curve = loss_curve(folder)
     if finite := [x for x in curve["values"] if x is not None]:
@@ -526,7 +531,7 @@ def setting_rows(records: list[dict]) -> list[dict]:
     flat = []
     for run in records:
         values = {}
-        for name, value in run.items():
+        for name, value in (run | {"task": task_in_words(run)}).items():
             if name in ("adapted", "config"):
                 continue
             if isinstance(value, dict):

@@ -46,7 +46,9 @@ from plumbing.data import (
     examples_of_step,
     idle_ranks,
     micro_batches,
+    rows_name,
     steps_per_epoch,
+    task_in_words,
 )
 from plumbing.device import DTYPES, free_bytes
 from plumbing.files import sha256, write_json
@@ -224,6 +226,7 @@ def catch(job: Job) -> HotList:
         coverage=settings["coverage"],
         model=settings["model"],
         task=settings["task"],
+        data=rows_name(settings["data"]),
         catcher=settings["catcher"],
     )
 
@@ -395,6 +398,7 @@ def run_job(job: Job, folder: Path) -> None:
     record = ranks.once(lambda: open_record(job, folder))
     shown = {name: value for name, value in job.settings.items() if value is not None}
     shown["device"] = record["versions"]["device"]
+    shown["task"] = task_in_words(shown)
     print("\n".join(f"{name:12s} {value}" for name, value in shown.items()))
     print(f"run folder   {folder}")
     write_json(folder / "run.json", record)
@@ -462,6 +466,7 @@ def main() -> None:
         print(f"done. The loss of other rows of this form: {scored_by} --loss --data FILE")
     else:
         print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
+    print(f"ask it with: {to_type('python generate.py --run {}', job.folder)}")
 
 
 if __name__ == "__main__":

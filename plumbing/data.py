@@ -125,6 +125,17 @@ def default_task(model: str) -> str:
     return "tiny-math" if model == "tiny" else "gsm8k"
 
 
+def rows_name(path: str | Path | None) -> str:
+    """What rows of one's own are called where a user sees them: their file's name. None: ""."""
+    return plain(Path(path).name) if path else ""
+
+
+def task_in_words(run: dict) -> str:
+    """What a run was trained on, from its settings. Own rows have their task's recipe only."""
+    rows, task = rows_name(run.get("data")), run["task"]
+    return f"{rows}, with the recipe of {task}" if rows else task
+
+
 # ---- templates -----------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from catcher import Catcher, HotList, choose, count_visits, overlap, sample, visited_share
+from catcher import FEW, Catcher, HotList, choose, count_visits, overlap, sample, visited_share
 from moe_model import MoEModel, Routing
 from plumbing.data import Encoded
 
@@ -120,6 +120,16 @@ def test_a_list_survives_the_disk_and_is_refused_by_another_model(olmoe, tmp_pat
             HotList.read(tmp_path / "bad.json", cfg)
 
 
+@pytest.mark.parametrize("rule", ["hot", "cold", "global-hot", "random"])
+def test_a_choice_from_few_visits_is_doubted(rule):
+    few = HotList(rule=rule, k=1, experts={0: [2]}, counts={0: [1, 0, FEW, 2]})
+    enough = HotList(rule=rule, k=1, experts={0: [2]}, counts={0: [0, 0, 4 * FEW, 0]})
+    assert bool(few.doubt()) == (rule != "random")  # which rests on no visit
+    assert few.show().endswith(few.doubt()) and few.doubt().count("\n") == 0
+    assert not enough.doubt()
+    assert not HotList(experts={0: [2]}).doubt()  # a given list, without visits
+
+
 @pytest.mark.parametrize("key", ["x", "00", " 0", "-1", "9" * 5000])
 def test_visits_of_no_layer_are_refused_by_the_name_of_the_file(key, olmoe, tmp_path):
     cfg = MoEModel.from_pretrained(olmoe).cfg
@@ -133,7 +143,7 @@ def test_visits_of_no_layer_are_refused_by_the_name_of_the_file(key, olmoe, tmp_
     ("flags", "at_fault"),
     [
         (["--k", 3], "--k"),
-        (["--model", "toy"], "--model"),
+        (["--model", "olmoe-1b-7b"], "--model"),
         (["--batch-size", 4], "--batch-size"),
     ],
 )

@@ -5,14 +5,19 @@ import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, small_run, toy_in, write_rows
 
+import report
+import train
 from paper import eval_humaneval, eval_safety
 from plumbing import flags
 from plumbing.checkpoint import locate
-from plumbing.cli import to_type
+from plumbing.cli import did_you_mean, to_type
 from plumbing.run_folder import read_run
 
 ROWS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(4)]
@@ -94,6 +99,77 @@ def test_a_device_that_is_not_supported_is_refused_with_the_reason(cli, name, sa
         assert code == 2
         assert err.count("\n") == 1
         assert says in err
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "meant"),
+    [
+        (["train.py", "--task", "tiny-maths"], "tiny-maths", "tiny-math"),
+        (["eval_gsm8k.py", "--model", "tiny", "--task", "gsm8"], "gsm8", "gsm8k"),
+        (["train.py", "--method", "helora_c"], "helora", "hellora"),
+        (["train.py", "--model", "OLMoE-1B-7B"], "OLMoE-1B-7B", "olmoe-1b-7b"),
+        (["catcher.py", "--model", "mixtral"], "mixtral", "mixtral-8x7b"),
+        (["train.py", "--template", "lroi"], "lroi", "lori"),
+        (["train.py", "--modle", "tiny"], "--modle", "--model"),
+        (["export.py", "--runs", "r", "--format", "hub"], "--runs", "--run"),
+        (["generate.py", "--run", "r", "--tempera=1", "x"], "--tempera", "--temperature"),
+    ],
+)
+def test_a_name_that_is_nearly_known_is_asked_about(words, typed, meant, cli):
+    code, out, err = cli(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert did_you_mean(typed, [meant]) in err
+
+
+def test_a_name_is_asked_about_if_it_is_near():
+    known = ["question", "answer", "--lr", "tiny"]
+    for word, near in (("Question", "question"), ("anser", "answer"), ("quest", "question")):
+        assert near in did_you_mean(word, known)
+    for word in ("chess", "x", "", "a", "completion"):
+        assert did_you_mean(word, known) == ""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with a run "r" on rows of one's own, "own.jsonl", and what that run printed."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = [{"prompt": f"{n}?", "completion": " x"} for n in "abc"]
+    rows = write_rows(folder / "own.jsonl", rows)
+    words = small_run(toy_in(folder), rows, "--steps", 1, "--out", "r")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+    return folder, out.getvalue()
+
+
+def test_rows_of_ones_own_are_called_by_their_file(own, cli, monkeypatch):
+    """The keys of the files stay those of the task."""
+    folder, said = own
+    monkeypatch.chdir(folder)
+    for line in said.splitlines():
+        assert "tiny-math" not in line or "own.jsonl" in line or line.startswith("run folder")
+    hot = json.loads(Path("r/hot_experts.json").read_text())
+    assert (hot["task"], hot["data"]) == ("tiny-math", "own.jsonl")
+    assert report.collect([Path("r")])["runs"][0]["title"].endswith("own.jsonl")
+
+    code, out, _ = cli("eval_gsm8k.py", "--run", "r", "--loss", "--data", "own.jsonl")
+    assert code == 0 and "own.jsonl" in out and "tiny-math" not in out
+    assert json.loads(Path("r/results.json").read_text()).keys() == {"tiny-math-loss-part"}
+    for words in (["--model", "toy", "--data", "own.jsonl"], ["--run", "r"]):
+        code, out, _ = cli("catcher.py", *words)
+        assert code == 0 and "tokens of own.jsonl" in out
+    code, out, _ = cli("export.py", "--run", "r", "--format", "hub")
+    assert code == 0 and "tiny-math" not in out
+    command = shlex.split(out.splitlines()[-1].partition(": ")[2].replace("FILE", "own.jsonl"))
+    assert cli(*command[command.index("python") + 1 :])[0] == 0
+
+
+def test_a_run_ends_with_the_command_that_asks_it(own, cli, monkeypatch):
+    folder, said = own
+    monkeypatch.chdir(folder)
+    command = shlex.split(said.splitlines()[-1].partition(": ")[2])
+    assert cli(*command[command.index("python") + 1 :], "a?")[0] == 0
 
 
 def test_tiny_has_no_revisions():
