@@ -52,6 +52,17 @@ HUB = {
 }  # fmt: skip
 
 
+def some_slow(cases, quick):
+    """Parameters of a test. Those that are not in `quick` are for the slow tier."""
+    return [case if case in quick else slow(case) for case in cases]
+
+
+def slow(case):
+    """A parameter for the slow tier."""
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def write_checkpoint(folder, hub, seed=0, dtype=torch.float32):
     """A random checkpoint of config `hub`, its weights so large that every part matters."""
     draw = torch.Generator().manual_seed(seed)

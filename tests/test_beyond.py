@@ -133,9 +133,11 @@ def test_every_pair_is_merged_by_a_command_that_export_py_takes_and_scored_on_bo
         assert grid.ROOT / args.out == cell.folder / "hub"
         for task in tasks:
             words = [word for word in cell.evaluation(task) if word != "-m"]
+            model = words.index("--model") + 1
+            assert grid.ROOT / words[model] == cell.folder / "hub"
+            words[model] = "tiny"  # as the checkpoint is not there yet
             args = parsed(monkeypatch, words, readers[task])
-            folders = (grid.ROOT / args.model, grid.ROOT / args.out)
-            assert (*folders, args.task) == (cell.folder / "hub", cell.folder, task)
+            assert (grid.ROOT / args.out, args.task) == (cell.folder, task)
 
 
 def test_a_merged_cell_rests_on_its_runs():

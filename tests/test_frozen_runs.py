@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_run, toy_in, write_checkpoint, write_rows
+from conftest import ROOT, slow, small_run, toy_in, write_checkpoint, write_rows
 from safetensors.torch import load_file
 
 from catcher import Catcher, count_visits, sample
@@ -181,7 +181,7 @@ def test_runs_on_different_bases_are_not_merged(cli, quick, tmp_path):
 # ---- catcher -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["hellora", "hellori-d"])
+@pytest.mark.parametrize("method", ["hellora", slow("hellori-d")])
 def test_the_warm_up_leaves_no_trace_in_the_run_it_chose_experts_for(cli, quick, method):
     """The same list from a file gives the same run to the last bit, whose frozen A is the start's.
 

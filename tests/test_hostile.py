@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
+from conftest import HUB, ROOT, slow, small_run, some_slow, write_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
 from plumbing import cli, files, saves
@@ -401,7 +401,9 @@ def check_reader(sound, number, n):
 NAMES = [f"{words[0].partition('.py')[0]}-{name}" for name, words in READERS]
 
 
-@pytest.mark.parametrize("number", range(len(READERS)), ids=NAMES)
+@pytest.mark.parametrize(
+    "number", some_slow(range(len(READERS)), range(0, len(READERS), 3)), ids=NAMES
+)
 def test_a_changed_file_gives_a_right_run_or_one_line_that_names_it(sound, number):
     check_reader(sound, number, QUICK)
 
@@ -414,8 +416,9 @@ def test_more_changed_files_do_too(sound, number):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("rows.jsonl", "CRLF"), ("rows.jsonl", "a BOM"), ("rows.json", "CRLF"), ("rows.json", "a BOM")]
-    + [(name, "CRLF") for name in ("model/config.json", "hot.json", "part/metrics.jsonl")]
+    [("rows.jsonl", "CRLF"), slow(("rows.jsonl", "a BOM"))]
+    + [slow(("rows.json", "CRLF")), ("rows.json", "a BOM")]
+    + [slow((name, "CRLF")) for name in ("model/config.json", "hot.json", "part/metrics.jsonl")]
     + [pytest.param("samples.jsonl", "CRLF", marks=pytest.mark.bubblewrap)],
 )
 def test_what_changes_nothing_gives_the_same_run(sound, name, what):
@@ -575,7 +578,7 @@ CRAFTED = [  # (file, change of its content, name of what is at fault; "": a rig
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(CRAFTED)))
+@pytest.mark.parametrize("number", some_slow(range(len(CRAFTED)), range(0, len(CRAFTED), 2)))
 def test_a_file_made_to_do_harm_is_refused_in_one_line_that_names_it(sound, number):
     name, change, at_fault = CRAFTED[number]
     path = fresh(sound) / name

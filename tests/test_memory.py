@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, small_run, write_rows
+from conftest import ROOT, small_run, some_slow, write_rows
 from torch.profiler import ProfilerActivity, profile
 
 import settings
@@ -64,7 +64,7 @@ def reckoned_and_measured(shape, method, recompute, dtype):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_slow(METHODS, ["hellora", "lora"]))
 def test_a_step_allocates_what_is_reckoned(method, recompute):
     """Within 10 %, the bar of docs/scaling.md, though no weight is counted; 6 % was seen."""
     stays, held, rest, got = reckoned_and_measured(WIDE, method, recompute, torch.float32)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import HUB, small_run, write_checkpoint, write_rows
+from conftest import HUB, small_run, some_slow, write_checkpoint, write_rows
 from safetensors.torch import load_file
 from test_hellora import adapted, equal_in_fp32, logits, tokens
 from test_train import ROWS, one_line
@@ -274,7 +274,14 @@ def quick(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("d", "s"),
-    [("lori-d", "lori-s"), ("hellori-d", "hellori-s"), ("hellori-d_pure_c", "hellori-s_pure_c")],
+    some_slow(
+        [
+            ("lori-d", "lori-s"),
+            ("hellori-d", "hellori-s"),
+            ("hellori-d_pure_c", "hellori-s_pure_c"),
+        ],
+        [("hellori-d", "hellori-s")],
+    ),
 )
 def test_a_masked_run_trains_its_mask_and_nothing_else(cli, quick, tmp_path, d, s):
     assert cli("train.py", *quick, "--method", d, "--out", "d")[0] == 0
@@ -365,7 +372,7 @@ def test_a_masked_run_says_what_it_needs(cli, quick, tmp_path):
     assert not any(torch.equal(d[n], s[n]) for n in d if n.endswith(".A"))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", some_slow(WHOLE, ["dora", "hellora"]))
 def test_every_method_trains_saves_and_evaluates(cli, quick, tmp_path, name):
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
     args = [a for a in quick if a != "--no-eval"]

@@ -12,7 +12,7 @@ from io import StringIO
 
 import pytest
 import torch
-from conftest import HUB, ROOT, small_run, toy_in, write_rows
+from conftest import HUB, ROOT, small_run, some_slow, toy_in, write_rows
 
 import report
 import train
@@ -234,9 +234,9 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("flags", CHOICES.values(), ids=CHOICES)
-def test_the_order_of_the_run_s_own_rule_begins_with_its_experts(cli, quick, tmp_path, flags):
-    done(cli, "train.py", *quick, "--no-eval", "--catcher", "forward", *flags)
+@pytest.mark.parametrize("choice", some_slow(CHOICES, ["cold", "model"]))
+def test_the_order_of_the_run_s_own_rule_begins_with_its_experts(cli, quick, tmp_path, choice):
+    done(cli, "train.py", *quick, "--no-eval", "--catcher", "forward", *CHOICES[choice])
     (run,) = data_in(tmp_path / "r" / "report.html")["runs"]
     assert [sorted(ids[:2]) for ids in run["ranked"][run["rule"]]] == run["adapted"]
 

@@ -17,7 +17,7 @@ from subprocess import PIPE
 from typing import Literal
 
 import pytest
-from conftest import ROOT, small_run, write_rows
+from conftest import ROOT, slow, small_run, write_rows
 
 from plumbing import cli, files, run_folder
 from plumbing.base_model import unchanged_base_folder
@@ -382,7 +382,7 @@ cli.command(export.main)
 
 
 @pytest.mark.parametrize(
-    ("signal_name", "where"), [("SIGINT", "write_tensors"), ("SIGTERM", "check")]
+    ("signal_name", "where"), [("SIGINT", "write_tensors"), slow(("SIGTERM", "check"))]
 )
 def test_a_signal_in_a_command_leaves_nothing_and_says_what_comes_next(
     signal_name, where, toy, tmp_path, cli

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import stand_in
 import torch
-from conftest import HUB, write_checkpoint
+from conftest import HUB, some_slow, write_checkpoint
 from stand_in import DEVICE, OnDevice, StandIn
 
 from catcher import Catcher, choose, count_visits
@@ -111,7 +111,7 @@ def check(folder, name, matmul, recompute, kernel):
     assert outside == 4 * MICRO_BATCHES + 1, (name, stand_in.waits)
 
 
-@pytest.mark.parametrize("family", HUB)
+@pytest.mark.parametrize("family", some_slow(HUB, ["olmoe", "deepseek"]))
 @pytest.mark.parametrize(
     ("matmul", "recompute"),
     [("grouped", False), pytest.param("loop", True, marks=pytest.mark.slow)],
@@ -123,7 +123,7 @@ def test_a_step_mixes_nothing_and_waits_as_often_as_we_say(tmp_path, family, mat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", HUB)
+@pytest.mark.parametrize("family", some_slow(HUB, ["olmoe", "deepseek"]))
 @pytest.mark.parametrize("matmul", ["grouped", "loop"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_so_does_a_step_of_every_method(tmp_path, family, matmul, recompute):
@@ -168,7 +168,7 @@ def decoded(model, sampling=None, ended=None):
     return found, cost[2] - cost[1]
 
 
-@pytest.mark.parametrize("family", HUB)
+@pytest.mark.parametrize("family", some_slow(HUB, ["olmoe", "deepseek"]))
 @pytest.mark.parametrize("matmul", ["grouped", pytest.param("loop", marks=pytest.mark.slow)])
 def test_decoding_scoring_and_merging_wait_once_a_token(tmp_path, family, matmul):
     folder = write_checkpoint(tmp_path / family, HUB[family])
@@ -194,7 +194,7 @@ def test_decoding_scoring_and_merging_wait_once_a_token(tmp_path, family, matmul
     assert len({len(answer) for answer in got}) > 1
 
 
-@pytest.mark.parametrize("family", HUB)
+@pytest.mark.parametrize("family", some_slow(HUB, ["olmoe", "deepseek"]))
 def test_the_catcher_and_losses_are_those_of_the_cpu(tmp_path, family):
     folder = write_checkpoint(tmp_path / family, HUB[family])
     model, reference = (MoEModel.from_pretrained(folder, device=at) for at in (DEVICE, CPU))

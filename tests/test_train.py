@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, small_run, write_rows
+from conftest import ROOT, small_run, some_slow, write_rows
 from safetensors.torch import load_file, save_file
 
 from hellora import load_run
@@ -46,7 +46,10 @@ def losses(folder):
     ]
 
 
-@pytest.mark.parametrize("method", ["hellora", "hellora_pure_c", "hellora_m", "lora", "fft"])
+@pytest.mark.parametrize(
+    "method",
+    some_slow(["hellora", "hellora_pure_c", "hellora_m", "lora", "fft"], ["hellora", "fft"]),
+)
 def test_a_run_leaves_the_folder_that_other_tools_rely_on(cli, quick, tmp_path, method):
     code, out, err = cli("train.py", *quick, "--method", method, "--steps", 3, "--out", "r")
     assert code == 0, err
