@@ -47,8 +47,8 @@ IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 
 REGIMES = {  # regime -> its heading, and the head of its column in README.md
     "P": ("Experts alone adapted", "experts alone"),
-    "A": ("Experts, attention and router adapted", "experts, attention, router"),
-    "O": ("The same, overfitted", "the same, overfitted"),
+    "A": ("Experts, attention and router adapted", "with attention and router"),
+    "O": ("The same, overfitted", "the same, overfitted on 60 rows"),
 }
 ARMS = {
     "cold": "cold experts",
@@ -100,10 +100,10 @@ def headline(found: dict) -> str:
     makes_up = said.get(("A", "cold")) == said.get(("A", "none")) == "equivalent"
     if not matters or not makes_up:
         return ""
-    return (  # in the words that the plan has for this outcome
+    return (  # the plan's words for this outcome, and what it did not foresee
         "**If only experts are trained, the choice of experts matters. If attention and router are "
-        "trained too, they make up for a bad choice.** This was measured on the embedded model, on "
-        "word problems."
+        "trained too, they make up for a bad choice, and even for adapting no expert at all.** "
+        "This was measured on the embedded model, on word problems."
     )
 
 
@@ -209,7 +209,7 @@ BETTER = {  # the verdict that HELLoRA is better -> in words
     "fails": "worse",
     "holds unadjusted": "better before correction",
     "fails unadjusted": "worse before correction",
-    "equivalent": "equal",
+    "equivalent": "equal within one point",
     "undecided": "undecided",
     "not finished": WAITING,
 }
@@ -221,9 +221,11 @@ def lora_found(claim: dict[str, dict]) -> str:
     found = {where: claim[f"HELLoRA beats LoRA on {x}"] for where, x in on.items()}
     texts = [f"{where}: {points(c)}." for where, c in found.items()]
     printed = listed([f"{c['paper']:+.1f}" for c in found.values()])
+    better = [where for where, c in found.items() if c["verdict"] == "holds"]
+    says = "more accurate" if better else "not shown to be more accurate"
     return (
-        f"**HELLoRA against LoRA**, in points of accuracy. {' '.join(texts)} The paper has "
-        f"{printed}."
+        f"**HELLoRA is {says} than LoRA here.** In points of accuracy: {' '.join(texts)} The paper "
+        f"has {printed}."
     )
 
 
