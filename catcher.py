@@ -241,12 +241,14 @@ class HotList:
     def doubt(self) -> str:
         """A warning if so few visits decide that other rows would give other experts, or ""."""
         means = [sum(visits) / len(visits) for visits in self.counts.values()]
-        if self.rule == "random" or min(means, default=FEW) >= FEW:
+        every = all(len(self.experts[i]) == len(visits) for i, visits in self.counts.items())
+        if self.rule == "random" or every or min(means, default=FEW) >= FEW:
             return ""
         return (
-            f"warning: an expert has only {min(means):.1f} visits on average. From fewer than "
-            f"{FEW}, other rows of the same kind choose other experts: want more rows, or count "
-            "all of them, with catcher.py --share 1 --out FILE, and train with --hot-experts FILE"
+            f"warning: an expert has only {min(means):.1f} visits on average. Below {FEW}, other "
+            "rows of the same kind often choose other experts: want more rows. If only a share of "
+            "the rows was counted, catcher.py --share 1 --out FILE counts all (give it the same "
+            "--model, --task and --data), and train.py takes the list with --hot-experts FILE"
         )
 
     def sizes(self) -> str:

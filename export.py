@@ -319,15 +319,16 @@ def beside(source: Path) -> list[Path]:
 
 
 def show_scoring(folders: list[Path], out: Path) -> None:
-    """Print the commands that score an export as its runs are scored. Only for math tasks.
+    """Print the commands that score an export as its runs are scored, for math tasks.
 
-    Own rows that train.py did not score have a loss.
+    Own rows of any task that train.py did not score have a loss.
     """
     for run in map(read_run, folders):
-        if run["task"] not in TASKS or TASKS[run["task"]].kind != "math":
+        own_rows = run.get("fields") and not run.get("eval_data")
+        if run["task"] not in TASKS or (not own_rows and TASKS[run["task"]].kind != "math"):
             continue
         task, template = run["task"], run.get("template") or "plain"
-        if run.get("fields") and not run.get("eval_data"):
+        if own_rows:
             own = is_file_template(task, template)
             flags = ["--loss", "--data", "FILE"]
             flags += ["--task", task, "--template", template] if own else []

@@ -421,7 +421,8 @@ def resolve(args: argparse.Namespace, run: dict, source: Path) -> Form | None:
     several = len(fields) > 1
     shown = show({field: f"{{{field}}}" if several else "TEXT" for field in fields})[0]
     if shown == "TEXT":
-        how = "unchanged, as the prompts in training were"
+        alike = args.run and own != ("text",)  # texts alone are trained on without a prompt
+        how = "unchanged" + ", as the prompts in training were" * bool(alike)
     elif several:
         how = f"as {shown!r}, from a JSON object with {', '.join(fields)} (--raw: unchanged)"
     else:
@@ -439,14 +440,16 @@ def own_fields_of(run: dict, folder: Path) -> tuple[str, ...]:
     if not run.get("data") or run.get("fields") is not None:
         return tuple(run.get("fields") or ())
     lacks = f"{folder / 'run.json'} is an older one, without the fields of its rows"
+    task, template = run["task"], run.get("template")
     try:
         _, row = next(rows_of(Path(run["data"])))
+        found = fields_of_own_rows(task, template, row)
     except (OSError, ValueError):
         form = f"the form of {run['task']} is taken: want --raw if the rows had another"
         print(f"{lacks}, and {run['data']} cannot be read: {form}", file=sys.stderr)
         return ()
     print(f"{lacks}: they are taken from the first row of {run['data']}", file=sys.stderr)
-    return fields_of_own_rows(run["task"], run.get("template"), row)
+    return found
 
 
 def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, MoEModel]:

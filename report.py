@@ -501,7 +501,9 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             of = f"{scores['total']:,} problems" if scores.get("total") else ""
             found.append((name.replace("_", " "), shown, ", ".join(filter(None, (remark, of)))))
     if not found:
-        how = SCORED_BY[kind].format(folder) + " --loss --data FILE" * bool(run.get("fields"))
+        how = SCORED_BY[kind].format(folder)
+        if run.get("fields"):  # own rows, of any task
+            how = SCORED_BY["math"].format(folder) + " --loss --data FILE"
         found.append((SCORES[kind][0].replace("_", " "), "not scored", how))
     curve = loss_curve(folder)
     if finite := [x for x in curve["values"] if x is not None]:

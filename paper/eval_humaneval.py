@@ -44,7 +44,7 @@ from eval_gsm8k import load_model
 from generate import Sampling, generate
 from moe_model import MoEModel
 from paper.scoring.sandbox import NOT_CONTAINED, SECONDS, Check, bubblewrap, run_programs
-from plumbing import ranks
+from plumbing import flags, ranks
 from plumbing.cli import COUNT, SEED, SHARE, Parser, add_compute_flags, command, number, progress
 from plumbing.data import HUMANEVAL, TASKS, default_task, encode_prompt, load_examples
 from plumbing.files import sha256, write_json_lines
@@ -309,7 +309,8 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     what("--run", type=Path, nargs="+", action="extend", metavar="DIR",
          help="run folders of train.py")
-    what("--model", help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
+    what("--model", type=flags.model_name,
+         help="a model without adapters: tiny, a backbone's name, a folder, a Hub id")
     what("--score", type=Path, nargs="+", metavar="FILE",
          help="score saved samples; needs no model")
     add("--allow-code-execution", action="store_true", help="run the programs, in bubblewrap")

@@ -24,6 +24,7 @@ from pathlib import Path
 from eval_gsm8k import load_model
 from generate import generate
 from paper.scoring.refusals import RULE, RULES
+from plumbing import flags
 from plumbing.cli import COUNT, Parser, add_compute_flags, command, say
 from plumbing.data import TASKS, TEMPLATES, encode_prompt
 from plumbing.hub import snapshot
@@ -89,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     what.add_argument("--run", type=Path, nargs="+", action="extend", metavar="DIR",
                       help="run folders of train.py")
-    what.add_argument("--model",
+    what.add_argument("--model", type=flags.model_name,
                       help="without adapters: tiny, a backbone's name, a folder, a Hub id")
     p.add_argument("--task", choices=tasks,
                    help="default: the run's, if it is one; else by the model")

@@ -287,10 +287,14 @@ def own_fields(row: object) -> tuple[str, ...] | None:
 def fields_of_own_rows(task: str, template: str | None, row: object) -> tuple[str, ...]:
     """The fields of rows such as `row`, if these are shown in another form than the task's.
 
-    Else there are none. A template file gives any rows a form of their own.
+    Else there are none. A template file gives any rows a form of their own. Raises ValueError for a
+    row that has no known form.
     """
-    if has_fields(row, FIELDS[TASKS[task].kind]) and not is_file_template(task, template):
+    by_file = is_file_template(task, template)
+    if has_fields(row, FIELDS[TASKS[task].kind]) and not by_file:
         return ()
+    if not isinstance(row, dict) or not (by_file or own_fields(row)):
+        raise ValueError(f"a row has the fields {names(row)}, which are no known form")
     return own_fields(row) or tuple(row)
 
 

@@ -186,7 +186,7 @@ def model_name(text: str) -> str:
         return text  # the error of a file that is missing says what a model has
     if path.is_file():
         raise argparse.ArgumentTypeError(f"{text} is a file: want the folder of a model")
-    if repo != "tiny" and re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if repo != "tiny" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         return text
     known = ("tiny", *BACKBONES)
     raise argparse.ArgumentTypeError(

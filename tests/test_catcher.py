@@ -128,6 +128,8 @@ def test_a_choice_from_few_visits_is_doubted(rule):
     assert few.show().endswith(few.doubt()) and few.doubt().count("\n") == 0
     assert not enough.doubt()
     assert not HotList(experts={0: [2]}).doubt()  # a given list, without visits
+    every = HotList(rule=rule, k=4, experts={0: [0, 1, 2, 3]}, counts=few.counts)
+    assert not every.doubt()  # no rows would give other experts
 
 
 @pytest.mark.parametrize("key", ["x", "00", " 0", "-1", "9" * 5000])

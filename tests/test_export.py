@@ -473,8 +473,8 @@ def test_a_full_disk_is_a_mistake_that_is_named(trained, tmp_path):
     ("method", "flags", "want"),
     [
         ("dora", ["--format", "peft"], "dora"),
-        ("fft", ["--format", "peft"], "fft"),
-        ("hellora", ["--format", "hub", "--partial"], "--partial"),
+        slow(("fft", ["--format", "peft"], "fft")),
+        slow(("hellora", ["--format", "hub", "--partial"], "--partial")),
         ("hellora", ["--format", "hub", "--out", "."], "--out"),
         ("hellora", ["--format", "hub", "--run", "nowhere"], "nowhere"),
         ("hellora", ["--format", "hub", "--run", "hellora"], "run"),

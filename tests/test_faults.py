@@ -91,7 +91,7 @@ def check_kills(trial, whole, tmp_path, many):
 
 
 def test_a_run_killed_anywhere_goes_on_to_the_same_numbers(trial, whole, tmp_path):
-    assert check_kills(trial, whole, tmp_path, {"catcher": 1, "step": 1, "save": 2}) >= 2
+    assert check_kills(trial, whole, tmp_path, {"catcher": 1, "step": 1, "save": 1}) >= 1
 
 
 @pytest.mark.slow

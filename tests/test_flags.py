@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 import pytest
 from conftest import ROOT
@@ -61,6 +62,12 @@ def test_what_is_no_model_needs_no_torch(name, tmp_path):
 def test_the_early_check_of_a_model_lets_through_what_is_found_later(tmp_path):
     names = ["tiny", *flags.BACKBONES, "org/name", "org/name@main", str(tmp_path)]
     assert [flags.model_name(name) for name in names] == names
+
+
+@pytest.mark.parametrize("name", ["./nope", "../nope", "/nope", "~/nope", ".hidden/nope"])
+def test_a_path_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ArgumentTypeError, match="no model"):
+        flags.model_name(name)
 
 
 def test_the_names_in_the_flags_are_those_of_the_tables():

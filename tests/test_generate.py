@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HUB, ROOT, small_run, toy_in, write_checkpoint, write_rows
+from conftest import HUB, ROOT, slow, small_run, toy_in, write_checkpoint, write_rows
 
 import export
 import train
@@ -313,6 +313,26 @@ def test_an_older_run_on_own_rows_is_asked_and_says_what_it_lacks(there, ask, pa
         assert out == ask("--run", "pairs", "3+4?")[1]
 
 
+@pytest.mark.parametrize("row", [[1, 2], {"foo": "a"}, {"prompt": "3+4?"}, "text"])
+def test_an_older_run_whose_rows_are_others_now_takes_the_form_of_its_task(row, ask, pairs, made):
+    record = json.loads((pairs / "run.json").read_text())
+    old, rows = made / f"other-{type(row).__name__}-{len(row)}", made / "other.jsonl"
+    shutil.copytree(pairs, old, dirs_exist_ok=True)
+    rows.write_text(json.dumps(row) + "\n")
+    del record["fields"]
+    (old / "run.json").write_text(json.dumps(record | {"data": str(rows)}))
+    code, _, err = ask("--run", old, "3+4?")
+    lacks, sent = err.splitlines()
+    assert code == 0 and str(rows) in lacks and "TEXT" in sent
+
+
+def test_only_what_was_trained_on_unchanged_prompts_says_so(ask, made):
+    (made / "bare.txt").write_text("{question}\n---\n{answer}\n")
+    model = ["--model", "tiny", "--task", "tiny-math", "--template", "bare.txt"]
+    code, _, err = ask(*model, "3+4?", "--max-new", 1)
+    assert code == 0 and "training" not in err
+
+
 def test_a_run_where_a_model_is_wanted_and_the_reverse_name_the_right_flag(ask, cli, made):
     assert cli("export.py", "--run", "r", "--format", "peft", "--out", "peft")[0] == 0
     for flag, path, want in (
@@ -464,7 +484,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(flags, typed, named, ask):
     assert named in err
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "a closed pipe"])
+@pytest.mark.parametrize("how", ["Ctrl-C", slow("a closed pipe")])
 def test_a_stop_in_the_middle_of_an_answer_is_quiet(how, made):
     (made / "many.txt").write_text("1+3?\n" * 2000)
     flags = ["--run", "r", "--max-new", "300", "--file", "many.txt", "--batch-size", "1"]

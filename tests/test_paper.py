@@ -130,6 +130,8 @@ def test_a_variant_takes_the_rate_of_its_method_and_a_mask_from_the_same_variant
 
 
 def test_each_rate_of_code_and_safety_is_the_best_on_dev_and_lies_inside_those_tried():
+    if not rates.TASK_RATES:
+        pytest.skip("no rate is taken yet")
     for (task, method), lr in rates.TASK_RATES.items():
         found = rates.choice(method, task)
         assert found, (task, method)
@@ -140,7 +142,11 @@ def test_each_rate_of_code_and_safety_is_the_best_on_dev_and_lies_inside_those_t
 
 def test_each_run_that_tried_a_rate_is_what_its_command_would_measure_now():
     planned = {run.result: run for run in rates.tuning_wanted()}
-    for path in rates.RESULTS.glob("*.json"):
+    kept = sorted(rates.RESULTS.glob("*.json"))
+    if not kept:
+        pytest.skip("no rate was tried yet")
+    assert {*kept} <= planned.keys()
+    for path in kept:
         problems = {"tiny-code": 200, "tiny-safety": 81}[planned[path].task]  # harmful ones
         assert grid.saved(planned[path])["problems"] == {rates.DEV[planned[path].task]: problems}
 

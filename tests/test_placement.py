@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HUB, ROOT, small_run, write_checkpoint, write_rows
+from conftest import HUB, ROOT, slow, small_run, write_checkpoint, write_rows
 from test_tables import PARSERS
 
 from catcher import Catcher
@@ -138,7 +138,7 @@ def test_answers_counts_the_positions_whose_next_token_is_a_target(tiny):
     assert int((batch.targets != IGNORE).sum()) == int(catcher.n_tokens)
 
 
-@pytest.mark.parametrize("how", ["warmup", "forward"])
+@pytest.mark.parametrize("how", [slow("warmup"), "forward"])
 def test_a_run_counts_what_it_is_told_and_says_so(cli, toy, tmp_path, how):
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"question": "a " * 9, "answer": f"#### {n}"} for n in range(30)]

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 from placement_cells import simulate
 from test_figures import comparison
 
@@ -294,7 +294,7 @@ def some_are_missing(run):
 
 
 @pytest.mark.parametrize(
-    ("keep", "n_rows"), [(few_seeds_of_three_bases, 10), (some_are_missing, 5)]
+    ("keep", "n_rows"), [slow((few_seeds_of_three_bases, 10)), (some_are_missing, 5)]
 )
 def test_simulated_cells_give_the_same_with_both(keep, n_rows, tmp_path, monkeypatch, forget):
     runs = simulate(tmp_path, monkeypatch, keep)

@@ -4,9 +4,10 @@ Each form is also trained on, with train.py.
 """
 
 import json
+import re
 
 import pytest
-from conftest import ROOT, toy_in, write_rows
+from conftest import ROOT, small_run, toy_in, write_rows
 
 from plumbing.cli import did_you_mean
 from plumbing.data import FORMS, ChatText, encode, encode_prompt, load_examples
@@ -351,3 +352,19 @@ def test_tensorboard_that_is_not_there_is_said(tmp_path, cli, monkeypatch):
     code, _, err = run_with_dev(tmp_path, cli, "run", "--log", "tensorboard")
     assert code == 2
     assert "pip install tensorboard" in err
+
+
+def test_own_rows_of_any_task_have_a_loss_by_the_command_that_is_named(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "own.jsonl", [{"prompt": "3+4?", "completion": " 7"}] * 4)
+    flags = ["--task", "tiny-code", "--steps", 1, "--method", "lora", "--out", "r"]
+    toy = small_run(toy_in(tmp_path), rows)
+    code, out, err = cli("train.py", *toy, *flags)
+    assert code == 0, err
+    assert cli("export.py", "--run", "r", "--format", "hub")[0] == 0
+    (named,) = re.findall(r"python (\S+\.py --run \S+ --loss --data) FILE", out)
+    script, *words = named.split()
+    code, out, err = cli(script, *words, "own.jsonl")
+    assert (code, err.count("Error")) == (0, 0) and "loss" in out, err
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "--loss --data FILE" in page and "eval_humaneval" not in page

@@ -17,7 +17,7 @@ from subprocess import PIPE
 from typing import Literal
 
 import pytest
-from conftest import ROOT, slow, small_run, write_rows
+from conftest import ROOT, slow, small_run, some_slow, write_rows
 
 from plumbing import cli, files, run_folder
 from plumbing.base_model import unchanged_base_folder
@@ -420,7 +420,7 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize("case", SIGNALS)
+@pytest.mark.parametrize("case", some_slow(SIGNALS, ["a second signal"]))
 def test_a_signal_at_an_odd_moment_ends_without_a_traceback_or_an_untrue_line(case):
     body, code = SIGNALS[case]
     script = (

@@ -23,7 +23,7 @@ from pathlib import Path
 from textwrap import indent
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import ROOT, slow, some_slow, write_rows
 
 from paper.scoring import sandbox
 from paper.scoring.confined import KEYCTL
@@ -413,7 +413,7 @@ def fails_in_time(program, wall, seconds):
     assert time.monotonic() - began < 10  # two interpreters' start on a busy machine included
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", some_slow(HOSTILE, sorted(HOSTILE)[::2]))
 def test_a_hostile_program_is_failed_in_time_and_leaves_nothing(name, wall, marked):
     fails_in_time(HOSTILE[name] + "\ndef f(x): return x\n", wall, marked)
 
@@ -431,7 +431,7 @@ def test_no_pretender_passes_without_isolation(name, marked):
     fails_in_time(PRETENDERS[name] + "\ndef f(x): return x\n", (), marked)
 
 
-@pytest.mark.parametrize("name", ["wait", "folders without end"])
+@pytest.mark.parametrize("name", ["wait", slow("folders without end")])
 def test_time_and_files_end_without_isolation_too(name, marked):
     """1,100 folders deep are more than Python's own rmtree can take."""
     program = HOSTILE[name].replace("3000", "1100") + "\ndef f(x): return x\n"

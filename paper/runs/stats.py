@@ -29,7 +29,7 @@ def inside(t: float, df: float) -> float:
     """The chance that |T| < t. T is Student's, with `df` degrees of freedom, whole or not.
 
     With T = sqrt(df) tan(angle) the density of the angle is cos(angle) ** (df - 1), but for a
-    factor. Simpson's rule integrates it, with an error below 1e-9 from two degrees of freedom on.
+    factor. Simpson's rule integrates it, with an error below 1e-9 for t up to 30 and df from 2.
     """
     width = atan(t / sqrt(df)) / STEPS
     heights = [cos(i * width) ** (df - 1) for i in range(STEPS + 1)]
@@ -155,8 +155,9 @@ def at_least(test: Comparison, level: float = 0.05) -> tuple[str, float]:
     """The word on a claim that the mean is not below 0 by more than the margin, and p of its test.
 
     "holds": the one-sided test of a mean of -margin or less. "fails": that is not significant, and
-    the mean is significantly below 0. At most one of the two can be a mistake, so a claim counts
-    once in a correction.
+    the mean is significantly below 0. So a loss that is shown to be smaller than the margin, before
+    any correction, never refutes the claim. At most one of the two can be a mistake, so a claim
+    counts once in a correction.
     """
     if test.p_not_worse >= level and test.p < level and test.mean < 0:
         return "fails", test.p

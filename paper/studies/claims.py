@@ -133,7 +133,7 @@ CLAIMS = (
           "forgetting", "hellora", "lora", unit=NATS),
     Claim("", "merged with code, HELLoRA keeps more of word problems than LoRA",
           "merging", "hellora", "lora"),
-    Claim("4.3, Figure 3",
+    Claim("",
           "a tenth of the data and all of it share more hot experts than in the paper",
           "stability", "tenth", "paper", unit=OVERLAP),
 )  # fmt: skip

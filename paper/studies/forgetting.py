@@ -30,6 +30,7 @@ from paper.runs.stats import aligned, signed, spread
 from plumbing.base_model import base_folder
 from plumbing.checkpoint import locate, read_config
 from plumbing.cli import Parser, command
+from plumbing.flags import model_name
 from plumbing.run_folder import read_run, results_folder, update_results
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from tiny.corpus import MIX
@@ -64,7 +65,11 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="run folders of train.py",
     )
-    what("--model", help="a model without adapters: tiny, or a folder that tiny.pretrain made")
+    what(
+        "--model",
+        type=model_name,
+        help="a model without adapters: tiny, or a folder that tiny.pretrain made",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="with --model: keep results here")
     return p.parse_args()
 
