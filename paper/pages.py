@@ -46,9 +46,9 @@ IMAGE = re.compile(r"^!\[[^\]]*\]\(((?:docs/)?figures/([\w-]+)\.png)\)$", re.M)
 # ---- the study of placement ----------------------------------------------------------------------
 
 REGIMES = {  # regime -> its heading, and the head of its column in README.md
-    "P": ("Experts alone adapted", "experts alone"),
-    "A": ("Experts, attention and router adapted", "with attention and router"),
-    "O": ("The same, overfitted", "the same, overfitted on 60 rows"),
+    "P": ("Experts alone adapted", "experts alone, 200 rows"),
+    "A": ("Experts, attention and router adapted", "attention and router too, 200 rows"),
+    "O": ("The same, overfitted", "attention and router too, 60 rows"),
 }
 ARMS = {
     "cold": "cold experts",
@@ -100,10 +100,10 @@ def headline(found: dict) -> str:
     makes_up = said.get(("A", "cold")) == said.get(("A", "none")) == "equivalent"
     if not matters or not makes_up:
         return ""
-    return (  # the plan's words for this outcome, and what it did not foresee
+    return (  # the plan has words for this outcome, but did not foresee the part on no experts
         "**If only experts are trained, the choice of experts matters. If attention and router are "
-        "trained too, they make up for a bad choice, and even for adapting no expert at all.** "
-        "This was measured on the embedded model, on word problems."
+        "trained too, cold experts and even no experts do as well as hot ones.** This was measured "
+        "on the small model, on word problems."
     )
 
 
@@ -131,10 +131,10 @@ def choices() -> str:
 
 
 def in_short(arm: str, regime: str, rows: Rows) -> str:
-    """The loss with this choice, where that with hot experts is 1, and the verdict."""
+    """The loss with this choice, where that with hot experts is 1, and the verdict, for a cell."""
     if arm not in placement.REGIMES[regime].arms:
         return "-"
-    return f"{times(rows[arm]['mean'])}, {judged(rows[arm])}" if rows else WAITING
+    return f"{interval(rows[arm])}, {judged(rows[arm])}" if rows else WAITING
 
 
 def runs_of_each(rows: Rows) -> str:
@@ -207,8 +207,8 @@ def against_paper(cold: dict, effect: dict | None) -> str:
 BETTER = {  # the verdict that HELLoRA is better -> in words
     "holds": "better",
     "fails": "worse",
-    "holds unadjusted": "better before correction",
-    "fails unadjusted": "worse before correction",
+    "holds unadjusted": "better, but not significant after correction",
+    "fails unadjusted": "worse, but not significant after correction",
     "equivalent": "equal within one point",
     "undecided": "undecided",
     "not finished": WAITING,
@@ -233,8 +233,8 @@ def parts_found(claim: dict[str, dict]) -> str:
     """The gain from adapters on attention and router."""
     both = points(claim["HELLoRA: attention and router add to the experts"])
     return (
-        "**HELLoRA against adapters on hot experts and nothing else**, in points of accuracy on "
-        f"word problems: {both}."
+        "**HELLoRA compared with adapters on the hot experts only**, without attention and router, "
+        f"in points of accuracy on word problems: {both}."
     )
 
 

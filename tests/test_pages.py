@@ -80,7 +80,7 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
     table, full = pages.choices(), pages.study()
     for arm in placement.PRIMARY:
         (cells,) = [line for line in table.splitlines() if line.startswith(f"| {pages.ARMS[arm]}")]
-        shown = re.findall(r"(\d\.\d\d), (\w+) \|", cells)
+        shown = re.findall(r"(\d\.\d\d) \([\d.]+ to [\d.]+\), (\w+) \|", cells)
         assert {word for _, word in shown} == {says}
         assert len(shown) == sum(arm in regime.arms for regime in placement.REGIMES.values())
         # The noise of a run is 1 %, and 12 runs are averaged.
@@ -183,7 +183,7 @@ def test_the_method_on_the_page_runs_by_itself_and_is_hellora(capsys):
     x, visits, hot = before["x"], before["visits"], before["hot"]
     coldest_hot = min(visits[hot])
     assert all(visits[e] <= coldest_hot for e in range(before["E"]) if e not in hot)
-    assert visits.sum() == len(x) * before["K"]
+    assert visits.sum() == len(x) * before["TOP"]
     start = before["moe"](x)[0]
     before["A"].clear()
     torch.testing.assert_close(before["moe"](x)[0], start, atol=0, rtol=0)  # B = 0: unchanged
