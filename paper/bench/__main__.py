@@ -237,10 +237,12 @@ class Bench:
         names = chosen(args.only, list(self.table), "--only")
         self.parts, self.make = chosen(args.parts, list(PARTS), "--parts"), world_maker(args, self)
         self.rows: dict[str, dict] = {name: {"seconds": []} for name in names}
+        dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
+        # The place of the file is no setting of what it measured.
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
         self.record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": vars(args)
-            | {"dtype": next(n for n, d in DTYPES.items() if d == self.dtype)},
+            "settings": settings | {"dtype": dtype},
             "versions": versions(self.device) | (peers().release() if peers() else {}),
             "hardware": hardware(),
             "clock": measure.clock_of(self.device),
