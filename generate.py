@@ -19,7 +19,7 @@ text (bos) stands first, as in training.
 One prompt is answered token by token. Several are decoded --batch-size at a time, and each answer
 stands below its prompt. The likeliest token is taken, unless --temperature has tokens drawn.
 
---show-experts lists after each answer all of its tokens, the prompt's too, with the experts that
+--show-experts lists before each answer all of its tokens, the prompt's too, with the experts that
 each visited in each layer. "*" marks those that the run adapts: of HELLoRA the hot ones.
 
 Read it from top to bottom: how a token is drawn, many prompts at once, one prompt token by token,
@@ -487,39 +487,32 @@ def answer(
 ) -> None:
     """Ask each of the models, and print the answers. titles: print the prompts above them.
 
-    The tables of experts come after the answers of all models, which one wants to compare.
+    The tables of experts are long. They come first, so that the answers stay in sight.
     """
     answers = {label: answers_of(m, some, tokenizer, args) for label, m in models.items()}
     for at, asked in enumerate(some):
         if titles:
             say(f"> {asked.text.strip()}")
-        said = {}
-        for label in models:
-            if len(models) > 1:
-                print(f"{label}:")
-            said[label] = print_answer(answers[label][at], tokenizer, asked.lead)
+        of_models = {label: answers[label][at] for label in models}  # tokens, some still to come
         for label, model in models.items() if args.show_experts else ():
             if len(models) > 1:
                 print(f"the experts of {label}:")
-            ids = asked.ids + said[label]
+            of_models[label] = list(of_models[label])
+            ids = asked.ids + of_models[label]
             print(*show_experts(model, tokenizer, ids, marked, has_colors()), sep="\n")
+        for label, tokens in of_models.items():
+            if len(models) > 1:
+                print(f"{label}:")
+            print_answer(tokens, tokenizer, asked.lead)
         if titles:
             print(flush=True)
 
 
-def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> list[int]:
-    """Print the text of `tokens` as they come. Returns the tokens."""
-    said = []
-
-    def kept() -> Iterator[int]:
-        for token in tokens:
-            said.append(token)
-            yield token
-
-    for piece in pieces(kept(), tokenizer, lead):
+def print_answer(tokens: Iterable[int], tokenizer: Tokenizer, lead: str) -> None:
+    """Print the text of `tokens` as they come."""
+    for piece in pieces(tokens, tokenizer, lead):
         print(plain(piece), end="", flush=True)
     print(flush=True)
-    return said
 
 
 def main() -> None:

@@ -105,6 +105,7 @@ SETTINGS = (
     "dtype",
 )  # fmt: skip
 MICRO_BATCH = 16  # examples in one forward pass
+FEW_STEPS = 30  # a run on rows of one's own with fewer steps has a warning
 
 
 def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dict:
@@ -158,16 +159,20 @@ def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> 
         command = SCORED_BY[task.kind].format("DIR")
         print(f"train.py does not score this task. Afterwards: {command}")
         return []
-    if settings["data"] and not given:
-        if own_rows or not task.test.cached().exists():
-            print(
-                "nothing is scored: --eval-data FILE scores rows before and after training, by the "
-                "'#### N' of their answers, and --dev-data FILE measures the loss of rows"
-            )
-            return []
-        print(f"scored on {name}'s own test split: --eval-data FILE scores other rows")
+    if settings["data"] and not given and (own_rows or not task.test.cached().exists()):
+        print(
+            "nothing is scored: --eval-data FILE scores rows before and after training, by the "
+            "'#### N' of their answers, and --dev-data FILE measures the loss of rows"
+        )
+        return []
     path = Path(given) if given else task.test.fetch()
-    return load_examples(name, path, settings["template"], source)[: settings["eval_limit"]]
+    examples = load_examples(name, path, settings["template"], source)[: settings["eval_limit"]]
+    if settings["data"] and not given:
+        print(
+            f"these rows have the form of {name}, so {len(examples)} test problems of {name} are "
+            "scored before and after training: --eval-data FILE scores other rows, --no-eval none"
+        )
+    return examples
 
 
 def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None:
@@ -186,6 +191,17 @@ def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None
     for what, n in odd.items():
         if n:
             print(f"warning: {n} of {len(asked)} rows of the data {what}")
+
+
+def warn_of_few_steps(job: "Job") -> None:
+    """Say it if rows of one's own make few optimizer steps, as the recipes are for many rows."""
+    n, size = len(job.data), job.settings["batch_size"]
+    if job.n_steps < FEW_STEPS:
+        print(
+            f"warning: {n} examples in batches of {size}, --epochs {job.settings['epochs']}, are "
+            f"only {job.n_steps} optimizer steps: more --epochs or a smaller --batch-size gives "
+            "more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +307,8 @@ def prepare(args: argparse.Namespace) -> Job:
         recompute=args.recompute,
         save_every=args.save_every,
     )
+    if args.data and not args.steps:
+        warn_of_few_steps(job)
     check_memory(job)
     return job
 

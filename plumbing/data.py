@@ -27,6 +27,7 @@ from plumbing.rows import (
     check_unicode,
     fields_of,
     fill,
+    is_csv,
     misspelt,
     names,
     read_rows,
@@ -247,8 +248,9 @@ def load_examples(
     if template == TASKS[task].template and not has_fields(row, FIELDS[kind]):
         if own_fields(row):
             return own_form(path, None, model)
+        place = f"the header of {path}" if is_csv(path) else f"{path}, row {n}"
         raise ValueError(
-            f"{path}, row {n} has the fields {names(row)}: want {wanted}, or --template FILE, a "
+            f"{place} has the fields {names(row)}: want {wanted}, or --template FILE, a "
             "text with the {fields} of these rows (docs/rows.md)"
             f"{misspelt(row, chain(*FORMS))}"
         )

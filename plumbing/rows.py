@@ -76,7 +76,7 @@ def rows_of(path: Path, what: str = "") -> Iterator[tuple[int, object]]:
     what: what else is wanted, for an error. Raises ValueError if there is no row.
     """
     text = text_of(path, what)
-    if {".csv", ".tsv"}.intersection(path.suffixes[-2:]):
+    if is_csv(path):
         rows = csv_rows(text, path)
     elif text.lstrip().startswith("["):
         rows = enumerate(_parse(text, f"{path}"), 1)
@@ -88,6 +88,11 @@ def rows_of(path: Path, what: str = "") -> Iterator[tuple[int, object]]:
         yield n, row
     if n == 0:
         raise ValueError(f"{path} holds no rows: want {FORMATS}{what}")
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a file's name is that of a CSV file, packed or not. Its header names the fields."""
+    return not {".csv", ".tsv"}.isdisjoint(path.suffixes[-2:])
 
 
 def text_of(path: Path, what: str) -> str:

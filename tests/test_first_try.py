@@ -125,8 +125,24 @@ def test_a_name_is_asked_about_if_it_is_near():
     known = ["question", "answer", "--lr", "tiny"]
     for word, near in (("Question", "question"), ("anser", "answer"), ("quest", "question")):
         assert near in did_you_mean(word, known)
-    for word in ("chess", "x", "", "a", "completion"):
-        assert did_you_mean(word, known) == ""
+    for word in ("chess", "x", "", "a", "completion", "--keep"):
+        assert did_you_mean(word, [*known, "--k"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--lrate", "--lr"),
+        ("--learning_rate", "--lr"),
+        ("--num-train-epochs", "--epochs"),
+        ("--output_dir", "--out"),
+        ("--outdir", "--out"),
+    ],
+)
+def test_the_flags_of_other_trainers_are_known(typed, meant, cli):
+    code, out, err = cli("train.py", typed, 1)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert did_you_mean(typed, [meant]) in err and meant in did_you_mean(typed, [meant])
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +179,36 @@ def test_rows_of_ones_own_are_called_by_their_file(own, cli, monkeypatch):
     assert code == 0 and "tiny-math" not in out
     command = shlex.split(out.splitlines()[-1].partition(": ")[2].replace("FILE", "own.jsonl"))
     assert cli(*command[command.index("python") + 1 :])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "n_steps"),
+    [
+        ([], 3),  # the recipe: 3 epochs of one batch
+        (["--epochs", 4, "--batch-size", 2], 8),
+        (["--epochs", 30, "--batch-size", 4], None),
+        (["--steps", 1], None),  # it was asked for
+    ],
+)
+def test_few_steps_are_warned_of(tmp_path, flags, n_steps, cli):
+    rows = write_rows(tmp_path / "own.jsonl", ROWS)
+    words = small_run(toy_in(tmp_path), rows, "--no-eval", "--out", tmp_path / "r", *flags)
+    said = [line for line in cli("train.py", *words)[1].splitlines() if "optimizer steps" in line]
+    assert len(said) == (n_steps is not None)
+    assert not said or f"only {n_steps} optimizer steps" in said[0]
+
+
+@pytest.mark.parametrize("form", ["question", "prompt"])
+def test_it_is_said_what_a_run_on_own_rows_is_scored_on(tmp_path, form, cli):
+    asked, answer = ("question", "answer") if form == "question" else ("prompt", "completion")
+    rows = [{asked: row["question"], answer: row["answer"]} for row in ROWS]
+    rows = write_rows(tmp_path / "own.jsonl", rows)
+    flags = ["--steps", 1, "--catcher", "forward", "--eval-limit", 3, "--out", tmp_path / "r"]
+    out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags))[1]
+    if form == "question":
+        assert "3 test problems of tiny-math" in out and "on 3 problems" in out
+    else:
+        assert "nothing is scored" in out and "accuracy" not in out
 
 
 def test_a_run_ends_with_the_command_that_asks_it(own, cli, monkeypatch):

@@ -413,12 +413,14 @@ def test_the_experts_shown_are_those_that_the_tokens_visit(ask, made):
             visited = r.expert_ids[0, at].tolist()
             want.append([layer, *(("*" if e in hot[layer] else "") + str(e) for e in visited)])
             marked += len({*visited} & {*hot[layer]})
-    lines = table.splitlines()[1:-1]
+    said = ask("--run", "r", "--max-new", 3, "1+3?")[1]
+    assert table.endswith(f"\n{said}")  # at the end, where it is in sight
+    *lines, total = table.removesuffix(said).splitlines()[1:]
     assert [line[17:].split() for line in lines] == [[*map(str, row)] for row in want]
     names = [line[:17].strip() for line in lines if line[:17].strip()]
     assert "".join(eval(name) for name in names) == tokenizer.decode(ids)
     assert 0 < marked < len(want) * 2
-    assert out.splitlines()[-1].startswith(f"{marked / len(want) / 2:.1%}") and "hot experts" in out
+    assert total.startswith(f"{marked / len(want) / 2:.1%}") and "hot experts" in total
 
     plain = [*show_experts(model, tokenizer, ids, Marked("hot", hot), color=False)]
     colored = "\n".join(show_experts(model, tokenizer, ids, Marked.of(run), color=True))

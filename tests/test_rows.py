@@ -146,6 +146,8 @@ BAD = {  # name -> (file, its bytes, the template file, words of the line)
         "a.jsonl", lines({"ask": "a", "say": "b"}), "",
         ["ask, say", "--template", "completion", "messages", "output"],
     ),
+    "other columns": ("a.csv", b"ask,say\na,b\n", "", ["header", "ask, say", "--template"]),
+    "other columns, of tabs": ("a.tsv", b"ask\tsay\na\tb\n", "", ["header", "ask, say"]),
     "a misspelt field": (
         "a.jsonl", lines({"promt": "a", "completion": "b"}), "",
         [did_you_mean("promt", ["prompt"])],
