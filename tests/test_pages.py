@@ -85,15 +85,14 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
         assert len(shown) == sum(arm in regime.arms for regime in placement.REGIMES.values())
         # The noise of a run is 1 %, and 12 runs are averaged.
         assert all(float(number) == pytest.approx(ratio, abs=0.015) for number, _ in shown)
-    assert "| runs of each | 12 | 12 | 12 |" in table
+    assert "12, 12 and 12 runs of each choice, all from the embedded model." in table
     flat_text = " ".join(full.split())
     assert ("It is excluded here" in flat_text) == (ratio < 1.1)
     assert ("It is exceeded here" in flat_text) == (ratio > 1.1)
     assert re.search(rf"\| cold experts \| .* \| {says} \| ", full)
     assert ("On reworded" not in full) and (f", {says} before correction |" in full) == (ratio != 1)
-    assert (
-        pages.headline(found) == ""
-    )  # it wants hot experts to matter alone, and not with attention and router
+    # The headline wants hot experts to matter alone, and not with attention and router.
+    assert pages.headline(found) == ""
 
 
 def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
