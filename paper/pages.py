@@ -30,7 +30,7 @@ from paper.bench import report
 from paper.figures import ALT
 from paper.runs.parallel import ROOT
 from paper.runs.stats import short_p
-from paper.studies import claims, placement
+from paper.studies import claims, mechanism, placement
 from paper.studies.tables import OLMOE
 from plumbing.cli import Parser, command
 
@@ -222,6 +222,46 @@ def against_paper(cold: dict, effect: dict | None) -> str:
     )
 
 
+# ---- what else changes: the mechanism ------------------------------------------------------------
+
+CHANGES = {  # a number of mechanism.results() -> in words
+    "rise": "rise of the loss on the domains of pretraining, nats per token",
+    "kept on the task": "share of a token's experts that are still its experts, on word problems",
+    "kept elsewhere": "the same on the domains of pretraining",
+    "hot share": "rise of the share of visits that go to the hot experts",
+    "merged, word problems": "rise of the log loss on word problems when a code run is merged in",
+    "merged, code": "rise of the log loss on code by the same merge",
+}
+
+
+def mechanism_found() -> str:
+    """docs/claims.md: what each choice of experts changes besides the task, in a table."""
+    found = {(row["number"], row["arm"]): row for row in mechanism.results()}
+    if not found:
+        return f"\n{WAITING.capitalize()}.\n\n"
+    arms = mechanism.ARMS
+    heads = ["hot experts", *(ARMS[arm] for arm in arms[1:])]
+    lines = [["", *heads], ["---"] + ["--:"] * len(arms)]
+    for number, words in CHANGES.items():
+        lines += [[words, *(changed(found[number, arm]) for arm in arms)]]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    n_seeds = found["rise", arms[0]]["seeds"]
+    text = (
+        f"Means over {n_seeds} seeds. Brackets have the difference from hot experts with its 95 % "
+        "interval, paired by seed, without correction for the number of comparisons."
+    )
+    return f"\n{textwrap.fill(text, 100)}\n\n{table}\n"
+
+
+def changed(row: dict) -> str:
+    """A mean, and how far it is from that of hot experts."""
+    shown, minus = f"{row['mean']:.3f}", row["minus"]
+    if row["arm"] == mechanism.ARMS[0]:
+        return shown
+    ends = "" if minus["low"] is None else f", {minus['low']:+.3f} to {minus['high']:+.3f}"
+    return f"{shown} ({minus['mean']:+.3f}{ends})"
+
+
 # ---- the other findings --------------------------------------------------------------------------
 
 
@@ -353,6 +393,7 @@ PARTS = {
     "choices": choices,
     "findings": findings,
     "study": study,
+    "mechanism": mechanism_found,
     "claims": claims_in_tables,
 }
 
