@@ -725,11 +725,21 @@ DRIVER = """
 import json, os, sys
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 sys.path += ["/mnt/hellora", "/mnt/packages"]
+from paper.scoring import sandbox
 from paper.scoring.sandbox import Check, bubblewrap, run_program
+as_it_is = sandbox.environment  # a Python that was moved may not find its own library
+lib = {"LD_LIBRARY_PATH": "/mnt/python/lib"}
+sandbox.environment = lambda folder: as_it_is(folder) | lib
 wall = bubblewrap()
 for program in json.load(sys.stdin):
     print(run_program(program, Check("a task", "assert f() is True", ("f",)), wall, 2))
 """
+
+
+def test_what_the_system_says_of_a_missing_library_is_passed_on():
+    loader = ("sh", "-c", "echo libpython3.13.so.1.0: cannot open shared object >&2; exit 127")
+    with pytest.raises(OSError, match=r"libpython3\.13\.so"):
+        sandbox.run_program("def one(): return 1", sandbox.RETURNS_ONE, loader, 5)
 
 
 @pytest.mark.skipif(not ROOT_USER, reason="whoever is not root has run all of the above as a user")

@@ -163,8 +163,9 @@ def run_program(
 
 def outcome(task_id: str, status: int, errors: str) -> str:
     """The outcome for the exit status of a test. Raises the errors of run_program."""
-    # Status 1 comes from bubblewrap or Python, with a message. A test that exits so has no message.
-    if status == NOT_STARTED or (status == 1 and errors.strip()):
+    # Status 1 comes from bubblewrap or Python, and 127 from the system where a library is missing,
+    # both with a message. A test that exits so has no message.
+    if status == NOT_STARTED or (status in (1, 127) and errors.strip()):
         raise OSError((errors.strip() or "a program was not started").splitlines()[-1])
     if status == NO_LITERAL:
         raise ValueError(
