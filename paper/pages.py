@@ -55,8 +55,8 @@ ARMS = {
     "random": "random experts",
     "none": "no experts",
     "all": "all experts",
-    "model-level": "the experts that are hot over all layers together",
-    placement.ANSWERS: "the experts that answer tokens visit most",
+    "model-level": "those hot over the whole model, the same in each layer",
+    placement.ANSWERS: "those with most visits from the tokens of answers",
 }
 BASES = {placement.ONE: "On the embedded base", placement.MANY: "On all bases"}
 SHORT = {  # the verdict that hot experts are better -> how large the other loss is
@@ -217,8 +217,9 @@ def against_paper(cold: dict, effect: dict | None) -> str:
         return ""
     says = {"below": "excluded", "around": "possible", "above": "exceeded"}[cold["papers_effect"]]
     return (
-        " The paper's difference between cold and hot experts is "
-        f"{times(effect['log_ratio'])} on this scale. It is {says} here."
+        " The paper's difference in accuracy between cold and hot experts would be a ratio of "
+        f"{times(effect['log_ratio'])} here. It is {says}. (The ratio is read off a line through "
+        "our runs, of their loss over their accuracy.)"
     )
 
 

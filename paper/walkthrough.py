@@ -234,7 +234,7 @@ def folded(s: Scene) -> list[str]:
     tokens, merged = torch.tensor([s.data[0].ids]), deepcopy(s.model)
     merge(merged)
     return [
-        line("logits, adapters live", s.model(tokens)[0][0, TOKEN]),
+        line("logits, not merged", s.model(tokens)[0][0, TOKEN]),
         line("logits, merged", merged(tokens)[0][0, TOKEN]),
     ]
 

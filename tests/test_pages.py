@@ -87,8 +87,8 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
         assert all(float(number) == pytest.approx(ratio, abs=0.015) for number, _ in shown)
     assert "12, 12 and 12 runs of each choice, all from the embedded model." in table
     flat_text = " ".join(full.split())
-    assert ("It is excluded here" in flat_text) == (ratio < 1.1)
-    assert ("It is exceeded here" in flat_text) == (ratio > 1.1)
+    assert ("It is excluded." in flat_text) == (ratio < 1.1)
+    assert ("It is exceeded." in flat_text) == (ratio > 1.1)
     assert re.search(rf"\| cold experts \| .* \| {says} \| ", full)
     assert ("On reworded" not in full) and (f", {says} before correction |" in full) == (ratio != 1)
     # The headline wants hot experts to matter alone, and not with attention and router.
@@ -167,7 +167,7 @@ def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_tho
         f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
     )
     text = flat(ROOT / "docs" / "claims.md")
-    assert f"{said}, in no other's {len(others)}." in text
+    assert f"{said}. That is so in none of the {len(others)} runs of other methods." in text
     assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
 
 
