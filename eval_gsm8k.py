@@ -95,7 +95,10 @@ def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) 
         try:
             gold(example.row)
         except ValueError as error:
-            raise ValueError(f"row {n} to score: {error}") from error
+            raise ValueError(
+                f"row {n} to score: {error}. The loss can be measured of any answers: "
+                "eval_gsm8k.py --loss --data FILE, or train.py --dev-data FILE"
+            ) from error
         sizes.append(len(encode_prompt(example.prompt, tokenizer, f"row {n} to score")))
     if long := [n for n, size in enumerate(sizes, 1) if size >= max_len]:
         raise ValueError(

@@ -46,7 +46,7 @@ from plumbing.data import TASKS, is_file_template
 from plumbing.device import compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
-from plumbing.run_folder import read_run
+from plumbing.run_folder import read_results, read_run
 from plumbing.saves import read_adapter
 
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
@@ -321,10 +321,11 @@ def beside(source: Path) -> list[Path]:
 def show_scoring(folders: list[Path], out: Path) -> None:
     """Print the commands that score an export as its runs are scored, for math tasks.
 
-    Own rows of any task that train.py did not score have a loss.
+    Own rows that train.py did not score, of any task, have a loss.
     """
-    for run in map(read_run, folders):
-        own_rows = run.get("fields") and not run.get("eval_data")
+    for folder in folders:
+        run = read_run(folder)
+        own_rows = run.get("data") and run["task"] not in read_results(folder)
         if run["task"] not in TASKS or (not own_rows and TASKS[run["task"]].kind != "math"):
             continue
         task, template = run["task"], run.get("template") or "plain"
@@ -366,8 +367,12 @@ def main() -> None:
         shutil.rmtree(draft, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size:,} bytes")
+    where = str(out.absolute())
     if args.format == "hub":
+        print(f"load it in transformers with: AutoModelForCausalLM.from_pretrained({where!r})")
         show_scoring(args.run, out)
+    else:
+        print(f"load it in PEFT with: PeftModel.from_pretrained(base, {where!r})")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -145,11 +146,11 @@ def resolve(args: argparse.Namespace, cfg: MoEConfig, dtype: torch.dtype) -> dic
     return settings
 
 
-def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> list[Example]:
+def scored_examples(settings: dict, other_form: bool, source: Path) -> list[Example]:
     """What is scored before and after training: --eval-data, or else the task's test split.
 
     Nothing, and a line that says so, if that would have to be downloaded although --data was given,
-    or if these rows have a form of their own.
+    or if these rows have another form than the task's.
     """
     name, given = settings["task"], settings["eval_data"]
     task = TASKS[name]
@@ -159,7 +160,7 @@ def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> 
         command = SCORED_BY[task.kind].format("DIR")
         print(f"train.py does not score this task. Afterwards: {command}")
         return []
-    if settings["data"] and not given and (own_rows or not task.test.cached().exists()):
+    if settings["data"] and not given and (other_form or not task.test.cached().exists()):
         print(
             "nothing is scored: --eval-data FILE scores rows before and after training, by the "
             "'#### N' of their answers, and --dev-data FILE measures the loss of rows"
@@ -177,20 +178,26 @@ def scored_examples(settings: dict, own_rows: tuple[str, ...], source: Path) -> 
 
 def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None:
     """Say what is odd in rows of one's own. Nothing is changed. scored: the kind of task."""
-    asked = [(example.prompt, example.answer) for example in data]
     prompts = {example.prompt for example in tests}
-    unmarked = "####" if tests and scored == "math" else ""
-    odd = {
-        "have an empty answer": sum(not answer.strip() for _, answer in asked),
-        "are duplicates of another row": len(asked) - len(set(asked)),
-        "are also among the rows to score": sum(prompt in prompts for prompt, _ in asked),
-        "have an answer without '#### N', which scoring needs": sum(
-            unmarked not in str(example.row.get("answer")) for example in data
-        ),
-    }
-    for what, n in odd.items():
-        if n:
-            print(f"warning: {n} of {len(asked)} rows of the data {what}")
+    marked = bool(tests) and scored == "math"
+    seen: set[tuple[str, str]] = set()
+    odd: dict[str, list[int]] = defaultdict(list)  # what is odd -> the examples that are
+    for n, example in enumerate(data, 1):
+        pair = (example.prompt, example.answer)
+        if not example.answer.strip():
+            odd["have an empty answer"].append(n)
+        if pair in seen:
+            odd["are duplicates of another row"].append(n)
+        if example.prompt in prompts:
+            odd["are also among the rows to score"].append(n)
+        if marked and "####" not in str(example.row.get("answer")):
+            odd["have an answer without '#### N', which scoring needs"].append(n)
+        seen.add(pair)
+    for what, found in odd.items():
+        print(
+            f"warning: {len(found)} of {len(data)} rows of the data {what} (the first is number "
+            f"{found[0]}). All are trained on"
+        )
 
 
 def warn_of_few_steps(job: "Job") -> None:
@@ -199,8 +206,7 @@ def warn_of_few_steps(job: "Job") -> None:
     if job.n_steps < FEW_STEPS:
         print(
             f"warning: {n} examples in batches of {size}, --epochs {job.settings['epochs']}, are "
-            f"only {job.n_steps} optimizer steps: more --epochs or a smaller --batch-size gives "
-            "more"
+            f"only {job.n_steps} optimizer steps: --steps 200, for example, makes more of them"
         )
 
 
@@ -280,7 +286,8 @@ def prepare(args: argparse.Namespace) -> Job:
     examples = load_examples(task, args.data or TASKS[task].train.fetch(), template, source)
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
     own_rows = fields_of_own_rows(task, template, examples[0].row) if args.data else ()
-    tests = [] if args.no_eval else scored_examples(settings, own_rows, source)
+    other_form = bool(own_rows) or not any("####" in str(e.row.get("answer")) for e in examples)
+    tests = [] if args.no_eval else scored_examples(settings, other_form, source)
     check_scorable(tests, tokenizer, cfg.max_len)
     if args.data:
         warn_of_rows(examples, tests, TASKS[task].kind)

@@ -101,14 +101,15 @@ def text_of(path: Path, what: str) -> str:
         raise FileNotFoundError(f"there is no file {path}: want {FORMATS}{what}")
     try:
         body = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
-        return body.decode("utf-8-sig")
+        if body[:4] not in OTHERS:
+            return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        kind = next((f"is {name}" for start, name in OTHERS.items() if body[:4] == start), "")
         raise ValueError(
-            f"{path} {kind or f'is not text in UTF-8 ({error})'}: save it as {FORMATS}, in UTF-8"
+            f"{path} is not text in UTF-8 ({error}): save it as {FORMATS}, in UTF-8"
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): want {FORMATS}") from error
+    raise ValueError(f"{path} is {OTHERS[body[:4]]}: save it as {FORMATS}, in UTF-8")
 
 
 def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
@@ -162,11 +163,10 @@ def names(row: object) -> str:
 
 
 def misspelt(row: object, wanted: Iterable[str]) -> str:
-    """A question whether a field of a row stands for one that is `wanted`, for an error, or ""."""
+    """Questions whether fields of a row stand for some that are `wanted`, for an error, or ""."""
     given = row if isinstance(row, dict) else {}
     missing = [field for field in wanted if field not in given]
-    asked = (did_you_mean(field, missing) for field in given if field.isprintable())
-    return next(filter(None, asked), "")
+    return "".join(did_you_mean(field, missing) for field in given if field.isprintable())
 
 
 def check_unicode(text: str, place: str, field: str) -> None:

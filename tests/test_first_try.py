@@ -198,17 +198,45 @@ def test_few_steps_are_warned_of(tmp_path, flags, n_steps, cli):
     assert not said or f"only {n_steps} optimizer steps" in said[0]
 
 
-@pytest.mark.parametrize("form", ["question", "prompt"])
-def test_it_is_said_what_a_run_on_own_rows_is_scored_on(tmp_path, form, cli):
-    asked, answer = ("question", "answer") if form == "question" else ("prompt", "completion")
-    rows = [{asked: row["question"], answer: row["answer"]} for row in ROWS]
+OWN = {  # rows of one's own -> whether the word problems are scored
+    "problems": ([{"question": "1+3?", "answer": "#### 4"}], True),
+    "one of them without a number": ([*ROWS, {"question": "France?", "answer": "Paris"}], True),
+    "answers of other kinds": ([{"question": "France?", "answer": "Paris"}], False),
+    "pairs": ([{"prompt": "1+3=", "completion": "#### 4"}], False),
+}
+
+
+@pytest.mark.parametrize("rows", OWN)
+def test_own_rows_are_scored_on_word_problems_only_if_they_are_such(
+    rows, tmp_path, cli, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows, scored = OWN[rows]
     rows = write_rows(tmp_path / "own.jsonl", rows)
-    flags = ["--steps", 1, "--catcher", "forward", "--eval-limit", 3, "--out", tmp_path / "r"]
+    flags = ["--steps", 1, "--catcher", "forward", "--eval-limit", 3, "--out", "r"]
     out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags))[1]
-    if form == "question":
-        assert "3 test problems of tiny-math" in out and "on 3 problems" in out
-    else:
-        assert "nothing is scored" in out and "accuracy" not in out
+    assert ("3 test problems of tiny-math" in out) == ("on 3 problems" in out) == scored
+    assert ("nothing is scored" in out) != scored
+    export = cli("export.py", "--run", "r", "--format", "hub")[1]
+    for said in (out.splitlines()[-2], export.splitlines()[-1]):  # and the command fits
+        words = shlex.split(said.rpartition(": ")[2].replace("FILE", "own.jsonl"))
+        assert ("--loss" in words) != scored
+        limit = ["--limit", 2] * scored
+        assert cli(*words[words.index("python") + 1 :], *limit)[0] == 0
+
+
+def test_a_run_with_dev_rows_ends_with_the_commands_for_its_best_adapter(tmp_path, cli):
+    rows = write_rows(tmp_path / "own.jsonl", ROWS)
+    flags = ["--steps", 2, "--catcher", "forward", "--dev-data", rows, "--no-eval"]
+    out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags, "--out", tmp_path / "r"))[1]
+    assert all("r/best" in line for line in out.splitlines()[-2:])
+
+
+def test_answers_that_have_no_number_are_answered_with_the_loss(own, cli, monkeypatch):
+    monkeypatch.chdir(own[0])
+    rows = write_rows(Path("capitals.jsonl"), [{"question": "France?", "answer": "Paris"}])
+    code, _, err = cli("eval_gsm8k.py", "--run", "r", "--data", rows)
+    assert (code, err.count("\n")) == (2, 1) and "--loss" in err
 
 
 def test_a_run_ends_with_the_command_that_asks_it(own, cli, monkeypatch):
