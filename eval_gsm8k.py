@@ -88,6 +88,15 @@ def gold(row: dict) -> str:
     return normalise(number.strip())
 
 
+def has_gold(row: dict) -> bool:
+    """Whether a row has an answer that ends in "#### N"."""
+    try:
+        gold(row)
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
 def check_scorable(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> None:
     """Raise ValueError for a problem without a right answer, or too long for the context."""
     sizes = []

@@ -46,7 +46,7 @@ from plumbing.data import TASKS, is_file_template
 from plumbing.device import compute
 from plumbing.files import read_json, write_atomically, write_json
 from plumbing.hub import snapshot_commit
-from plumbing.run_folder import read_results, read_run
+from plumbing.run_folder import has_loss_only, read_run
 from plumbing.saves import read_adapter
 
 PREFIX = "base_model.model."  # of every name in a PEFT adapter
@@ -323,9 +323,8 @@ def show_scoring(folders: list[Path], out: Path) -> None:
 
     Own rows that train.py did not score, of any task, have a loss.
     """
-    for folder in folders:
-        run = read_run(folder)
-        own_rows = run.get("data") and run["task"] not in read_results(folder)
+    for run in map(read_run, folders):
+        own_rows = has_loss_only(run)
         if run["task"] not in TASKS or (not own_rows and TASKS[run["task"]].kind != "math"):
             continue
         task, template = run["task"], run.get("template") or "plain"
@@ -367,12 +366,15 @@ def main() -> None:
         shutil.rmtree(draft, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size:,} bytes")
-    where = str(out.absolute())
+    where, family = str(out.absolute()), read_run(args.run[0])["config"]["family"]
+    if family != "deepseek":  # whose code is not in transformers
+        load = f"AutoModelForCausalLM.from_pretrained({where!r})"
+        if args.format == "peft":
+            load = f"PeftModel.from_pretrained(base, {where!r})"
+        version = " 4" if args.partial else ""
+        print(f"load it with transformers{version}: {load}")
     if args.format == "hub":
-        print(f"load it in transformers with: AutoModelForCausalLM.from_pretrained({where!r})")
         show_scoring(args.run, out)
-    else:
-        print(f"load it in PEFT with: PeftModel.from_pretrained(base, {where!r})")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ gives it that task's form, as a Hub export of such a run wants it. --raw sends t
 any case. The command says on standard error what it sends. A token that the model puts before each
 text (bos) stands first, as in training.
 
-One prompt is answered token by token. Several are decoded --batch-size at a time, and each answer
-stands below its prompt. The likeliest token is taken, unless --temperature has tokens drawn.
+One prompt is answered token by token, unless --show-experts is given. Several are decoded
+--batch-size at a time, and each answer stands below its prompt. The likeliest token is taken,
+unless --temperature has tokens drawn.
 
 --show-experts lists before each answer all of its tokens, the prompt's too, with the experts that
 each visited in each layer. "*" marks those that the run adapts: of HELLoRA the hot ones.

@@ -36,7 +36,7 @@ from plumbing.checkpoint import empty_model, read_config
 from plumbing.cli import command
 from plumbing.data import TASKS, Encoded, encode_prompt, rows_name, task_in_words
 from plumbing.files import check, read_json, write_atomically, write_json
-from plumbing.run_folder import lines_up_to, read_results, read_run
+from plumbing.run_folder import has_loss_only, lines_up_to, read_results, read_run
 from plumbing.tokenizer import Tokenizer
 from settings import SCORED_BY, SCORES, Job
 
@@ -502,7 +502,7 @@ def results_of(folder: Path, run: dict) -> list[tuple[str, str, str]]:
             found.append((name.replace("_", " "), shown, ", ".join(filter(None, (remark, of)))))
     if not found:
         how = SCORED_BY[kind].format(folder)
-        if run.get("fields"):  # own rows, of any task
+        if has_loss_only(run):  # own rows, of any task
             how = SCORED_BY["math"].format(folder) + " --loss --data FILE"
         found.append((SCORES[kind][0].replace("_", " "), "not scored", how))
     curve = loss_curve(folder)

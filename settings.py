@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from catcher import HotList, check_k, default_k
-from eval_gsm8k import check_scorable
+from eval_gsm8k import check_scorable, has_gold
 from hellora import Method, adapters, attach, lori_masks, parse_method
 from moe_model import MoEConfig
 from plumbing import ranks, saves
@@ -38,6 +38,7 @@ from plumbing.data import (
     fields_of_own_rows,
     is_file_template,
     load_examples,
+    rows_name,
     steps_per_epoch,
 )
 from plumbing.device import DTYPES, compute, free_bytes, most_bytes, warn_of_slow_cpu
@@ -160,10 +161,16 @@ def scored_examples(settings: dict, other_form: bool, source: Path) -> list[Exam
         command = SCORED_BY[task.kind].format("DIR")
         print(f"train.py does not score this task. Afterwards: {command}")
         return []
-    if settings["data"] and not given and (other_form or not task.test.cached().exists()):
+    why_not = ""
+    if other_form:
+        rows = rows_name(settings["data"])
+        why_not = f"most rows of {rows} are no question and answer with '#### N' at its end"
+    elif not task.test.cached().exists():
+        why_not = f"with --data the test problems of {name} are not downloaded"
+    if settings["data"] and not given and why_not:
         print(
-            "nothing is scored: --eval-data FILE scores rows before and after training, by the "
-            "'#### N' of their answers, and --dev-data FILE measures the loss of rows"
+            f"nothing is scored, as {why_not}: --eval-data FILE scores such rows before and after "
+            "training, and --dev-data FILE measures the loss of any rows"
         )
         return []
     path = Path(given) if given else task.test.fetch()
@@ -174,6 +181,16 @@ def scored_examples(settings: dict, other_form: bool, source: Path) -> list[Exam
             "scored before and after training: --eval-data FILE scores other rows, --no-eval none"
         )
     return examples
+
+
+def is_other_form(examples: list[Example], own_rows: tuple[str, ...], kind: str) -> bool:
+    """Whether rows of one's own have another form than the task's.
+
+    own_rows: their fields, if these are others. Word problems are also those of which at least half
+    have a number that can be scored.
+    """
+    marked = sum(has_gold(example.row) for example in examples)
+    return bool(own_rows) or (kind == "math" and 2 * marked < len(examples))
 
 
 def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None:
@@ -190,13 +207,13 @@ def warn_of_rows(data: list[Example], tests: list[Example], scored: str) -> None
             odd["are duplicates of another row"].append(n)
         if example.prompt in prompts:
             odd["are also among the rows to score"].append(n)
-        if marked and "####" not in str(example.row.get("answer")):
+        if marked and not has_gold(example.row):
             odd["have an answer without '#### N', which scoring needs"].append(n)
         seen.add(pair)
     for what, found in odd.items():
         print(
-            f"warning: {len(found)} of {len(data)} rows of the data {what} (the first is number "
-            f"{found[0]}). All are trained on"
+            f"warning: {len(found)} of {len(data)} rows of the data {what} (the first is example "
+            f"{found[0]})"
         )
 
 
@@ -223,6 +240,7 @@ class Job:
     tokenizer: Tokenizer
     data: list[Encoded]
     own_rows: tuple[str, ...]  # the fields of --data's rows, if these have another form
+    loss_only: bool  # see run_folder.has_loss_only
     n_dropped: int  # rows that --drop-long left out
     tests: list[Example]  # empty: nothing is scored
     eval_batch: int | None  # of these, decoded together. None: as many as fit
@@ -286,7 +304,7 @@ def prepare(args: argparse.Namespace) -> Job:
     examples = load_examples(task, args.data or TASKS[task].train.fetch(), template, source)
     data = encode(examples, tokenizer, cfg.max_len, bool(args.drop_long))
     own_rows = fields_of_own_rows(task, template, examples[0].row) if args.data else ()
-    other_form = bool(own_rows) or not any("####" in str(e.row.get("answer")) for e in examples)
+    other_form = bool(args.data) and is_other_form(examples, own_rows, TASKS[task].kind)
     tests = [] if args.no_eval else scored_examples(settings, other_form, source)
     check_scorable(tests, tokenizer, cfg.max_len)
     if args.data:
@@ -303,6 +321,7 @@ def prepare(args: argparse.Namespace) -> Job:
         data=data,
         n_dropped=len(examples) - len(data),
         own_rows=own_rows,
+        loss_only=other_form and not args.eval_data,
         tests=tests,
         eval_batch=args.eval_batch,
         dev=encode(dev, tokenizer, cfg.max_len, bool(args.drop_long)),
@@ -555,6 +574,7 @@ def new_record(job: Job) -> dict:
         record["rows_dropped"] = job.n_dropped
     if job.settings["data"]:
         record["fields"] = list(job.own_rows)  # generate.py asks in their form
+        record["loss_only"] = job.loss_only
     if job.log:
         record["log"] = job.log
     return record

@@ -461,13 +461,14 @@ def main() -> None:
         again = "the same command starts, or goes on from what is kept"
         raise type(interrupt)(str(interrupt) or again) from None
     print(ranks.once(lambda: report.after_training(job.folder)))
-    result = job.folder / saves.BEST if job.dev else job.folder
-    if job.settings["data"] and not job.tests:  # own rows, of any task
+    best = saves.last_best(job.folder) is not None
+    result = job.folder / saves.BEST if best else job.folder
+    if job.loss_only:  # own rows, of any task
         measured_by = to_type(f"{SCORED_BY['math']} --loss --data FILE", result)
         print(f"done. The loss of other rows of this form: {measured_by}")
     else:
         scored_by = to_type(SCORED_BY[TASKS[job.settings["task"]].kind], result)
-        print(f"done. Score it{' again' if job.tests else ''} with: {scored_by}")
+        print(f"done. Score it{' again' if job.tests and not best else ''} with: {scored_by}")
     print(f"ask it with: {to_type('python generate.py --run {}', result)}")
 
 

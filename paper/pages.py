@@ -133,8 +133,11 @@ def choices() -> str:
 
 def how_many_runs(shown: dict[str, Rows]) -> str:
     """How many runs, and from how many pretrained models, are behind the columns of the table."""
-    runs = listed([runs_of_each(rows) for rows in shown.values()])
-    bases = [n_bases(rows) for rows in shown.values()]
+    measured = [*filter(None, shown.values())]
+    if not measured:
+        return ""
+    runs = listed([runs_of_each(rows) for rows in measured])
+    bases = [n_bases(rows) for rows in measured]
     from_models = "all from the embedded model"
     if {*bases} != {"1"}:
         from_models = f"from {listed(bases)} models, pretrained alike with other seeds"
@@ -151,14 +154,12 @@ def in_short(arm: str, regime: str, rows: Rows) -> str:
 
 def runs_of_each(rows: Rows) -> str:
     """The number of runs behind a number of a column."""
-    return str(next(iter(rows.values()))["runs"]) if rows else "-"
+    return str(next(iter(rows.values()))["runs"])
 
 
 def n_bases(rows: Rows) -> str:
     """The number of pretrained models behind a column."""
-    row = next(iter(rows.values()), None)
-    if row is None:
-        return "-"
+    row = next(iter(rows.values()))
     return str(row["df"] + 1) if row["bases"] == placement.MANY else "1"
 
 
@@ -238,7 +239,7 @@ CHANGES = {  # a number of mechanism.results() -> in words
 def mechanism_found() -> str:
     """docs/claims.md: what each choice of experts changes besides the task, in a table."""
     found = {(row["number"], row["arm"]): row for row in mechanism.results()}
-    if not found:
+    if not found or found["rise", "hot"]["seeds"] < len(mechanism.SEEDS):
         return f"\n{WAITING.capitalize()}.\n\n"
     arms = mechanism.ARMS
     heads = ["hot experts", *(ARMS[arm] for arm in arms[1:])]
@@ -246,10 +247,9 @@ def mechanism_found() -> str:
     for number, words in CHANGES.items():
         lines += [[words, *(changed(found[number, arm]) for arm in arms)]]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    n_seeds = found["rise", arms[0]]["seeds"]
     text = (
-        f"Means over {n_seeds} seeds. Brackets have the difference from hot experts with its 95 % "
-        "interval, paired by seed, without correction for the number of comparisons."
+        f"Means over {len(mechanism.SEEDS)} seeds. Brackets have the difference from hot experts "
+        "with its 95 % interval, paired by seed, without correction for the number of comparisons."
     )
     return f"\n{textwrap.fill(text, 100)}\n\n{table}\n"
 
@@ -275,7 +275,7 @@ def lora_found(claim: dict[str, dict]) -> str:
     better = [where for where, c in found.items() if c["verdict"] == "holds"]
     says = "is more accurate" if better else "is not shown to be more accurate"
     return (
-        f"**HELLoRA {says} than LoRA here.** HELLoRA's accuracy minus LoRA's, in points: "
+        f"**HELLoRA {says} than LoRA here.** HELLoRA's score minus LoRA's, in points: "
         f"{', '.join(texts)}. The paper has {printed}."
     )
 
@@ -294,15 +294,15 @@ def reworded_found() -> str:
     ]
     if None in found:
         return ""
+    says = "Wordings that training never sees."
+    so = "This was not a main question of the plan."
     if {row["verdict"] for row in found} == {"holds unadjusted"}:
         says = "HELLoRA may do better than LoRA on wordings that training never sees."
-    else:
-        says = "Wordings that training never sees."
+        so += " Take it as a hint, not as proof."
     many, few = map(interval, found)
     return (
         f"**{says}** There LoRA's loss is {many} times HELLoRA's after training on 200 problems, "
-        f"and {few} times after 60. This was not a main question of the plan. Take it as a hint, "
-        "not as proof."
+        f"and {few} times after 60. {so}"
     )
 
 
@@ -320,8 +320,9 @@ def cost_found() -> str:
     return (
         "**HELLoRA costs less than LoRA.** Of OLMoE-1B-7B's parameters it trains "
         f"{hot['percent']:.2f} %, and LoRA {lora['percent']:.2f} %. Compared with LoRA in the "
-        f"library PEFT, on one CPU core, HELLoRA is {faster['hellora']:.2f} times as fast and this "
-        f"repository's own LoRA {faster['lora']:.2f} times ([docs/speed.md](docs/speed.md))."
+        f"library PEFT, on one CPU core, in steps of 1,024 tokens, HELLoRA is "
+        f"{faster['hellora']:.2f} times as fast, and this repository's own LoRA "
+        f"{faster['lora']:.2f} times ([docs/speed.md](docs/speed.md))."
     )
 
 

@@ -325,8 +325,7 @@ ELSEWHERE = {
     "--learning-rate": "--lr",
     "--num-train-epochs": "--epochs",
     "--max-steps": "--steps",
-    "--per-device-train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--micro-batch",
+    "--per-device-train-batch-size": "--micro-batch",
     "--model-name-or-path": "--model",
     "--train-file": "--data",
     "--output-dir": "--out",
@@ -339,16 +338,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question that names the known word nearest to `word`, for an error. "" if none is near.
 
     Near is what other trainers call the same flag. So is a word with a few other letters or with
-    other capitals, one that begins with `word`, and one of two letters or more that `word` begins
-    with.
+    other capitals, one that begins with `word`, and one to which `word` adds three letters at most.
     """
     spelt = {name.lower(): name for name in known}
     low = word.lower()
     near = [name for name in [ELSEWHERE.get(low.replace("_", "-"))] if name in spelt]
     near += get_close_matches(low, spelt, 1, 0.75)
     near += [name for name in spelt if len(low) > 2 and name.startswith(low)]
-    begins = [name for name in spelt if len(name.strip("-")) > 1 and low.startswith(name)]
-    near += sorted(begins, key=len, reverse=True)
+    for name in spelt:
+        if len(name.strip("-")) > 1 and low.startswith(name) and len(low) - len(name) <= 3:
+            near.append(name)
     return f" (did you mean {spelt[near[0]]} in place of {word}?)" if near else ""
 
 

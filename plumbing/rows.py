@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +28,6 @@ from plumbing.tokenizer import Tokenizer, load_tokenizer
 # ---- a file's rows -------------------------------------------------------------------------------
 
 FORMATS = "JSON lines (an object on each line), a JSON list, or CSV"
-OTHERS = {  # the first bytes of a file -> the kind of file
-    b"PAR1": "a parquet file",
-    b"PK\3\4": "a spreadsheet (.xlsx) or another zip file",
-}
 # An unpaired surrogate. JSON can escape it, but no UTF-8 file can hold it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 OPTIONAL = {"input"}  # many files have null here, or lack the field: both count as an empty text
@@ -101,7 +98,7 @@ def text_of(path: Path, what: str) -> str:
         raise FileNotFoundError(f"there is no file {path}: want {FORMATS}{what}")
     try:
         body = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
-        if body[:4] not in OTHERS:
+        if not (kind := kind_of(body)):
             return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -109,7 +106,14 @@ def text_of(path: Path, what: str) -> str:
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): want {FORMATS}") from error
-    raise ValueError(f"{path} is {OTHERS[body[:4]]}: save it as {FORMATS}, in UTF-8")
+    raise ValueError(f"{path} is {kind}: save it as {FORMATS}, in UTF-8")
+
+
+def kind_of(body: bytes) -> str:
+    """What kind of file, by its first and last bytes, is taken for rows by mistake. "": none."""
+    if body.startswith(b"PK\3\4"):
+        return "a spreadsheet (.xlsx) or another zip file"
+    return "a parquet file" if body[:4] == body[-4:] == b"PAR1" else ""
 
 
 def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
@@ -140,7 +144,7 @@ def csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
                 f'want double quotes around a text with "{separator}" in it'
             )
         if any(line):  # it may be shorter than the header, or end in empty cells
-            yield n, {name: cell for name, cell in zip(columns, line, strict=False) if name}
+            yield n, {name: cell for name, cell in zip_longest(columns, line) if name}
 
 
 def _parse(text: str, place: str) -> object:
@@ -157,16 +161,21 @@ def names(row: object) -> str:
     no message shows the text of a row.
     """
     fields = list(row) if isinstance(row, dict) else []
-    words = [f"{field:.50}" for field in fields if field.isprintable() and " " not in field]
+    words = [f"{field:.50}" for field in fields if is_name(field)]
     more = len(fields) - len(words)
     return ", ".join(words + ([f"{more} of several words"] if more else [])) or "none"
+
+
+def is_name(field: str) -> bool:
+    """Whether a field's name may be shown: it is one word."""
+    return field.isprintable() and " " not in field
 
 
 def misspelt(row: object, wanted: Iterable[str]) -> str:
     """Questions whether fields of a row stand for some that are `wanted`, for an error, or ""."""
     given = row if isinstance(row, dict) else {}
     missing = [field for field in wanted if field not in given]
-    return "".join(did_you_mean(field, missing) for field in given if field.isprintable())
+    return "".join(did_you_mean(field, missing) for field in given if is_name(field))
 
 
 def check_unicode(text: str, place: str, field: str) -> None:

@@ -70,6 +70,7 @@ class RunRecord:
     bos: int | None  # the token before each prompt
     data: str | None  # the path of own rows
     fields: list[str] | None  # of own rows in another form than the task's. Older runs lack it
+    loss_only: bool | None  # see has_loss_only. Older runs lack it
     eval_data: str | None  # a path
     eval_limit: Positive | None  # number of problems
     hashes: Hashes | None
@@ -109,6 +110,16 @@ def read_run(folder: Path, *parts: str) -> dict:
             else f"{folder / 'run.json'} has no {missing[0]}: want a run that train.py finished"
         )
     return run
+
+
+def has_loss_only(run: dict) -> bool:
+    """Whether a run is measured by the loss of rows like its own, and not scored as its task is.
+
+    So it is with own rows in another form than the task's, or without a number that can be scored.
+    """
+    if run.get("loss_only") is not None:
+        return run["loss_only"]
+    return bool(run.get("fields")) and not run.get("eval_data")
 
 
 def saved_commit(folder: Path) -> str | None:

@@ -125,7 +125,7 @@ def test_a_name_is_asked_about_if_it_is_near():
     known = ["question", "answer", "--lr", "tiny"]
     for word, near in (("Question", "question"), ("anser", "answer"), ("quest", "question")):
         assert near in did_you_mean(word, known)
-    for word in ("chess", "x", "", "a", "completion", "--keep"):
+    for word in ("chess", "x", "", "a", "completion", "--keep", "--lr-scheduler", "tiny-llama"):
         assert did_you_mean(word, [*known, "--k"]) == ""
 
 
@@ -136,6 +136,7 @@ def test_a_name_is_asked_about_if_it_is_near():
         ("--learning_rate", "--lr"),
         ("--num-train-epochs", "--epochs"),
         ("--output_dir", "--out"),
+        ("--per_device_train_batch_size", "--micro-batch"),
         ("--outdir", "--out"),
     ],
 )
@@ -201,7 +202,8 @@ def test_few_steps_are_warned_of(tmp_path, flags, n_steps, cli):
 OWN = {  # rows of one's own -> whether the word problems are scored
     "problems": ([{"question": "1+3?", "answer": "#### 4"}], True),
     "one of them without a number": ([*ROWS, {"question": "France?", "answer": "Paris"}], True),
-    "answers of other kinds": ([{"question": "France?", "answer": "Paris"}], False),
+    "most of them without": ([*ROWS, *[{"question": "France?", "answer": "Paris"}] * 5], False),
+    "a heading": ([{"question": "France?", "answer": "#### Paris"}], False),
     "pairs": ([{"prompt": "1+3=", "completion": "#### 4"}], False),
 }
 
@@ -225,11 +227,29 @@ def test_own_rows_are_scored_on_word_problems_only_if_they_are_such(
         assert cli(*words[words.index("python") + 1 :], *limit)[0] == 0
 
 
-def test_a_run_with_dev_rows_ends_with_the_commands_for_its_best_adapter(tmp_path, cli):
+def test_a_run_with_dev_rows_ends_with_the_commands_for_its_best_adapter(
+    tmp_path, cli, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "own.jsonl", ROWS)
-    flags = ["--steps", 2, "--catcher", "forward", "--dev-data", rows, "--no-eval"]
-    out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags, "--out", tmp_path / "r"))[1]
-    assert all("r/best" in line for line in out.splitlines()[-2:])
+    flags = ["--steps", 2, "--catcher", "forward", "--dev-data", rows, "--eval-limit", 2]
+    out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags, "--out", "r"))[1]
+    scored, asked = out.splitlines()[-2:]
+    assert "r/best" in scored and "again" not in scored and "r/best" in asked
+    export = cli("export.py", "--run", "r/best", "--format", "hub")[1]
+    assert "--loss" not in scored + export.splitlines()[-1]
+    words = shlex.split(scored.rpartition(": ")[2])
+    assert cli(*words[words.index("python") + 1 :])[0] == 0
+
+
+def test_own_rows_for_code_are_scored_as_code(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Return {n}.", "output": f"def f(): return {n}"} for n in range(3)]
+    rows = write_rows(tmp_path / "own.jsonl", rows)
+    flags = ["--steps", 1, "--catcher", "forward", "--task", "tiny-code", "--out", "r"]
+    out = cli("train.py", *small_run(toy_in(tmp_path), rows, *flags))[1]
+    assert "paper.eval_humaneval" in out.splitlines()[-2]
+    assert "paper.eval_humaneval" in json.dumps(report.collect([Path("r")]))
 
 
 def test_answers_that_have_no_number_are_answered_with_the_loss(own, cli, monkeypatch):

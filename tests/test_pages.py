@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, small_run, toy_in, write_rows
 
 from paper import pages, reproduce
-from paper.studies import claims, comparison, placement
+from paper.studies import claims, comparison, mechanism, placement
 from paper.studies.tables import OLMOE
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -103,6 +103,29 @@ def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
     assert pages.choices().count("not measured yet") == 4 + 4 + 3
     assert pages.study().count("Not measured yet.") == 3
     assert not re.search(r"\d\.\d", pages.choices())
+
+
+def test_how_many_runs_and_bases_are_behind_the_columns():
+    one = {"cold": {"runs": 12, "df": 11, "bases": placement.ONE}}
+    many = {"cold": {"runs": 40, "df": 7, "bases": placement.MANY}}
+    said = " ".join(pages.how_many_runs({"P": many, "A": {}, "O": one}).split())
+    assert "40 and 12 runs of each choice, from 8 and 1 models" in said
+    assert pages.how_many_runs({"P": {}, "A": {}, "O": {}}) == ""
+
+
+def test_the_mechanism_is_shown_when_all_its_seeds_are_finished(monkeypatch):
+    def row(number, arm, seeds):
+        minus = {"mean": 0.02, "low": -0.01, "high": 0.05}
+        return {"number": number, "arm": arm, "seeds": seeds, "mean": 0.5, "minus": minus}
+
+    for n_seeds, shown in ((len(mechanism.SEEDS) - 1, False), (len(mechanism.SEEDS), True)):
+        rows = [row(n, arm, n_seeds) for n in pages.CHANGES for arm in mechanism.ARMS]
+        monkeypatch.setattr(mechanism, "results", lambda rows=rows: rows)
+        text = pages.mechanism_found()
+        assert text.count("| 0.500 | 0.500 (+0.020, -0.010 to +0.050)") == shown * len(
+            pages.CHANGES
+        )
+        assert ("Not measured yet" in text) != shown
 
 
 def test_the_output_to_expect_is_that_of_a_committed_run():

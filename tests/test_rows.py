@@ -152,6 +152,15 @@ BAD = {  # name -> (file, its bytes, the template file, words of the line)
         ["header", *(did_you_mean(w, [w.lower()]) for w in ("Question", "Answer"))],
     ),
     "a spreadsheet that happens to be text": ("a.csv", b"PK\3\4 abc", "", ["spreadsheet"]),
+    "no header": (
+        "a.csv", b"answer the phone,ok fine\na,b\n", "", ["header", "2 of several words"],
+    ),
+    "a row shorter than the header": (
+        "a.csv", b"prompt,completion\na,b\nc\n", "", ["row 3", "'completion'"],
+    ),
+    "a first row shorter than the header": (
+        "a.csv", b"prompt,completion\nc\n", "", ["row 2", "'completion'"],
+    ),
     "other columns, of tabs": ("a.tsv", b"ask\tsay\na\tb\n", "", ["header", "ask, say"]),
     "a misspelt field": (
         "a.jsonl", lines({"promt": "a", "completion": "b"}), "",
@@ -219,6 +228,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_change(tmp_path, cli, f
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+    assert "the phone" not in err  # no message shows the text of a row
     assert not (tmp_path / "run").exists()
 
 

@@ -73,6 +73,10 @@ NONE_IS_PYTHON = Check("syntax", "assert none_compiles()", ("none_compiles",))
 RETURNS_ONE = Check("one", "assert one() == 1", ("one",))
 
 
+class LibraryMissingError(OSError):
+    """The system cannot load the interpreter in the sandbox."""
+
+
 # ---- the sandbox ---------------------------------------------------------------------------------
 
 
@@ -88,6 +92,8 @@ def bubblewrap() -> tuple[str, ...]:
     sandbox = (found, *bwrap_flags(os.geteuid() == 0))
     try:
         outcome = run_program("def one(): return 1", RETURNS_ONE, sandbox, GRACE)
+    except LibraryMissingError:
+        raise
     except OSError as error:
         raise OSError(f"bubblewrap cannot confine a program here ({error}): {INSTALL}") from error
     if outcome != "passed":
@@ -165,8 +171,13 @@ def outcome(task_id: str, status: int, errors: str) -> str:
     """The outcome for the exit status of a test. Raises the errors of run_program."""
     # Status 1 comes from bubblewrap or Python, and 127 from the system where a library is missing,
     # both with a message. A test that exits so has no message.
-    if status == NOT_STARTED or (status in (1, 127) and errors.strip()):
-        raise OSError((errors.strip() or "a program was not started").splitlines()[-1])
+    said = (errors.strip() or "a program was not started").splitlines()[-1]
+    if status == 127 and errors.strip():
+        raise LibraryMissingError(
+            f"{said}: want a Python that starts without LD_LIBRARY_PATH, as the sandbox has none"
+        )
+    if status == NOT_STARTED or (status == 1 and errors.strip()):
+        raise OSError(said)
     if status == NO_LITERAL:
         raise ValueError(
             f"the test of {task_id} calls the program with a value that has no literal: "
