@@ -109,8 +109,8 @@ def most(job):
     return max(sum(parts.values()) for parts in settings.needs(job).values())
 
 
-def test_the_readme_s_command_for_24_gb_fits_and_the_default_does_not(monkeypatch, tmp_path):
-    page = (ROOT / "README.md").read_text()
+def test_the_page_s_command_for_24_gb_fits_and_the_default_does_not(monkeypatch, tmp_path):
+    page = (ROOT / "docs" / "scaling.md").read_text()
     command = re.search(r"^# .*24 GB.*\n(python train.py .*)$", page, re.M)[1]
     words = shlex.split(command)
     flags = words[words.index("1319") + 1 :]
