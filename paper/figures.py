@@ -535,7 +535,7 @@ ALT = {  # what a page says of each to those who do not see it
     "HELLoRA fall alike. With experts alone, hot fall fastest, random later, cold hardly.",
     "placement": "The loss on held-out problems with each choice of experts, relative to that with "
     "hot ones, with 95 % intervals. A band marks 10 % more or less. A dotted line marks the "
-    "paper's difference in accuracy between cold and hot experts, as a ratio of losses.",
+    "paper's result for cold experts, converted from accuracy to loss.",
 }
 
 

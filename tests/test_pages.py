@@ -85,7 +85,7 @@ def test_findings_have_the_verdict_of_a_finished_placement_study(ratio, says, mo
         assert len(shown) == sum(arm in regime.arms for regime in placement.REGIMES.values())
         # The noise of a run is 1 %, and 12 runs are averaged.
         assert all(float(number) == pytest.approx(ratio, abs=0.015) for number, _ in shown)
-    assert "12, 12 and 12 runs of each choice, all from the embedded model." in table
+    assert "12, 12 and 12 runs. All runs start from the embedded model." in " ".join(table.split())
     flat_text = " ".join(full.split())
     assert ("It is excluded." in flat_text) == (ratio < 1.1)
     assert ("It is exceeded." in flat_text) == (ratio > 1.1)
@@ -109,7 +109,7 @@ def test_how_many_runs_and_bases_are_behind_the_columns():
     one = {"cold": {"runs": 12, "df": 11, "bases": placement.ONE}}
     many = {"cold": {"runs": 40, "df": 7, "bases": placement.MANY}}
     said = " ".join(pages.how_many_runs({"P": many, "A": {}, "O": one}).split())
-    assert "40 and 12 runs of each choice, from 8 and 1 models" in said
+    assert "from 40 and 12 runs. They start from 8 and 1 models" in said
     assert pages.how_many_runs({"P": {}, "A": {}, "O": {}}) == ""
 
 
@@ -137,6 +137,8 @@ def test_the_output_to_expect_is_that_of_a_committed_run():
         assert re.search(rf"^layer  {layer} │.* of visits go to {re.escape(str(ids))}$", text, re.M)
     trained, stored = kept["run"]["trained"], kept["run"]["stored"]
     assert f"{trained:,} of {stored:,} parameters are trained ({trained / stored:.3%})" in text
+    n_rows = len((ROOT / "tiny" / "math-train.jsonl").read_text().splitlines())
+    assert f"all {n_rows:,} training problems" in text
     answer = re.search(r"-> '(.*)' \(right: 89\)", text)[1]
     assert answer in (ROOT / "docs" / "report.html").read_text()  # the page of this run
 
