@@ -32,7 +32,7 @@ from torch import Tensor
 from catcher import Catcher, choose, visited_share
 from hellora import load_run
 from moe_model import MoEModel, Routing
-from paper.runs.grid import Cell, Wanted, missing_tasks, saved
+from paper.runs.grid import ROOT, Cell, Wanted, missing_tasks, saved
 from paper.runs.stats import signed, spread
 from paper.studies.placement import PLAIN, per_token
 from paper.studies.placement_runs import (
@@ -56,6 +56,7 @@ SEQUENCES = 32  # for each domain of pretraining
 N_PROBLEMS = 400  # of each task, for the routing and for the merged model
 K_HOT = 8  # hot experts of a layer
 MECHANISM = "mechanism"
+RESULTS = ROOT / "docs" / "results" / MECHANISM  # of the runs of this study alone
 ARMS, SEEDS = ("hot", "cold", "none", "all"), range(200, 205)
 CODE_RATE = 1e-2  # the learning rate of the runs on code, in all arms
 OTHER = "tiny-code"
@@ -178,6 +179,11 @@ def main() -> None:
 @dataclass(frozen=True)
 class Measured(Placed):
     """A run of regime A. It is scored, and merged with a code run of the same arm and seed."""
+
+    @property
+    def result(self) -> Path:
+        """See Cell."""
+        return RESULTS / f"{self.name}.json"
 
     @property
     def code(self) -> Placed:
