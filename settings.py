@@ -161,21 +161,20 @@ def scored_examples(settings: dict, other_form: bool, source: Path) -> list[Exam
         command = SCORED_BY[task.kind].format("DIR")
         print(f"train.py does not score this task. Afterwards: {command}")
         return []
-    why_not = ""
-    if other_form:
-        rows = rows_name(settings["data"])
-        why_not = f"most rows of {rows} are no question and answer with '#### N' at its end"
-    elif not task.test.cached().exists():
-        why_not = f"with --data the test problems of {name} are not downloaded"
-    if settings["data"] and not given and why_not:
+    own_alone = settings["data"] and not given
+    if own_alone and (other_form or not task.test.cached().exists()):
+        why = f"with --data the test problems of {name} are not downloaded"
+        if other_form:
+            rows = rows_name(settings["data"])
+            why = f"most rows of {rows} are no question and answer with '#### N' at its end"
         print(
-            f"nothing is scored, as {why_not}: --eval-data FILE scores such rows before and after "
-            "training, and --dev-data FILE measures the loss of any rows"
+            f"nothing is scored, as {why}: --eval-data FILE scores rows with '#### N' before and "
+            "after training, and --dev-data FILE measures the loss of any rows"
         )
         return []
     path = Path(given) if given else task.test.fetch()
     examples = load_examples(name, path, settings["template"], source)[: settings["eval_limit"]]
-    if settings["data"] and not given:
+    if own_alone:
         print(
             f"these rows have the form of {name}, so {len(examples)} test problems of {name} are "
             "scored before and after training: --eval-data FILE scores other rows, --no-eval none"
@@ -186,8 +185,8 @@ def scored_examples(settings: dict, other_form: bool, source: Path) -> list[Exam
 def is_other_form(examples: list[Example], own_rows: tuple[str, ...], kind: str) -> bool:
     """Whether rows of one's own have another form than the task's.
 
-    own_rows: their fields, if these are others. Word problems are also those of which at least half
-    have a number that can be scored.
+    own_rows: their fields, if these are others. Rows for word problems have the task's form if at
+    least half of them have a number that can be scored.
     """
     marked = sum(has_gold(example.row) for example in examples)
     return bool(own_rows) or (kind == "math" and 2 * marked < len(examples))

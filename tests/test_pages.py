@@ -105,6 +105,28 @@ def test_findings_say_nothing_of_a_study_that_is_not_finished(monkeypatch):
     assert not re.search(r"\d\.\d", pages.choices())
 
 
+def test_merging_at_equal_loss_and_at_own_rates_are_as_the_page_says():
+    rows = {(row["number"], row["arm"]): row for row in mechanism.results()}
+    assert rows["merged, word problems", "all"]["minus"]["low"] > 0
+    (merge,) = [row for row in claims.results() if row["study"] == "merging"]
+    assert merge["says"].endswith("HELLoRA keeps more of word problems than LoRA")
+    assert merge["verdict"] == "fails"
+
+
+def test_the_numbers_of_a_run_at_the_real_size_are_those_of_its_record():
+    record = json.loads((ROOT / "docs" / "results" / "real-size-olmoe-1b-7b.json").read_text())
+    text, steps = flat(ROOT / "docs" / "runs.md"), record["steps"]
+    first, second = (
+        [f"{steps[name][part] / 1e9:.1f} GB" for part in ("peak_bytes", "plan_bytes")]
+        for name in ("warm-up, a step, stopped in the next", "resumed, to the end")
+    )
+    assert f"peaked at {first[0]} (planned: {first[1]})" in text
+    assert f"with hot experts at {second[0]} ({second[1]})" in text
+    peer = record["transformers"]
+    assert f"On {peer['same_argmax']} of {peer['tokens']} tokens" in text
+    assert ("gives both candidates the same logit" in text) == (peer["gap"] == 0)
+
+
 def test_how_many_runs_and_bases_are_behind_a_column():
     one = {"cold": {"runs": 12, "df": 11, "bases": placement.ONE}}
     many = {"cold": {"runs": 40, "df": 7, "bases": placement.MANY}}
