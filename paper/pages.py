@@ -116,8 +116,8 @@ def headline(found: dict) -> str:
     return (  # the plan has words for this outcome, but did not foresee the part on no experts
         "**If only experts are trained, hot experts do better than random ones and than cold ones, "
         "the least visited. If attention and router are trained too, hot experts show no "
-        f"advantage. {as_good} experts are equally good then, and so is a run that adapts no "
-        f"expert.**{better if few and few['verdict'] == 'fails' else ''} So attention and router "
+        f"advantage. {as_good} experts are equally good then (within 10 %), and so is a run that "
+        f"adapts no expert.**{better if few and few['verdict'] == 'fails' else ''} So attention and router "
         "make up for a bad choice of experts. In the paper hot experts are "
         f"{hot - cold:.1f} points better than cold ones, with attention and router trained. We "
         "measured on word problems, "
@@ -311,10 +311,11 @@ def reworded_found() -> str:
     if many is None or few is None:
         return ""
     seems = many["verdict"] == few["verdict"] == "holds unadjusted"
-    says = "Wordings that training never sees."
+    says, on_all = "Wordings that training never sees.", "On"
     if seems and (others is None or others["verdict"] == "holds unadjusted"):
         says = "HELLoRA may do better than LoRA on wordings that training never sees."
     elif seems:
+        on_all = "But on"
         says = "On wordings that training never sees, an advantage of HELLoRA is not confirmed."
     text = (
         f"**{says}** On the embedded model {'HELLoRA is better: ' * seems}LoRA's loss there is "
@@ -323,7 +324,7 @@ def reworded_found() -> str:
     )
     if others is not None:
         n = n_bases({"all": others})
-        text += f" But on all {n} models together it is {interval(others)} times, after 200."
+        text += f" {on_all} all {n} models together it is {interval(others)} times, after 200."
     return f"{text} This was not a main question of the plan."
 
 
