@@ -114,10 +114,11 @@ def headline(found: dict) -> str:
     hot = printed_in_the_paper("2", "hellora", "gsm8k")
     cold = printed_in_the_paper("4", "hellora_c", "gsm8k")
     return (  # the plan has words for this outcome, but did not foresee the part on no experts
-        "**If only experts are trained, hot experts do better than random ones and than cold ones, "
-        "the least visited. If attention and router are trained too, hot experts show no "
-        f"advantage. {as_good} experts are equally good then (within 10 %), and so is a run that "
-        f"adapts no expert.**{better if few and few['verdict'] == 'fails' else ''} So attention "
+        "A layer's cold experts are those with the fewest visits. **If only experts are trained, "
+        "hot experts do better than random ones and than cold ones. HELLoRA trains attention and "
+        f"router too. Then hot experts show no advantage: {as_good} experts are equally good "
+        "(within 10 %), and so is a run that adapts no "
+        f"expert.**{better if few and few['verdict'] == 'fails' else ''} So attention "
         "and router make up for a bad choice of experts. In the paper hot experts are "
         f"{hot - cold:.1f} points better than cold ones, with attention and router trained. We "
         "measured on word problems, "
@@ -318,13 +319,12 @@ def reworded_found() -> str:
         on_all = "But on"
         says = "On wordings that training never sees, an advantage of HELLoRA is not confirmed."
     text = (
-        f"**{says}** On the embedded model {'HELLoRA is better: ' * seems}LoRA's loss there is "
-        f"{interval(many)} times HELLoRA's after training on 200 problems, and {interval(few)} "
-        "times after 60."
+        f"**{says}** LoRA's loss there, divided by HELLoRA's, is {interval(many)} on the embedded "
+        f"model after training on 200 problems, and {interval(few)} after training on 60."
     )
     if others is not None:
         n = n_bases({"all": others})
-        text += f" {on_all} all {n} models together it is {interval(others)} times, after 200."
+        text += f" {on_all} all {n} models together it is {interval(others)}, after 200."
     return f"{text} This was not a main question of the plan."
 
 
@@ -343,10 +343,10 @@ def cost_found() -> str:
     return (
         "**HELLoRA costs less than LoRA.** Of OLMoE-1B-7B's parameters it trains "
         f"{hot['percent']:.2f} %, and LoRA {lora['percent']:.2f} %. Speed was measured on "
-        "one CPU core, in steps of 1,024 tokens. HELLoRA is "
-        f"{faster['hellora']:.2f} times as fast as LoRA in the library PEFT, and this repository's "
-        f"own LoRA is {faster['lora']:.2f} times as fast as PEFT's. So {share} of the gain comes "
-        "from the code, not from the method ([docs/speed.md](docs/speed.md))."
+        "one CPU core, in steps of 1,024 tokens. Compared with LoRA of the library PEFT, our "
+        f"HELLoRA is {faster['hellora']:.2f} times as fast, and our LoRA is {faster['lora']:.2f} "
+        f"times as fast. So {share} of the gain comes from the code, not from the method "
+        "([docs/speed.md](docs/speed.md))."
     )
 
 
