@@ -47,15 +47,14 @@ from plumbing.tokenizer import load_tokenizer
 class Catcher:
     """Visits of one task: (token, choice) pairs per layer and expert.
 
-    which_tokens: "all" (but no padding, as in the paper), or "answers": only those that predict a
-    token of an answer.
+    which_tokens: "all" but padding, or "answers": only those that predict a token of an answer.
     """
 
     def __init__(self, n_experts: int, which_tokens: str = "all"):
         self.n_experts = n_experts
         self.which_tokens = which_tokens  # one of COUNTS
         self.counts: dict[int, Tensor] = {}  # {MoE layer: visits [E] int64}
-        self.probabilities: dict[int, Tensor] = {}  # {MoE layer: their sums [E] float64}
+        self.probabilities: dict[int, Tensor] = {}  # {MoE layer: summed, [E] float64}
         self.n_tokens: int | Tensor = 0
 
     @torch.no_grad()
@@ -71,9 +70,9 @@ class Catcher:
             # A token that is not counted adds 0. To leave it out, the host would have to wait for
             # the number of the others.
             ids = decided.expert_ids.flatten()  # [B*T*K]
-            weight = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K] 1 or 0
-            probability = decided.probability.flatten() * weight  # [B*T*K]
-            self.counts[layer].index_add_(0, ids, weight.long())
+            is_counted = counted[..., None].expand_as(decided.expert_ids).flatten()  # [B*T*K]
+            probability = decided.probability.flatten() * is_counted  # [B*T*K]
+            self.counts[layer].index_add_(0, ids, is_counted.long())
             self.probabilities[layer].index_add_(0, ids, probability.double())
 
     def gather(self) -> "Catcher":
@@ -84,9 +83,11 @@ class Catcher:
         return self
 
     def scores(self, score: str) -> dict[int, Tensor]:
-        """{layer: [E]} on the CPU. "count": visits. "gate": the mean router probability of a token.
+        """{layer: [E]} on the CPU. "count": visits. "gate": the mean routing weight.
 
-        ("gate" is ESFT's word. --score and hot_experts.json have it too, so it stays.)
+        The routing weight of an expert is its probability where a token visits it (before any
+        rescaling), and 0 where not. The mean is over all counted tokens. ("gate" is ESFT's word.
+        --score and hot_experts.json have it too, so it stays.)
         """
         if score == "gate":
             n_tokens = int(self.n_tokens)
@@ -109,7 +110,8 @@ def count_visits(
     catcher = Catcher(model.cfg.n_experts, which_tokens)
     for group in progress(micro_batches(data, batch_size), label=label, unit="batch"):
         batch = collate(group, model.device)
-        # Only the routing is needed. Without any target, no logits are made.
+        # Only the routing is needed, so there is no target, and no logits are made. (`trunk` would
+        # do, but a model that is cut up over ranks must be entered through `forward`.)
         _, routing = model(batch.tokens, targets=torch.full_like(batch.tokens, IGNORE))
         catcher.add(routing, batch.counted(which_tokens))
     return catcher.gather()
@@ -147,7 +149,7 @@ def choose(
 ) -> dict[int, list[int]]:
     """{layer: the k experts that `rule` prefers, ascending}. Of two equal scores the lower id wins.
 
-    scores: {layer: [E]}, visits or mean probabilities. coverage: a share in (0, 1] in place of k.
+    scores: {layer: [E]}, visits or mean routing weights. coverage: a share in (0, 1] in place of k.
     Each layer takes its preferred experts until they hold this share of its scores. This is the
     rule of ESFT (expert-specialized fine-tuning, arXiv 2407.01906).
     Raises ValueError for a k outside 1..E.
@@ -198,7 +200,8 @@ def overlap(a: dict[int, list[int]], b: dict[int, list[int]]) -> dict[int, float
 # Visits of an expert on average, below which a choice is doubted. On the embedded model and its
 # three tasks (20 samples of each size, k = 8) a list from 7 visits has a Jaccard overlap of 0.70 to
 # 0.83 with that of all rows. From 30 it is 0.84 to 0.89: up to one of 8 experts differs. From 100
-# it is above 0.91. docs/tables.md, Stability, has larger samples: 0.94 from 240.
+# it is above 0.91. docs/tables.md, Stability, has larger samples: 0.94 from 240. All these visits
+# are of the base model. Two warm-ups differ more, for another reason: they train different models.
 FEW = 30
 
 
@@ -217,7 +220,7 @@ class HotList:
     n_tokens: int = 0
     experts: dict[int, list[int]]  # {MoE layer: ids, ascending}
     counts: dict[int, list[int]] = field(default_factory=dict)  # {MoE layer: visits [E]}, if known
-    gates: dict[int, list[float]] = field(default_factory=dict)  # {MoE layer: mean probability [E]}
+    gates: dict[int, list[float]] = field(default_factory=dict)  # {MoE layer: mean weight [E]}
 
     def show(self) -> str:
         """Each layer's visits as bars, one character an expert, with the chosen and their share."""
@@ -231,8 +234,9 @@ class HotList:
             lines.append(
                 f"layer {layer:2d} │{bars}│ {share:5.1%} of visits go to {self.experts[layer]}"
             )
+        by = "" if self.rule == "random" else f" by {self.score}"
         lines.append(
-            f"the {self.rule} {self.sizes()} experts of each layer by {self.score}, from "
+            f"the {self.rule} {self.sizes()} experts of each layer{by}, from "
             f"{self.n_tokens:,} {'' if self.count == 'all' else 'answer '}tokens of "
             f"{self.data or self.task} ({self.catcher})"
         )

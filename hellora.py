@@ -1,14 +1,14 @@
 """HELLoRA: which weights get a low-rank update (LoRA, DoRA, LoRI, hot experts), and what it is.
 
 Read it from top to bottom: the methods as data, the update of one matrix (LoRALinear), the updates
-of stacked experts (LoRAGroupedLinear), into a model and out of it (attach, start, merge). This is
-HELLoRA. Then come DoRA, LoRI's mask, what it costs, and a trained run. catcher.py finds the hot
-experts. train.py trains.
+of stacked experts (LoRAGroupedLinear), into a model and out of it (attach, init_adapters, merge).
+This is HELLoRA. Then come DoRA, LoRI's mask, what it costs, and a trained run. catcher.py finds the
+hot experts. train.py trains.
 
 Adapted experts are those that carry an update: the hot ones (HELLoRA), all (LoRA), or those that a
 control chooses.
 
-Letters added to those of moe_model.py:
+Letters added to those of moe_model.py (here n_experts is E, and A and B are LoRA's matrices):
     r rank    k adapted experts of a layer
 """
 
@@ -69,7 +69,7 @@ class Method:
 
 
 # LoRI freezes A. LoRI-D trains all of B. LoRI-S starts again from B = 0. It trains the tenth of B
-# that was largest after a D run.
+# that was largest after a LoRI-D run.
 METHODS = {
     "fft": Method(rule=None, sites=(), train_base=True),
     "lora": Method(),
@@ -80,7 +80,7 @@ METHODS = {
     "hellori-d": Method(rule="hot", train_a=False),
     "hellori-s": Method(rule="hot", train_a=False, keep=0.1),
 }
-SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts and nothing else
+SUFFIXES = {  # they stack: "hellora_pure_c" adapts the coldest experts, no attention and no router
     # of Tables 4 to 6
     "m": {"rule": "global-hot"},
     "c": {"rule": "cold"},
@@ -153,6 +153,7 @@ class LowRank(nn.Module):
         """An update of `weight` [..., out, in] without values. stack: (), or (k,) of k matrices."""
         *_, out_dim, in_dim = weight.shape
         with torch.device(weight.device):
+            # In fp32 even if the weight is bf16, where small steps would be lost.
             A, B = torch.empty(*stack, rank, in_dim), torch.empty(*stack, out_dim, rank)
             mask = torch.empty_like(B, dtype=torch.bool) if method.keep < 1 else None
             magnitude = torch.empty(*stack, out_dim) if method.dora else None
@@ -168,7 +169,7 @@ class LowRank(nn.Module):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A^T [*stack, in, r] and B^T [*stack, r, out], ready to multiply rows from the right."""
-        # An entry outside the mask counts as zero, so it gets no gradient either.
+        # An entry outside the mask counts as zero. Its gradient is zero too.
         b = self.B if self.mask is None else self.B * self.mask
         return self.A.to(dtype).mT, b.to(dtype).mT
 
@@ -212,7 +213,10 @@ class AdaptedRows(Rows):
 
 
 class LoRAGroupedLinear(nn.Module):
-    """A frozen stack of expert weights, plus updates of k of them."""
+    """A frozen stack of expert weights, plus updates of k of them.
+
+    It works inside LoRAExperts only: plain Rows get no update.
+    """
 
     def __init__(
         self, base: GroupedLinear, adapted: list[int], method: Method, rank: int, alpha: float
@@ -220,6 +224,8 @@ class LoRAGroupedLinear(nn.Module):
         super().__init__()
         self.weight = base.weight  # [E, out, in]
         self.adapted = adapted  # [k] ids, ascending
+        # A and B of all k experts are one parameter each. So an expert that no row visits has a
+        # gradient of zero and not None. AdamW moves it by its momentum, where it would skip None.
         self.lora = LowRank.empty(base.weight, method, (len(adapted),), rank, alpha)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
@@ -227,20 +233,18 @@ class LoRAGroupedLinear(nn.Module):
         y = rows.matmul(x, self.weight.to(x.dtype).mT, rows.ends)  # W x
         if not isinstance(rows, AdaptedRows):
             return y
-        # A and B of all k experts are one parameter each. So an expert that no row visits has a
-        # gradient of zero and not None. AdamW moves it by its momentum, where it would skip None.
         ends = ends_of(self.adapted, rows.ends)  # of k experts: the others have no rows here
         a, b = self.lora.factors(x.dtype)  # [k, in, r], [k, r, out]
         low = rows.matmul(x, a, ends) * self.lora.scale  # [n, r] scale * A x
         y += rows.matmul(low, b, ends)  # + B low
         if self.lora.magnitude is not None:  # DoRA, explained further below
-            scale = dora_scale(self.lora, adapted_weight(self))  # [k, out]
-            y = y * for_rows(scale, ends, len(y)).to(x.dtype)
+            stretch = dora_scale(self.lora, adapted_weight(self))  # [k, out]
+            y = y * for_rows(stretch, ends, len(y)).to(x.dtype)
         return y
 
 
 class LoRAExperts(Experts):
-    """The experts of a layer. k of them carry updates. Rows of the others cost what they did.
+    """The experts of a layer. k of them carry updates. Rows of the others meet no update.
 
     Both kinds of rows go through the same `mlp`. The type of the rows, AdaptedRows or Rows, tells
     gate, up and down whether to add their updates.
@@ -324,7 +328,8 @@ def sites_in(layer: Block, method: Method, linear_router: bool) -> list[str]:
     """Names of the plain linear maps that `method` adapts and that `layer` has.
 
     A method that adapts experts also adapts the maps that every token visits. A router that is a
-    bare parameter on the Hub is not adapted. This gives the paper's 23.2 % for DeepSeekMoE.
+    bare parameter on the Hub is not adapted. With this and k = 12, HELLoRA trains 23.2 % of LoRA's
+    parameters on DeepSeekMoE, as in the paper.
     """
     wanted = [*method.sites, *(ALWAYS_VISITED if method.rule else ())]
     if not linear_router:
@@ -351,9 +356,10 @@ def adapted_weight(m: LoRALinear | LoRAGroupedLinear) -> Tensor:
 def init_adapters(model: MoEModel, seed: int | str, start: dict[str, Tensor] | None = None) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the adapted model starts as the base model.
 
-    Call it after the weights are loaded. The draw of A depends only on `seed` and on the module's
-    name, and so not on the method. start: values of an adapter_state that replace these, such as
-    LoRI's masks. Source: PEFT's LoraLayer.reset_lora_parameters (kaiming_uniform, a = sqrt 5).
+    Call it after the weights are loaded. The random numbers depend only on `seed` and on the
+    module's name. In a stack, the first adapted expert gets the first of them, whatever its id.
+    start: values of an adapter_state that replace these, such as LoRI's masks. Source: PEFT's
+    LoraLayer.reset_lora_parameters (kaiming_uniform, a = sqrt 5).
     """
     for name, m in adapters(model).items():
         # crc32, because Python's hash() of a text differs from one process to the next.
@@ -423,7 +429,7 @@ def dora_scale(update: LowRank, weight: Tensor) -> Tensor:
 
 
 def for_rows(scale: Tensor, ends: Ends, n: int) -> Tensor:
-    """The factors of k experts [k, out] -> those of their n rows, [n, out]."""
+    """dora_scale's factors of k experts [k, out] -> those of their n rows, [n, out]."""
     sizes = ends.tensor.diff(prepend=ends.tensor.new_zeros(1))  # [k]
     return scale.repeat_interleave(sizes, dim=0, output_size=n)
 
@@ -460,9 +466,9 @@ def safe_ratio(magnitude: Tensor, length: Tensor) -> Tensor:
 
 # ---- LoRI's mask: which entries of B a sparse run trains -----------------------------------------
 #
-# A D run trains all of B. The S run starts again from B = 0. It trains only the tenth of B that was
-# largest at the end of the D run. settings.lori_start calls `lori_masks`. LowRank.factors applies
-# the mask.
+# A LoRI-D run trains all of B. The LoRI-S run starts again from B = 0. It trains only the tenth of
+# B that was largest at the end of the D run. settings.lori_start calls `lori_masks`.
+# LowRank.factors applies the mask.
 
 
 def lori_masks(trained_b: dict[str, Tensor], keep: float, scope: str) -> dict[str, Tensor]:
@@ -546,7 +552,10 @@ def adapter_flops(model: MoEModel, shares: dict[int, float]) -> float:
 
 
 def adapter_state(model: MoEModel) -> dict[str, Tensor]:
-    """What a run must keep: A, B, mask and magnitude of each adapter, else all weights."""
+    """What a run must keep: A, B, mask and magnitude of each adapter.
+
+    Of a model without adapters: all weights.
+    """
     state = model.state_dict()
     if not adapters(model):
         return state
@@ -562,8 +571,8 @@ def attach_run(model: MoEModel, folder: Path) -> dict:
     from plumbing.saves import fill, read_adapter
 
     run, saved = read_run(folder, "adapted", "rank", "alpha"), read_adapter(folder)
-    ranks = {t.shape[-2] for name, t in saved.items() if name.endswith(".lora.A")}
-    if ranks - {run["rank"]}:
+    found = {t.shape[-2] for name, t in saved.items() if name.endswith(".lora.A")}
+    if found - {run["rank"]}:
         raise ValueError(
             f"{folder / 'run.json'}: rank is {run['rank']}, the adapter's is not: train again"
         )

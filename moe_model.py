@@ -9,7 +9,7 @@ Letters for tensor sizes, the same in every file:
     D model width  H query heads            G key/value heads                  C channels per head
     E experts per layer    K experts per token    F hidden width of one expert
     M tokens = B*T         N rows = M*K: one copy of a token for each expert that it visits
-    L layers               n some of these rows
+    L layers               n some of these rows (in KVCache: some sequences)
 """
 
 from collections.abc import Callable
@@ -245,11 +245,12 @@ class Experts(nn.Module):
         # takes 1.1 to 2.5 times as long, with its gradient. index_select is as fast, but on a GPU
         # its gradient is a sum in an order that is not fixed (torch.use_deterministic_algorithms).
         x = F.embedding(rows.slot // top_k, tokens)  # [n, D]
-        weight = weight.flatten()[rows.slot, None].to(x.dtype)  # [n, 1]
+        row_weight = weight.flatten()[rows.slot, None].to(x.dtype)  # [n, 1]
         hidden = F.silu(self.gate(x, rows)) * self.up(x, rows)  # [n, F]
-        # `down` is linear, so the routing weight may come before it or after it. If it comes
-        # before, no output of `down` has to be kept for the weight's gradient.
-        hidden = hidden * weight
+        # `down` is linear, so the routing weight may come before it or after it. Its gradient needs
+        # what it is multiplied with: hidden [n, F] before, or the output of `down` [n, D] after. In
+        # OLMoE F is the smaller.
+        hidden = hidden * row_weight
         return sum_by_token(self.down(hidden, rows), rows.slot, n_tokens, top_k)
 
 
@@ -292,7 +293,8 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # [M, D]
 
         # The router scores all experts. A token visits the K with the highest scores. The softmax
-        # comes before the choice, and in fp32, because two scores in bf16 are often equal.
+        # comes before the choice, so that a weight is the expert's share among all E. It is in
+        # fp32, because in bf16 it would make different scores equal.
         logits = self.router(tokens)  # [M, E]
         probability = logits.softmax(-1, dtype=torch.float32)  # [M, E]
         probability, expert_ids = probability.topk(self.top_k)  # [M, K] each
@@ -347,14 +349,14 @@ class KVCache:
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the sequences `rows` [n] of the batch, ascending. No other memory is taken."""
-        n = len(rows)
+    def keep(self, sequences: Tensor) -> None:
+        """Keep only these sequences [n] of the batch, ascending. No other memory is taken."""
+        n = len(sequences)
         # One layer at a time, because a copy of all layers would take twice the memory.
         for half in (self.k, self.v):
             for layer in half:  # [B, G, S, C]
-                layer[:n, :, : self.length] = layer[rows, :, : self.length]
-        self.k, self.v, self.pad = self.k[:, :n], self.v[:, :n], self.pad[rows]
+                layer[:n, :, : self.length] = layer[sequences, :, : self.length]
+        self.k, self.v, self.pad = self.k[:, :n], self.v[:, :n], self.pad[sequences]
 
 
 class Positions(NamedTuple):

@@ -5,7 +5,8 @@
     python train.py --data own.jsonl --eval-data dev.jsonl  your own questions and answers
 
 1. The base model is scored.
-2. A short warm-up with LoRA on all experts counts which experts of each layer the task visits.
+2. A short warm-up with LoRA (on attention, router and all experts) counts which experts of each
+   layer the task visits.
 3. Adapters are put on the hot ones, on attention and on the router.
 4. They are trained.
 5. They are merged into the weights, and the result is scored. (A model that is cut up over several
@@ -70,11 +71,12 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step over `examples`.
 
-    Returns the mean loss per target token before the step, and the gradient's norm before clipping.
-    They do not depend on the split into micro-batches and over ranks. (The balancing term is a mean
-    over micro-batches. It depends on their size, but not on the ranks.) A step whose loss or
-    gradient is not finite changes no weight (its visits are counted). The caller has to look at the
-    two numbers.
+    balance: the factor of Eq. 1, the balancing loss. clip: "all" gradients together, or "each"
+    matrix by itself. Returns the mean cross-entropy per target token before the step, without the
+    balancing term, and the norm of the whole gradient before clipping. Without balancing they do
+    not depend on the split into micro-batches and over ranks. (The balancing term is a mean over
+    micro-batches, so it depends on their size.) A step whose loss or gradient is not finite changes
+    no weight (its visits are counted). The caller has to look at the two numbers.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # Every rank gets all examples of the step, so these numbers hold for all ranks together.
@@ -232,14 +234,15 @@ def catch(job: Job) -> HotList:
 
 
 def warm_up(job: Job, data: list[Encoded]) -> Catcher:
-    """The paper's catcher: train LoRA on all experts for one pass over `data`, and count visits.
+    """The paper's catcher: train LoRA for one pass over `data`, and count the visits.
 
-    Only the counts are kept. This is section 3 of the paper. Section 4.3 counts on the base model,
-    as --catcher forward does. Raises ValueError if the loss is not finite.
+    LoRA is on attention, router and all experts. Only the counts are kept. This is section 3 of the
+    paper. Section 4.3 counts on the base model, as --catcher forward does. Raises ValueError if the
+    loss is not finite.
     """
     settings = job.settings
     model = build_model(job, hellora.parse_method("lora"), job.all_experts)
-    # The recipe's rate, and not --lr, which must not decide which experts are hot.
+    # The recipe's rate, constant, and not --lr: runs at several rates then have the same experts.
     optimizer = make_optimizer(model, recipe(settings["task"]).lr)
     catcher = Catcher(job.cfg.n_experts, settings["count"])
     balance, clip = settings["balance"], settings["clip"]

@@ -535,8 +535,8 @@ ALT = {  # what a page says of each to those who do not see it
     "HELLoRA fall alike. With experts alone, hot fall fastest, random later, cold hardly.",
     "placement": "The loss on held-out problems with each choice of experts, relative to that with "
     "hot ones, with 95 % intervals. A band marks 10 % more or less. A dotted line marks how "
-    "much worse cold experts are in the paper. The page of claims says how points of accuracy became "
-    "a ratio of losses.",
+    "much worse cold experts are in the paper. The page of claims says how points of accuracy "
+    "became a ratio of losses.",
 }
 
 

@@ -497,7 +497,7 @@ class Batch(NamedTuple):
     def counted(self, count: str) -> Tensor:
         """[B, T] the positions whose visits count: "all" tokens, or those that predict "answers".
 
-        The next token of such a position is a target. So the loss trains the routing there.
+        With "answers" the next token of each such position is a target.
         """
         return self.real if count == "all" else self.targets != IGNORE
 
