@@ -189,6 +189,7 @@ def test_a_rate_that_is_not_the_best_on_dev_is_refused_and_a_tie_goes_to_the_low
     finished, monkeypatch
 ):
     monkeypatch.setattr(rates, "TASK_RATES", {("tiny-code", "fft"): 2e-3})
+    finished(set(), None)
     runs = rates.tried("fft", "tiny-code")
     assert [run.lr for run in runs] == [5e-4, 1e-3, 2e-3, 4e-3]
     finished(runs, lambda lr: 0.9 if lr in (1e-3, 2e-3) else 0.1)  # the loss is the rate
