@@ -240,8 +240,9 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     if form == "peft":
         read_peft(model, written)
     else:
-        merge(model)
-        want = logits_on_probe(model)
+        # On the CPU, as for the file. A GPU adds in another order, and could round otherwise.
+        merge(model.to("cpu"))
+        want = logits_on_probe(model.to(device))
         del model
         model = MoEModel.from_pretrained(written, dtype, device)
     got = logits_on_probe(model)

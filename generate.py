@@ -457,11 +457,22 @@ def load_models(args: argparse.Namespace, run: dict, source: Path) -> dict[str, 
     """{"base": the model as it is, "tuned": that of the run}: those that are asked."""
     device, dtype = compute(args.device, args.dtype or run.get("dtype"))
     warn_of_slow_cpu(count_base(read_config(source)), device, args.device)
+    if args.compare and device.type == "cuda":
+        check_two_fit(2 * count_base(read_config(source)) * dtype.itemsize, free_bytes(device))
     tuned = {"tuned": load_run(args.run, True, dtype, device)[0]} if run else {}
     base = {}
     if args.compare or not run:
         base["base"] = MoEModel.from_pretrained(source, dtype, device).requires_grad_(False)
     return base | tuned
+
+
+def check_two_fit(needed: int, free: int) -> None:
+    """Raise OSError if the weights of two models, `needed` bytes, are more than a GPU has free."""
+    if needed > free:
+        raise OSError(
+            f"--compare holds two models: {needed / 1e9:.1f} GB of weights, but the GPU has "
+            f"{free / 1e9:.1f} GB free. Ask the run without --compare, and its base with --model"
+        )
 
 
 def answers_of(

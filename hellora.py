@@ -431,7 +431,9 @@ def dora_scale(update: LowRank, weight: Tensor) -> Tensor:
 def for_rows(scale: Tensor, ends: Ends, n: int) -> Tensor:
     """dora_scale's factors of k experts [k, out] -> those of their n rows, [n, out]."""
     sizes = ends.tensor.diff(prepend=ends.tensor.new_zeros(1))  # [k]
-    return scale.repeat_interleave(sizes, dim=0, output_size=n)
+    expert = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=n)
+    # scale.repeat_interleave does the same, but on a GPU its gradient adds in no fixed order.
+    return F.embedding(expert, scale)
 
 
 def dora_merged(after: Tensor, weight: Tensor, magnitude: Tensor) -> Tensor:

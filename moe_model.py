@@ -425,8 +425,13 @@ class Attention(nn.Module):
         v = heads(self.v(x))
         if cache is not None:  # decoding: the new tokens look at all before them
             k, v = cache.extend(self.layer, k, v)
+        if at.mask is not None:
+            # With a mask, PyTorch has no fused kernel on a GPU for heads that share keys. It would
+            # make a number for each pair of tokens in fp32. So each head gets keys of its own here.
+            sharing = q.shape[1] // k.shape[1]  # H / G
+            k, v = (t.repeat_interleave(sharing, 1) if sharing > 1 else t for t in (k, v))
         y = F.scaled_dot_product_attention(
-            q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=True
+            q, k, v, at.mask, is_causal=at.mask is None, enable_gqa=at.mask is None
         )
         return self.o(y.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
 

@@ -205,6 +205,7 @@ def find_adapted(job: Job, folder: Path) -> dict[int, list[int]]:
         hot = HotList.read(Path(given), job.cfg) if given else catch(job)
         hot.write(path)
     ranks.wait()  # until rank 0 has written it
+    run_folder.wait_for(path)
     hot = HotList.read(path, job.cfg)
     print(hot.show())
     return hot.experts

@@ -43,7 +43,7 @@ from paper.bench.worlds import ALPHA, RANK, SHAPES, World, frozen, random_world
 from paper.runs.parallel import ROOT
 from plumbing import memory
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights, locate, read_config
-from plumbing.cli import Parser, command
+from plumbing.cli import Parser, command, lacks_memory
 from plumbing.data import TASKS, encode, examples_of_step, load_examples
 from plumbing.device import prepare_cuda
 from plumbing.files import write_atomically, write_json
@@ -105,9 +105,12 @@ def no_rows(at: Place) -> dict:
     x = torch.randn(16, 64, device=at.device).to(at.dtype)
     weight = torch.randn(4, 64, 64, device=at.device).to(at.dtype)
     ends = torch.zeros(4, dtype=torch.int32, device=at.device)
-    out = F.grouped_mm(x[:0], weight, offs=ends)
-    if at.device.type == "cuda":
-        torch.cuda.synchronize()
+    try:
+        out = F.grouped_mm(x[:0], weight, offs=ends)
+        if at.device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return {"error": str(error)[:300], "verdict": "an error, as in pytorch #152668"}
     return {"shape": list(out.shape), "verdict": "groups without rows work"}
 
 
@@ -282,7 +285,6 @@ def parts() -> dict[str, tuple[Callable[[Place], dict], int]]:
     table = {
         "card": (card, 60),
         "grouped product": (grouped, 60),
-        "groups without rows": (no_rows, 30),
         "attention": (attention, 60),
         "embedded model": (tiny, 120),
     }
@@ -291,7 +293,8 @@ def parts() -> dict[str, tuple[Callable[[Place], dict], int]]:
     names += ["peft"] * all(map(find_spec, ("transformers", "peft")))
     table |= {f"{name}, 8,192 tokens": (partial(train, name, LONG), 75) for name in names}
     table |= {f"{n}, 3,200 tokens": (partial(train, n, SHORT), 75) for n in ("hellora", "lora")}
-    return table | {"a step, by kernel": (busy, 60), "decoding": (decoding, 60)}
+    table |= {"a step, by kernel": (busy, 60), "decoding": (decoding, 60)}
+    return table | {"groups without rows": (no_rows, 30)}  # last: it is known to fail on some cards
 
 
 def train(name: str, size: tuple[int, int], at: Place) -> dict:
@@ -333,6 +336,9 @@ def answer(to: Connection, work: Callable[[Place], dict], rehearse: bool) -> Non
             prepare_cuda()
         to.send(work(Place(rehearse)))
     except Exception as error:  # any error: the other parts must go on
+        if lacks_memory(error):
+            to.send({"ok": False, "verdict": "it does not fit into the free memory"})
+            return
         first = next(iter(str(error).strip().splitlines()), "")
         to.send({"failed": f"{type(error).__name__}: {first}"[:300]})
 

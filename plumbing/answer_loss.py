@@ -11,7 +11,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from moe_model import IGNORE, MoEModel
+from moe_model import IGNORE, LOSS_CHUNK, MoEModel
 from plumbing.cli import progress
 from plumbing.data import Encoded, collate
 
@@ -32,10 +32,14 @@ def answer_losses(
         batch = collate([data[i] for i in some], model.device)
         x, _ = model.trunk(batch.tokens)  # [B, T, D]
         wanted = batch.targets != IGNORE  # [B, T]
-        logits = model.logits(x[wanted]).float()  # [targets, V]
-        targets = batch.targets[wanted]  # [targets]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        first = logits.argmax(-1) == targets
+        # Some positions at a time, as in training: all logits at once would be the largest tensor.
+        hidden, targets = x[wanted].split(LOSS_CHUNK), batch.targets[wanted].split(LOSS_CHUNK)
+        losses, first = [], []
+        for some_hidden, some_targets in zip(hidden, targets, strict=True):
+            logits = model.logits(some_hidden).float()  # [LOSS_CHUNK or fewer, V]
+            losses.append(F.cross_entropy(logits, some_targets, reduction="none"))
+            first.append(logits.argmax(-1) == some_targets)
+        losses, first = torch.cat(losses), torch.cat(first)  # [targets] each
         sizes = wanted.sum(1).tolist()  # [B]
         for i, loss, right in zip(some, losses.split(sizes), first.split(sizes), strict=True):
             records[i] = {

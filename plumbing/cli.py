@@ -396,5 +396,6 @@ def add_compute_flags(add: Callable) -> None:
     add("--device", type=device_name, metavar="{cpu,cuda}",
         help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=["fp32", "bf16"],
-        help="number format of the computation (default: bf16 on cuda, fp32 on cpu)")
+        help="number format of the computation (default: bf16 on a GPU of compute capability 8 "
+             "or newer, else fp32)")
     # fmt: on

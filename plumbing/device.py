@@ -19,9 +19,9 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 
 
 def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where and in what numbers to compute: as asked, or cuda if there is one, with bf16 there.
+    """Where and in what numbers to compute: as asked, or cuda if there is one (see default_dtype).
 
-    The default on cpu is fp32. Of several ranks each joins the others here, and gets a device of
+    Of several ranks each joins the others here, and gets a device of
     its own. Raises ValueError for cuda on a machine without it.
     """
     prepare_cuda()
@@ -33,7 +33,17 @@ def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.
     if device is None and default == "cpu":
         warn_of_unseen_gpu()
     mine = ranks.start(torch.device(device or default))
-    return mine, DTYPES[dtype or ("bf16" if mine.type == "cuda" else "fp32")]
+    return mine, DTYPES[dtype or default_dtype(mine)]
+
+
+def default_dtype(device: torch.device) -> str:
+    """ "bf16" on a GPU that computes in it, from compute capability 8 on. Else "fp32".
+
+    Older GPUs only emulate bf16, slowly.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp32"
 
 
 def prepare_cuda() -> None:

@@ -216,11 +216,12 @@ def problem(cfg: MoEConfig, size: int, longest: int, max_new: int) -> int:
 
     They are the problem's cache, and what the first pass holds in one layer. In a layer each token
     has K rows, with the experts' input, output and three hidden vectors. It has queries, keys and
-    values in float32. Where heads share keys, each pair of tokens has a number per head. size: the
-    bytes of a number.
+    values in float32. Where heads share keys, a layer's keys and values are repeated for each head.
+    size: the bytes of a number.
     """
     length = min(longest + max_new, cfg.max_len)
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * length * size
     rows = cfg.top_k * (3 * cfg.dim + 4 * cfg.expert_dim) * size
-    pairs = 8 * cfg.n_heads * longest if cfg.n_kv_heads < cfg.n_heads else 0
-    return cache + longest * (rows + 12 * cfg.dim * 4 + pairs)
+    shared = cfg.n_kv_heads < cfg.n_heads
+    repeated = 2 * cfg.n_heads * cfg.head_dim * length * size * shared
+    return cache + repeated + longest * (rows + 12 * cfg.dim * 4)

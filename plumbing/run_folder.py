@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -229,10 +230,21 @@ def listed(differ: list[str]) -> str:
 # ---- who may use it ------------------------------------------------------------------------------
 
 
+def wait_for(path: Path) -> None:
+    """Wait until this rank sees a file that rank 0 has written, a minute at most.
+
+    Over NFS a node may remember for half a minute that a file was not there.
+    """
+    until = time.monotonic() + 60
+    while ranks.rank() and not path.exists() and time.monotonic() < until:
+        time.sleep(1)
+
+
 def check_shared(folder: Path, record: dict) -> None:
     """Raise OSError on a rank that does not see rank 0's run.json, on a node with its own disk."""
     ranks.wait()  # until rank 0 has written it
     path = folder / "run.json"
+    wait_for(path)
     if not path.exists() or read_json(path, "this run's") != json.loads(json.dumps(record)):
         raise OSError(
             f"{folder.resolve()} is not there on this node: want a --out that all nodes share"

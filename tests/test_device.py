@@ -105,6 +105,22 @@ def test_a_run_says_where_it_computes(cli, toy, tmp_path, monkeypatch):
 # ---- how much is decoded at a time ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")],
+)
+def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device.default_dtype(torch.device("cuda")) == dtype
+    assert device.default_dtype(torch.device("cpu")) == "fp32"
+
+
+def test_two_models_that_do_not_fit_on_a_card_are_refused_before_they_are_loaded():
+    generate.check_two_fit(27_000_000_000, 27_000_000_000)
+    with pytest.raises(OSError, match=r"27.7 GB of weights, but the GPU has 23.5 GB free"):
+        generate.check_two_fit(27_700_000_000, 23_500_000_000)
+
+
 def on_a_card(monkeypatch, folder, free):
     """A model that says it is on a GPU with so many bytes free. Nothing is computed on it."""
     model = MoEModel.from_pretrained(folder)

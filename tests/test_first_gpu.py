@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from paper import first_gpu
 
@@ -35,6 +36,16 @@ def test_a_part_that_fails_hangs_or_dies_says_so_and_costs_itself_alone():
     assert "5 s" in found["hangs"]["failed"]
     assert "-9" in found["dies"]["failed"]
     assert found["fine"]["verdict"] == "on cpu"
+
+
+def too_large(at):
+    torch.empty(1 << 60)
+
+
+def test_a_part_that_is_too_large_for_the_card_has_not_failed():
+    found = first_gpu.attempt(too_large, 30, rehearse=True)
+    assert "failed" not in found
+    assert first_gpu.mark(found) == "look at it"
 
 
 def test_what_is_known_is_written_whatever_comes_after(tmp_path, monkeypatch):
