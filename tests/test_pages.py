@@ -7,14 +7,17 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from importlib import import_module
+from math import ceil
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from conftest import ROOT, small_run, toy_in, write_rows
 
 from paper import pages, reproduce
-from paper.studies import claims, comparison, mechanism, placement
+from paper.runs import rates
+from paper.studies import claims, comparison, mechanism, merging, placement
 from paper.studies.tables import OLMOE
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -198,23 +201,42 @@ def test_the_ratios_on_the_page_of_speed_are_those_of_the_committed_measurements
 
 def test_the_harmless_requests_that_the_page_of_claims_counts_as_refused_are_those_of_the_runs():
     often = {True: [], False: []}  # HELLoRA and HELLoRI, or not -> whether a run refused over 5 %
-    rates = []
+    refused = []
     for row in comparison.study("2").rows:
         shown = [comparison.saved(cell) for cell in row.runs["refusals"]]
         often[row.name.startswith("hellor")] += [
             run["harmless_refused"]["tiny-safety"] > 0.05 * run["harmless_total"]["tiny-safety"]
             for run in shown
         ]
-        rates.append(sum(run["refusal_rate"]["tiny-safety"] for run in shown) / len(shown))
+        refused.append(sum(run["refusal_rate"]["tiny-safety"] for run in shown) / len(shown))
     ours, others = often[True], often[False]
-    assert sum(others) == 0
     said = (
-        "over 5 % of the harmless are refused too in "
-        f"{sum(ours)} of {len(ours)} runs of HELLoRA and HELLoRI"
+        f"each method refuses {100 * min(refused):.0f} to {100 * max(refused):.0f} % of the "
+        f"harmful. Over 5 % of the harmless are refused too in {sum(ours)} of {len(ours)} runs of "
+        f"HELLoRA and HELLoRI, and in {sum(others)} of {len(others)} runs of other methods"
     )
-    text = flat(ROOT / "docs" / "claims.md")
-    assert f"{said}. That is so in none of the {len(others)} runs of other methods." in text
-    assert f"each method refuses {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
+    assert said in flat(ROOT / "docs" / "claims.md")
+
+
+def test_the_rates_of_code_and_safety_have_on_dev_what_the_page_of_tables_says():
+    text = flat(ROOT / "docs" / "tables.md")
+    assert (
+        "At the chosen rate every method has 100 % there. Most have it at other rates too" in text
+    )
+    rows = [r for r in rates.results() if r["task"] != rates.TASK]
+    assert len(rows) == len(rates.OTHERS) * len(rates.MAIN)
+    assert all(r["dev"][f"{r['lr']:g}"] == 1 for r in rows)
+    others = [sum(score == 1 for score in r["dev"].values()) > 1 for r in rows]
+    assert sum(others) > len(others) / 2
+
+
+def test_what_merging_leaves_of_each_task_is_what_the_page_of_tables_says():
+    text = flat(ROOT / "docs" / "tables.md")
+    rows = merging.results()
+    left = max(mean(r["merged"]) for r in rows if r["task"] == "tiny-code")
+    assert f"At most {ceil(100 * left)} % of code is left" in text
+    falls = [-100 * r["minus"]["mean"] for r in rows if r["task"] == "tiny-math"]
+    assert f"Word problems fall by {min(falls):.0f} to {max(falls):.0f} points" in text
 
 
 # ---- code on a page ------------------------------------------------------------------------------
