@@ -240,7 +240,8 @@ def check(folders: list[Path], written: Path, form: str, device: torch.device) -
     if form == "peft":
         read_peft(model, written)
     else:
-        # On the CPU, as for the file. A GPU adds in another order, and could round otherwise.
+        # The last merge is on the CPU, as for the file: a GPU adds in another order, and could
+        # round otherwise. For several runs the bar allows for that.
         merge(model.to("cpu"))
         want = logits_on_probe(model.to(device))
         del model

@@ -45,7 +45,7 @@ from plumbing import memory
 from plumbing.checkpoint import Checkpoint, empty_model, load_weights, locate, read_config
 from plumbing.cli import Parser, command, lacks_memory
 from plumbing.data import TASKS, encode, examples_of_step, load_examples
-from plumbing.device import prepare_cuda
+from plumbing.device import DTYPES, default_dtype, prepare_cuda
 from plumbing.files import write_atomically, write_json
 from plumbing.run_folder import versions
 from plumbing.tokenizer import load_tokenizer
@@ -66,7 +66,11 @@ class Place:
     def __init__(self, rehearse: bool):
         self.rehearse = rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
-        self.dtype = torch.float32 if rehearse else torch.bfloat16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The default of train.py on this device."""
+        return DTYPES[default_dtype(self.device)]
 
     def world(self, tokens: int, length: int) -> World:
         """A random OLMoE-1B-7B and a batch. In a rehearsal they are tiny."""
@@ -110,7 +114,7 @@ def no_rows(at: Place) -> dict:
         if at.device.type == "cuda":
             torch.cuda.synchronize()
     except RuntimeError as error:
-        return {"error": str(error)[:300], "verdict": "an error, as in pytorch #152668"}
+        return {"error": str(error)[:300], "ok": False, "verdict": "an error (pytorch #152668?)"}
     return {"shape": list(out.shape), "verdict": "groups without rows work"}
 
 
@@ -396,8 +400,9 @@ def run(folder: Path, rehearse: bool) -> list[str]:
             else {"failed": "no time was left", "part_seconds": 0}
         )
         if name == "card":
-            if "failed" in found:
-                raise ValueError(f"{found['failed']}: want a machine with a GPU, or --rehearse")
+            if "name" not in found:
+                why = found.get("failed") or found["verdict"]
+                raise ValueError(f"{why}: want a machine with a free GPU, or --rehearse")
             now = datetime.now(UTC)
             record |= {"date": now.isoformat(timespec="seconds"), "card": found["name"]}
             record |= {"rehearsal": rehearse, "parts": {}}

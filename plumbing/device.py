@@ -21,8 +21,8 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 def compute(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Where and in what numbers to compute: as asked, or cuda if there is one (see default_dtype).
 
-    Of several ranks each joins the others here, and gets a device of
-    its own. Raises ValueError for cuda on a machine without it.
+    Of several ranks each joins the others here, and gets a device of its own. Raises ValueError for
+    cuda on a machine without it.
     """
     prepare_cuda()
     if device == "cuda" and not torch.cuda.is_available():

@@ -29,10 +29,10 @@ There are 48 runs at first: 36, and 12 after D. With HELLoRA a run and its score
 a server's core, so these take about 1 hour. Rates beyond them may take another one, and new runs of
 Tables 2 and 8 and of merging, where a rate has changed, 3 hours.
 
-**What came of it**, the same day: 68 runs, all made and kept. On code the chosen rate and its
-neighbours mostly have 100 % on the dev problems, so there the final training loss decides. HELLoRA
-keeps its rate on both tasks, LoRA on code. All runs of the tables were made again where the rate
-has changed, and nowhere else.
+**What came of it**, the same day: 68 runs, all made and kept. The chosen rate and its neighbours
+mostly have 100 % on the dev problems, so the final training loss decides. HELLoRA keeps its rate on
+both tasks, LoRA and HELLoRI-S on code. The runs of the tables were made again where the rate or the
+mask has changed. LoRA's runs on word problems and code were made once more too, only to be merged.
 """
 
 from dataclasses import dataclass
